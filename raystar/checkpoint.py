@@ -1,0 +1,151 @@
+"""Checkpoints: written whole or not at all, checked when read, in the form that users already have.
+
+A checkpoint is a dictionary with `epoch`, `G`, `F`, `E`, `D` (state dictionaries), `opt_g`, `opt_d`, `config`
+and, from raystar, `scaler`, `metrics`, `raystar` and a `digest` over all tensors.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import pickle
+import sys
+import zipfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from raystar import __version__
+from raystar.config import to_mapping
+from raystar.errors import RaystarError
+from raystar.model import NAMES
+from raystar.step import TrainState
+
+_COMPILED_PREFIX = "_orig_mod."
+
+
+def snapshot(state: TrainState, epoch: int, metrics: Mapping[str, float]) -> dict[str, Any]:
+    """The checkpoint of `state` after `epoch`. Its tensors are the live ones: save it before the next step."""
+    return {
+        "epoch": epoch,
+        **state.nets.state_dict(),
+        "opt_g": state.opt_g.state_dict(),
+        "opt_d": state.opt_d.state_dict(),
+        "scaler": state.scaler.state_dict(),
+        "config": to_mapping(state.config),
+        "metrics": dict(metrics),
+        "raystar": __version__,
+    }
+
+
+def restore(state: TrainState, checkpoint: Mapping[str, Any], source: str) -> int:
+    """Puts networks and optimisers of `checkpoint` into `state`; returns its epoch.
+
+    Raises:
+        RaystarError: weights or optimisers that do not fit the configuration.
+    """
+    state.nets.load_state_dict({name: checkpoint.get(name) for name in NAMES}, source)  # type: ignore[misc]
+    for name in ("opt_g", "opt_d"):
+        try:
+            getattr(state, name).load_state_dict(checkpoint[name])
+        except (KeyError, ValueError) as error:
+            raise RaystarError(f"{source}: optimiser {name} cannot be restored: {error}") from None
+    if checkpoint.get("scaler"):
+        state.scaler.load_state_dict(checkpoint["scaler"])
+    epoch = checkpoint.get("epoch")
+    if not isinstance(epoch, int) or epoch < 0:
+        raise RaystarError(f"{source}: expected the number of its epoch, found {epoch!r}")
+    return epoch
+
+
+def save(path: str | Path, checkpoint: Mapping[str, Any]) -> None:
+    """Writes `checkpoint` to a temporary name, flushes it to the disk and renames it, with a digest inside."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with temporary.open("wb") as file:
+            torch.save({**checkpoint, "digest": digest(checkpoint)}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load(path: str | Path) -> dict[str, Any]:
+    """Reads a checkpoint onto the CPU, without running code from it; `_orig_mod.` prefixes are dropped.
+
+    Raises:
+        RaystarError: missing, truncated, damaged, or not a checkpoint.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise RaystarError(f"{path}: expected a checkpoint, found {'a folder' if path.is_dir() else 'nothing'}")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise RaystarError(
+            f"{path}: a pickle that holds more than tensors and plain values; it was not opened, since it could run code"
+        ) from None
+    except (OSError, EOFError, RuntimeError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise RaystarError(f"{path}: truncated or damaged ({reason})") from None
+    if not isinstance(checkpoint, dict) or any(name not in checkpoint for name in NAMES):
+        raise RaystarError(f"{path}: expected a dictionary with the networks {', '.join(NAMES)}")
+    for name in NAMES:
+        if not isinstance(checkpoint[name], dict):
+            raise RaystarError(f"{path}: network {name} holds no weights")
+        # Optimisers and networks saved from compiled modules carry the wrapper's name.
+        checkpoint[name] = {key.replace(_COMPILED_PREFIX, ""): value for key, value in checkpoint[name].items()}
+    recorded = checkpoint.pop("digest", None)
+    if recorded is not None and recorded != digest(checkpoint):
+        raise RaystarError(f"{path}: damaged (its content does not match its digest)")
+    return checkpoint
+
+
+def load_latest(paths: list[Path]) -> tuple[dict[str, Any], Path]:
+    """The first of `paths` (newest first) that loads; what was passed over is named on stderr.
+
+    Raises:
+        RaystarError: none loads; the reason of the newest.
+    """
+    first: RaystarError | None = None
+    for path in paths:
+        try:
+            checkpoint = load(path)
+        except RaystarError as error:
+            first = first or error
+            continue
+        if first is not None:
+            print(f"note: {first}; going back to {path}", file=sys.stderr)
+        return checkpoint, path
+    raise first or RaystarError("no checkpoint was found")
+
+
+def digest(checkpoint: Mapping[str, Any]) -> str:
+    """SHA-256 over names, types, shapes and bytes of every tensor, and over every plain value."""
+    found = hashlib.sha256()
+    for name, value in _leaves("", checkpoint):
+        if isinstance(value, Tensor):
+            found.update(f"{name}|{value.dtype}|{tuple(value.shape)}".encode())
+            flat = value.detach().cpu().contiguous().flatten()
+            found.update(flat.view(torch.uint8).numpy().data)
+        else:
+            found.update(f"{name}|{value!r}".encode())
+    return found.hexdigest()
+
+
+def _leaves(name: str, value: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, Mapping):
+        for key in value:
+            if name or key != "digest":
+                yield from _leaves(f"{name}.{key}", value[key])
+    elif isinstance(value, list | tuple):
+        for number, item in enumerate(value):
+            yield from _leaves(f"{name}.{number}", item)
+    else:
+        yield name, value

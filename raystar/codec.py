@@ -1,0 +1,200 @@
+"""Latents to pictures: AutoencoderKL, AutoencoderTiny, or a built-in linear preview that needs no download."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional
+
+from raystar.config import Config, read_mapping
+from raystar.errors import RaystarError
+
+SCALE = 0.18215
+"""SD1.5's scaling factor: scaled latent = unscaled latent * SCALE. Fixed by the codecs, unlike `training.latent_scale`."""
+
+PIXELS = 8
+"""Pixels along one side of a latent cell."""
+
+_HUB_TIMEOUT_S = 10
+
+# RGB in [-1, 1] of a scaled latent's four channels: a least-squares fit over pictures and their SD1.5 latents.
+_PREVIEW_RGB = (
+    (0.3512, 0.2297, 0.3227),
+    (0.3250, 0.4974, 0.2350),
+    (-0.2829, 0.1762, 0.2721),
+    (-0.2120, -0.2616, -0.7177),
+)
+
+
+class Codec(Protocol):
+    """Decodes unscaled latents."""
+
+    name: str
+    """What the pictures were decoded with, for labels and tags."""
+
+    def decode(self, latents: Tensor) -> NDArray[np.uint8]:
+        """Unscaled latents [B,4,H,W] -> RGB pictures [B,8H,8W,3], uint8."""
+
+
+class PreviewCodec:
+    """A linear map from the four channels to RGB, enlarged: blurred, but the right colours in no time."""
+
+    name = "preview"
+
+    def decode(self, latents: Tensor) -> NDArray[np.uint8]:
+        """See `Codec.decode`."""
+        matrix = torch.tensor(_PREVIEW_RGB, device=latents.device)
+        rgb = torch.einsum("bchw,cr->brhw", latents.float() * SCALE, matrix)
+        rgb = functional.interpolate(rgb, scale_factor=PIXELS, mode="bicubic", align_corners=False)
+        return _to_bytes(rgb)
+
+
+class VaeCodec:
+    """A diffusers autoencoder. AutoencoderTiny speaks scaled latents, AutoencoderKL unscaled ones."""
+
+    def __init__(self, model: Any, name: str, device: torch.device, batch_size: int = 8) -> None:
+        self.model = model.eval().requires_grad_(False).to(device)
+        self.name = name
+        self.device = device
+        self.batch_size = batch_size
+        self.takes_scaled = type(model).__name__ == "AutoencoderTiny"
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> NDArray[np.uint8]:
+        """See `Codec.decode`."""
+        pictures = []
+        for chunk in latents.to(self.device, torch.float32).split(self.batch_size):
+            rgb = self.model.decode(chunk * SCALE if self.takes_scaled else chunk).sample
+            pictures.append(_to_bytes(rgb))
+        return np.concatenate(pictures)
+
+
+def _to_bytes(rgb: Tensor) -> NDArray[np.uint8]:
+    """[B,3,h,w] in [-1,1] -> [B,h,w,3] uint8."""
+    grey_levels = ((rgb.float().clamp(-1, 1) + 1) * 127.5).round()
+    return grey_levels.to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+
+
+def check_codec(config: Config) -> None:
+    """Refuses a codec folder that cannot be one, before anything starts. A hub name is left to `open_codec`.
+
+    Raises:
+        RaystarError: the folder lacks a model, or the model is of another kind.
+    """
+    name = config.visualization.vae_model_name_or_path
+    if name is None:
+        return
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        _model_folder(folder)
+    elif folder.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
+        raise RaystarError(
+            f"visualization.vae_model_name_or_path: {name}: expected a hub name (owner/model) or a folder with a model; "
+            "the folder is not there"
+        )
+
+
+def _model_folder(folder: Path) -> Path:
+    """The folder itself or its vae/ (a whole Stable Diffusion model); checked to hold a known autoencoder."""
+    for candidate in (folder, folder / "vae"):
+        if (candidate / "config.json").is_file():
+            kind = read_mapping(candidate / "config.json").get("_class_name")
+            if kind not in ("AutoencoderKL", "AutoencoderTiny"):
+                raise RaystarError(f"{candidate}/config.json: expected AutoencoderKL or AutoencoderTiny, found {kind!r}")
+            return candidate
+    raise RaystarError(f"visualization.vae_model_name_or_path: {folder}: expected config.json in it or in its vae/ folder")
+
+
+def open_codec(config: Config, device: torch.device | str = "cpu") -> tuple[Codec, str | None]:
+    """The codec of `config.visualization`.
+
+    Returns:
+        The codec and, where the one asked for cannot be had (no network, no diffusers, not in the cache), the
+        one line that says so: the preview takes its place.
+
+    Raises:
+        RaystarError: a folder that holds no autoencoder (`check_codec`).
+    """
+    check_codec(config)
+    name = config.visualization.vae_model_name_or_path
+    if name is None:
+        return PreviewCodec(), None
+    with _quiet(config.visualization.suppress_hf_warnings):
+        try:
+            return VaeCodec(_load_model(name), Path(name).name, torch.device(device)), None
+        except RaystarError:
+            raise
+        # Everything a hub, a cache and a model file can raise; none of it may cost a trial, only its pictures.
+        except (OSError, ValueError, RuntimeError, ImportError, KeyError, TypeError) as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            return PreviewCodec(), f"{name} cannot be loaded ({reason[:160]}); pictures use the built-in preview"
+
+
+def _load_model(name: str) -> Any:
+    os.environ.setdefault("HF_HUB_ETAG_TIMEOUT", str(_HUB_TIMEOUT_S))
+    os.environ.setdefault("HF_HUB_DOWNLOAD_TIMEOUT", str(_HUB_TIMEOUT_S))
+    from diffusers import AutoencoderKL, AutoencoderTiny
+
+    kinds = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}
+    # low_cpu_mem_usage needs another package and warns without it.
+    options: dict[str, Any] = {"low_cpu_mem_usage": False, "torch_dtype": torch.float32}
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        found = _model_folder(folder)
+        kind = read_mapping(found / "config.json")["_class_name"]
+        return kinds[kind].from_pretrained(str(found), local_files_only=True, **options)
+    subfolder, kind = _hub_kind(name)
+    return kinds[kind].from_pretrained(name, subfolder=subfolder, **options)
+
+
+def _hub_kind(name: str) -> tuple[str, str]:
+    """Where in the hub's repository the autoencoder lies ("" or "vae") and of which kind it is."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
+
+    for subfolder in ("", "vae"):
+        try:
+            file = hf_hub_download(name, f"{subfolder}/config.json".lstrip("/"), etag_timeout=_HUB_TIMEOUT_S)
+        except EntryNotFoundError:
+            continue
+        kind = str(read_mapping(file).get("_class_name"))
+        if kind in ("AutoencoderKL", "AutoencoderTiny"):
+            return subfolder, kind
+    raise ValueError("no AutoencoderKL or AutoencoderTiny in it")
+
+
+@contextlib.contextmanager
+def _quiet(suppress: bool) -> Iterator[None]:
+    """Silences what model libraries print while they load; errors still come as exceptions."""
+    if not suppress:
+        yield
+        return
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    loggers = [logging.getLogger(name) for name in ("diffusers", "huggingface_hub", "transformers")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stderr(open(os.devnull, "w")):  # noqa: SIM115
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def say(note: str | None) -> None:
+    """Prints `open_codec`'s line, if there is one."""
+    if note is not None:
+        print(f"note: {note}", file=sys.stderr)

@@ -1,0 +1,480 @@
+"""The configuration tree: every key of the specification, what raystar adds, and a loader that forgives nothing.
+
+A configuration is a tree of frozen dataclasses. Reading a file, a `--set key=value` and a value drawn by the
+search all go through the same check, so a misspelt key or an impossible value never reaches a trial.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import re
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from raystar.errors import RaystarError, nearest
+
+MAX_FILE_BYTES = 1_000_000
+"""A configuration or space file is text written by hand; anything larger is the wrong file."""
+
+
+def _key(
+    default: Any,
+    meaning: str,
+    *,
+    at_least: float | None = None,
+    above: float | None = None,
+    at_most: float | None = None,
+    result: bool = True,
+) -> Any:
+    """One configuration key. `result=False`: it cannot change what is computed, so the signature ignores it."""
+    limits = {"at_least": at_least, "above": above, "at_most": at_most}
+    return field(default=default, metadata={"meaning": meaning, "result": result, "limits": limits})
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelConfig:
+    """Sizes of the four networks (networks.md)."""
+
+    latent_channels: int = _key(4, "channels of a latent", at_least=1)
+    style_dim: int = _key(64, "length of a style code", at_least=1)
+    latent_dim: int = _key(16, "length of the noise z", at_least=1)
+    base_dim: int = _key(256, "channels of the generator", at_least=4)
+    num_domains: int | None = _key(None, "number of domains; by default that of data.domains", at_least=2)
+    n_res_blocks: int = _key(6, "AdaIN residual blocks of the generator", at_least=0)
+    d_layers: int = _key(3, "depth of the discriminator", at_least=1)
+    mapping_hidden_dim: int = _key(512, "width of the mapping network", at_least=1)
+    mapping_shared_layers: int = _key(4, "shared layers of the mapping network", at_least=1)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LossConfig:
+    """Weights of the losses (loss_terms.md). These are what `search_spaces/loss.yaml` searches."""
+
+    w_adv: float = _key(1.0, "weight of the adversarial term", at_least=0)
+    w_sty: float = _key(1.0, "weight of style reconstruction", at_least=0)
+    w_ds: float = _key(1.0, "weight of the diversity term at epoch 1; it is subtracted", at_least=0)
+    ds_decay_epochs: int = _key(20, "epochs over which w_ds falls linearly to 0", at_least=1)
+    ds_margin: float | None = _key(1.5, "upper limit of the rewarded diversity; null for none", above=0)
+    w_cyc: float = _key(1.0, "weight of cycle consistency", at_least=0)
+    w_id: float = _key(1.0, "weight of the identity term; 0 switches it off", at_least=0)
+    w_r1: float = _key(2.0, "weight of the R1 gradient penalty", at_least=0)
+    r1_interval: int = _key(16, "R1 is computed every so many steps and multiplied by as many", at_least=1)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainingConfig:
+    """The training loop."""
+
+    seed: int = _key(0, "seed of initialisation, sampling and noise", at_least=0, at_most=2**31 - 1)
+    epochs: int = _key(100, "epochs to train", at_least=1)
+    batch_size: int = _key(16, "contents in one step", at_least=1)
+    epoch_size: int | None = _key(None, "contents in one epoch; by default largest domain x domains", at_least=1)
+    drop_last: bool = _key(True, "leave out an incomplete last batch")
+    lr_g: float = _key(1e-4, "learning rate of generator and style encoder", above=0)
+    lr_d: float = _key(1e-4, "learning rate of the discriminator", above=0)
+    lr_mapping: float = _key(1e-6, "learning rate of the mapping network", above=0)
+    weight_decay: float = _key(1e-4, "AdamW weight decay", at_least=0)
+    latent_scale: float = _key(0.18215, "factor on latents before the networks", above=0)
+    use_amp: bool = _key(True, "autocast the networks to amp_dtype")
+    amp_dtype: Literal["bf16", "fp16"] = _key("bf16", "autocast type; fp16 needs a GPU")
+    device: Literal["auto", "cpu", "cuda"] = _key("auto", "where to train; auto takes a GPU when there is one")
+    channels_last: bool = _key(False, "keep activations channels last in memory")
+    num_workers: int = _key(
+        4, "threads that gather batches ahead when latents stay in CPU memory and training is on a GPU",
+        at_least=0, result=False,
+    )  # fmt: skip
+    pin_memory: bool = _key(True, "page-locked batches on their way to a GPU", result=False)
+    use_compile: bool = _key(False, "torch.compile the networks chosen below")
+    compile_mode: Literal[
+        "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"
+    ] = _key("default", "mode of torch.compile")  # fmt: skip
+    compile_dynamic: bool = _key(False, "compile for changing shapes")
+    compile_fullgraph: bool = _key(False, "refuse graph breaks")
+    compile_cudagraphs: bool = _key(False, "let Inductor use CUDA graphs")
+    compile_generator: bool = _key(True, "compile G")
+    compile_mapping_network: bool = _key(True, "compile F")
+    compile_style_encoder: bool = _key(True, "compile E")
+    compile_discriminator: bool = _key(True, "compile D (R1 always runs the original)")
+    progress_style: Literal["bar", "percent", "off"] = _key("percent", "terminal display", result=False)
+    progress_bar: bool = _key(True, "legacy: false is progress_style off", result=False)
+    display_interval: int = _key(20, "steps between two refreshes of the display", at_least=1, result=False)
+    log_json: bool = _key(False, "print JSON lines", result=False)
+    log_interval: int = _key(100, "steps between two JSON lines", at_least=1, result=False)
+    save_interval: int = _key(10, "epochs between two checkpoints of a single run", at_least=1, result=False)
+    eval_interval: int | None = _key(
+        None, "legacy: used when visualization.every_epochs is absent", at_least=1, result=False
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class VisualizationConfig:
+    """Decoded picture grids."""
+
+    every_epochs: int | None = _key(
+        None, "epochs between two grids, 0 for none; absent: training.eval_interval, else 5",
+        at_least=0, result=False,
+    )  # fmt: skip
+    save_dir: str | None = _key(None, "folder of a single run's grids; by default vis/ beside its checkpoints", result=False)  # fmt: skip
+    vae_model_name_or_path: str | None = _key(
+        None, "AutoencoderKL or AutoencoderTiny, hub name or folder; null: the built-in preview", result=False
+    )
+    suppress_hf_warnings: bool = _key(True, "silence the model libraries while they load", result=False)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataConfig:
+    """Latents on disk: `<data_root>/<domain>/*.pt|*.npy`, or one packed .safetensors file."""
+
+    data_root: str = _key("../../latent-256", "folder of domains, packed file, or raystar:demo", result=False)
+    domains: tuple[str, ...] = _key(
+        ("photo", "Hayao", "monet", "cezanne", "vangogh"), "names of the domains, in the order of their ids"
+    )
+    preload_to_gpu: bool = _key(True, "keep all latents in GPU memory when they fit", result=False)
+    holdout: float = _key(0.1, "share of each domain's pictures that training never sees", at_least=0, at_most=0.5)
+    eval_data_root: str | None = _key(None, "held-out latents from here instead of a share", result=False)
+    cache_dir: str | None = _key(None, "packed latents and the ruler; by default cache/ under --out", result=False)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CheckpointConfig:
+    """Checkpoints of a single run (`raystar.train`); a sweep keeps its own."""
+
+    save_dir: str | None = _key(None, "folder of epoch_xxxx.pt and latest.pt; by default <out>/<name>", result=False)
+    init_from: str | None = _key(None, "a .pt checkpoint whose networks training starts from")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RulerConfig:
+    """The score that loss weights cannot move (raystar.ruler)."""
+
+    every_epochs: int = _key(1, "epochs between two measurements", at_least=1)
+    sources: int = _key(16, "held-out contents translated for each ordered pair of domains", at_least=2)
+    targets: int = _key(256, "held-out latents of a domain that translations are compared with", at_least=4)
+    styles: int = _key(4, "noises per content that measure diversity", at_least=2)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Config:
+    """The whole configuration. Read it by attribute: `config.loss.w_cyc`."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    visualization: VisualizationConfig = field(default_factory=VisualizationConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    ruler: RulerConfig = field(default_factory=RulerConfig)
+
+    @property
+    def num_domains(self) -> int:
+        """Number of domains N."""
+        return len(self.data.domains)
+
+    @property
+    def grid_every(self) -> int:
+        """Epochs between two picture grids, 0 for none (spec: `every_epochs`, else legacy `eval_interval`)."""
+        if self.visualization.every_epochs is not None:
+            return self.visualization.every_epochs
+        return self.training.eval_interval if self.training.eval_interval is not None else 5
+
+    @property
+    def progress(self) -> str:
+        """`bar`, `percent` or `off`; the legacy `progress_bar: false` switches the display off."""
+        return self.training.progress_style if self.training.progress_bar else "off"
+
+
+SECTIONS: dict[str, type] = {
+    "model": ModelConfig,
+    "loss": LossConfig,
+    "training": TrainingConfig,
+    "visualization": VisualizationConfig,
+    "data": DataConfig,
+    "checkpoint": CheckpointConfig,
+    "ruler": RulerConfig,
+}
+_HINTS = {cls: typing.get_type_hints(cls) for cls in SECTIONS.values()}
+
+
+def known_keys() -> list[str]:
+    """Every dotted key, for example `loss.w_cyc`."""
+    return [f"{section}.{f.name}" for section, cls in SECTIONS.items() for f in fields(cls)]
+
+
+def key_field(key: str, source: str) -> dataclasses.Field[Any]:
+    """The dataclass field behind a dotted key; `RaystarError` naming `source` if there is none."""
+    section, _, name = key.partition(".")
+    if section in SECTIONS:
+        for candidate in fields(SECTIONS[section]):
+            if candidate.name == name:
+                return candidate
+    raise RaystarError(f"{source}: unknown key '{key}'{nearest(key, known_keys())}")
+
+
+# -- reading files ---------------------------------------------------------------------------------
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """Safe YAML that refuses a key written twice: the second would silently win."""
+
+
+def _mapping_without_duplicates(loader: _StrictLoader, node: yaml.MappingNode) -> dict[Any, Any]:
+    loader.flatten_mapping(node)
+    seen: dict[Any, Any] = {}
+    for key_node, value_node in node.value:
+        key = loader.construct_object(key_node, deep=True)
+        try:
+            repeated = key in seen
+        except TypeError as error:
+            raise yaml.constructor.ConstructorError(
+                None, None, f"a key must be text, found {key!r}", key_node.start_mark
+            ) from error
+        if repeated:
+            raise yaml.constructor.ConstructorError(
+                None, None, f"key {key!r} is written twice", key_node.start_mark
+            )
+        seen[key] = loader.construct_object(value_node, deep=True)
+    return seen
+
+
+_StrictLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping_without_duplicates)
+
+
+def _parse_yaml(text: str) -> Any:
+    return yaml.load(text, Loader=_StrictLoader)  # noqa: S506  (a SafeLoader)
+
+
+def read_mapping(path: str | Path) -> dict[str, Any]:
+    """Reads a YAML or JSON file that holds one mapping.
+
+    Raises:
+        RaystarError: missing, unreadable, over a megabyte, not YAML, a key twice, or not a mapping.
+    """
+    path = Path(path)
+    if not path.is_file():
+        found = "a folder" if path.is_dir() else "nothing"
+        near = nearest(path.name, [p.name for p in path.parent.glob("*") if p.is_file()]) if path.parent.is_dir() else ""
+        raise RaystarError(f"{path}: expected a YAML or JSON file, found {found}{near}")
+    if path.stat().st_size > MAX_FILE_BYTES:
+        raise RaystarError(f"{path}: {path.stat().st_size} bytes is no configuration (limit {MAX_FILE_BYTES})")
+    try:
+        # JSON is read by the YAML parser too, which keeps one duplicate-key check and one error form.
+        content = _parse_yaml(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise RaystarError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
+    except (UnicodeDecodeError, ValueError, RecursionError) as error:
+        raise RaystarError(f"{path}: not readable as text: {error}") from None
+    except OSError as error:
+        raise RaystarError(f"{path}: cannot be read: {error.strerror}") from None
+    if not isinstance(content, dict):
+        raise RaystarError(f"{path}: expected a mapping at the top, found {_show(content)}")
+    return content
+
+
+def find_shipped(path: str | Path) -> Path:
+    """`path` itself, or the file of that name that ships with raystar when the working folder has none."""
+    path = Path(path)
+    if path.exists() or path.is_absolute():
+        return path
+    package = Path(__file__).resolve().parent
+    for root in (package.parent, package):  # a clone; an installed wheel
+        if (root / path).is_file():
+            return root / path
+    return path
+
+
+def load_config(path: str | Path) -> Config:
+    """Reads a configuration file; keys that it leaves out keep their defaults.
+
+    Raises:
+        RaystarError: file, dotted key, what was found, what was expected and the nearest known key.
+    """
+    return from_mapping(read_mapping(path), str(path))
+
+
+def from_mapping(mapping: Mapping[Any, Any], source: str) -> Config:
+    """A `Config` from nested sections, as read from `source` (the name that errors give)."""
+    flat: dict[str, Any] = {}
+    for section, content in mapping.items():
+        if section not in SECTIONS:
+            raise RaystarError(f"{source}: unknown section '{section}'{nearest(str(section), SECTIONS)}")
+        if content is None:
+            continue
+        if not isinstance(content, Mapping):
+            raise RaystarError(f"{source}: {section}: expected a section of keys, found {_show(content)}")
+        flat.update({f"{section}.{name}": value for name, value in content.items()})
+    return override(Config(), flat, source)
+
+
+def override(config: Config, values: Mapping[str, Any], source: str = "override") -> Config:
+    """`config` with dotted keys replaced, each value checked.
+
+    Args:
+        values: for example `{"loss.w_cyc": 2.0}`.
+        source: where the values came from, named in errors.
+
+    Raises:
+        RaystarError: an unknown key, a wrong type, an impossible value, or values that contradict each other.
+    """
+    sections: dict[str, dict[str, Any]] = {}
+    for key, value in values.items():
+        checked = check_value(str(key), value, source)
+        section, _, name = str(key).partition(".")
+        sections.setdefault(section, {})[name] = checked
+    changed = {name: dataclasses.replace(getattr(config, name), **new) for name, new in sections.items()}
+    config = dataclasses.replace(config, **changed)
+    _check_whole(config, source)
+    return config
+
+
+def _check_whole(config: Config, source: str) -> None:
+    n = config.model.num_domains
+    if n is not None and n != config.num_domains:
+        raise RaystarError(
+            f"{source}: model.num_domains is {n}, but data.domains names {config.num_domains}: "
+            f"{', '.join(config.data.domains)}"
+        )
+    training = config.training
+    if training.amp_dtype == "fp16" and training.use_amp and training.device == "cpu":
+        raise RaystarError(f"{source}: training.amp_dtype: fp16 needs a GPU; take bf16 on a CPU")
+    if training.drop_last and training.epoch_size is not None and training.epoch_size < training.batch_size:
+        raise RaystarError(
+            f"{source}: training.epoch_size {training.epoch_size} is below training.batch_size "
+            f"{training.batch_size}, so an epoch would have no step; raise it or set training.drop_last=false"
+        )
+
+
+def parse_assignment(text: str) -> tuple[str, Any]:
+    """Splits a `--set` argument `key=value`; the value is read as YAML."""
+    key, equals, value = text.partition("=")
+    if not equals or not key.strip():
+        raise RaystarError(f"--set {text}: expected key=value, for example --set loss.w_cyc=2.0")
+    try:
+        return key.strip(), _parse_yaml(value)
+    except (yaml.YAMLError, ValueError, RecursionError):
+        raise RaystarError(f"--set {text}: the value cannot be read as YAML") from None
+
+
+# -- checking one value ----------------------------------------------------------------------------
+
+
+def check_value(key: str, value: Any, source: str) -> Any:
+    """`value` converted to the type of `key`; `RaystarError` with what was expected if it cannot be."""
+    spec = key_field(key, source)
+    section = key.partition(".")[0]
+    hint = _HINTS[SECTIONS[section]][spec.name]
+    try:
+        checked = _convert(hint, value)
+        _check_limits(checked, spec.metadata["limits"])
+        if key == "data.domains":
+            _check_domains(checked)
+    except ValueError as error:
+        raise RaystarError(f"{source}: {key}: {error}, found {_show(value)} ({spec.metadata['meaning']})") from None
+    return checked
+
+
+def _convert(hint: Any, value: Any) -> Any:
+    origin = typing.get_origin(hint)
+    if origin in (typing.Union, types.UnionType):
+        inner = [arg for arg in typing.get_args(hint) if arg is not type(None)]
+        return None if value is None else _convert(inner[0], value)
+    if origin is Literal:
+        choices = typing.get_args(hint)
+        # YAML 1.1 reads an unquoted `off` as false, and progress_style has a choice of that name.
+        if value is False and "off" in choices:
+            value = "off"
+        if not isinstance(value, str) or value not in choices:
+            raise ValueError(f"expected one of {', '.join(choices)}")
+        return value
+    if origin is tuple:
+        if not isinstance(value, list | tuple) or not all(isinstance(v, str) for v in value):
+            raise ValueError("expected a list of names")
+        return tuple(value)
+    if hint is bool:
+        if not isinstance(value, bool):
+            raise ValueError("expected true or false")
+        return value
+    if hint is str:
+        if not isinstance(value, str) or not value or "\0" in value:
+            raise ValueError("expected text")
+        return value
+    number = _number(value)
+    if hint is int:
+        if number is None or not number.is_integer():
+            raise ValueError("expected a whole number")
+        return int(value) if isinstance(value, int) else int(number)
+    if number is None:
+        raise ValueError("expected a number")
+    return number
+
+
+def _number(value: Any) -> float | None:
+    """A finite float, or None. Text is tried too: YAML 1.1 reads a `1e-4` without a dot as text."""
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return None
+    try:
+        number = float(value)
+    except (ValueError, OverflowError):
+        return None
+    return number if math.isfinite(number) else None
+
+
+def _check_limits(value: Any, limits: Mapping[str, float | None]) -> None:
+    if value is None or isinstance(value, bool) or not isinstance(value, int | float):
+        return
+    if limits["at_least"] is not None and value < limits["at_least"]:
+        raise ValueError(f"expected at least {limits['at_least']:g}")
+    if limits["above"] is not None and value <= limits["above"]:
+        raise ValueError(f"expected more than {limits['above']:g}")
+    if limits["at_most"] is not None and value > limits["at_most"]:
+        raise ValueError(f"expected at most {limits['at_most']:g}")
+
+
+def _check_domains(domains: tuple[str, ...]) -> None:
+    if len(domains) < 2:
+        raise ValueError("expected at least two domains")
+    if len(set(domains)) < len(domains):
+        raise ValueError("expected each domain once")
+    for name in domains:
+        if not name.strip() or name in (".", "..") or re.search(r"[/\\\0]", name):
+            raise ValueError(f"expected names of folders directly below data.data_root, not {name!r}")
+
+
+def _show(value: Any) -> str:
+    text = "null" if value is None else repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+# -- writing ---------------------------------------------------------------------------------------
+
+
+def to_mapping(config: Config) -> dict[str, dict[str, Any]]:
+    """Nested plain dictionaries, lists and scalars: what `from_mapping` reads."""
+    mapping = dataclasses.asdict(config)
+    mapping["data"]["domains"] = list(config.data.domains)
+    return mapping
+
+
+def to_yaml(config: Config) -> str:
+    """The configuration as a YAML file that `load_config` reads back equal."""
+    return yaml.safe_dump(to_mapping(config), sort_keys=False, allow_unicode=True)
+
+
+def get_value(config: Config, key: str) -> Any:
+    """The value of a dotted key."""
+    section, _, name = key.partition(".")
+    return getattr(getattr(config, section), name)
+
+
+def signature(config: Config) -> str:
+    """Twelve hex digits over every key that changes the result (not display, logging or paths)."""
+    kept = {key: get_value(config, key) for key in known_keys() if key_field(key, "").metadata["result"]}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:12]

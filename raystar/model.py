@@ -1,0 +1,196 @@
+"""The four networks of the latent StarGAN v2 (spec: networks.md); parameter names are those of users' checkpoints.
+
+Shapes: B batch, C latent channels, H x W latent size, S style_dim, Z latent_dim, N domains, K styles a content.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from raystar.config import ModelConfig
+from raystar.errors import RaystarError
+
+LEAK = 0.2
+NORM_EPS = 1e-5
+NAMES = ("G", "F", "E", "D")
+
+
+def _conv(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(inputs, outputs, 3, stride, padding=1)
+
+
+def _leaky() -> nn.LeakyReLU:
+    return nn.LeakyReLU(LEAK)
+
+
+class AdaIN(nn.Module):
+    """`(1 + gamma) * instance_norm(x) + beta`; `fc` starts at zero, so it starts as plain normalisation."""
+
+    def __init__(self, style_dim: int, channels: int) -> None:
+        super().__init__()
+        self.fc = nn.Linear(style_dim, 2 * channels)
+        nn.init.zeros_(self.fc.weight)
+        nn.init.zeros_(self.fc.bias)
+
+    def forward(self, x: Tensor, s: Tensor) -> Tensor:
+        gamma, beta = self.fc(s)[:, :, None, None].chunk(2, dim=1)
+        return (1 + gamma) * functional.instance_norm(x, eps=NORM_EPS) + beta
+
+
+class AdaINResBlock(nn.Module):
+    """Two AdaIN -> LeakyReLU -> 3x3 convolution stages, plus the input."""
+
+    def __init__(self, channels: int, style_dim: int) -> None:
+        super().__init__()
+        self.adain1 = AdaIN(style_dim, channels)
+        self.conv1 = _conv(channels, channels)
+        self.adain2 = AdaIN(style_dim, channels)
+        self.conv2 = _conv(channels, channels)
+
+    def forward(self, x: Tensor, s: Tensor) -> Tensor:
+        h = self.conv1(functional.leaky_relu(self.adain1(x, s), LEAK))
+        return x + self.conv2(functional.leaky_relu(self.adain2(h, s), LEAK))
+
+
+class Generator(nn.Module):
+    """G: contents [B,C,H,W] and styles [K*B,S] -> translations [K*B,C,H,W].
+
+    With K = 1 this is the specification's `G(x, s)`. With K styles for every content (style k of content b in
+    row `k * B + b`) the encoder, which does not see the style, runs once instead of K times: the same function.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        b, channels = config.base_dim, config.latent_channels
+        self.encoder = nn.Sequential(
+            _conv(channels, b), nn.InstanceNorm2d(b, affine=True), _leaky(),
+            _conv(b, b), nn.InstanceNorm2d(b, affine=True), _leaky(),
+        )  # fmt: skip
+        self.res_blocks = nn.ModuleList(AdaINResBlock(b, config.style_dim) for _ in range(config.n_res_blocks))
+        self.decoder = nn.Sequential(_conv(b, b // 2), _leaky(), _conv(b // 2, channels))
+
+    def forward(self, x: Tensor, s: Tensor) -> Tensor:
+        h = self.encoder(x)
+        styles_each = s.shape[0] // x.shape[0]
+        if styles_each > 1:
+            h = h.repeat(styles_each, 1, 1, 1)
+        for block in self.res_blocks:
+            h = block(h, s)
+        return self.decoder(h)
+
+
+def _select(heads: nn.ModuleList, h: Tensor, y: Tensor) -> Tensor:
+    """Head y of each row: all N heads are one matrix product, which is cheaper than sorting rows by domain."""
+    weight = torch.cat([head.weight for head in heads])  # type: ignore[misc]  # ModuleList forgets Linear
+    bias = torch.cat([head.bias for head in heads])  # type: ignore[misc]
+    every = functional.linear(h, weight, bias).unflatten(1, (len(heads), -1))
+    return every[torch.arange(h.shape[0], device=h.device), y]
+
+
+class MappingNetwork(nn.Module):
+    """F: noise [B,Z] and domains [B] -> styles [B,S]."""
+
+    def __init__(self, config: ModelConfig, num_domains: int) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        width = config.latent_dim
+        for _ in range(config.mapping_shared_layers):
+            layers += [nn.Linear(width, config.mapping_hidden_dim), nn.ReLU()]
+            width = config.mapping_hidden_dim
+        self.shared = nn.Sequential(*layers)
+        self.unshared = nn.ModuleList(nn.Linear(width, config.style_dim) for _ in range(num_domains))
+
+    def forward(self, z: Tensor, y: Tensor) -> Tensor:
+        return _select(self.unshared, self.shared(z), y)
+
+
+class StyleEncoder(nn.Module):
+    """E: latents [B,C,H,W] and domains [B] -> styles [B,S]."""
+
+    def __init__(self, config: ModelConfig, num_domains: int) -> None:
+        super().__init__()
+        b = config.base_dim
+        m = max(b // 2, 64)
+        self.shared = nn.Sequential(
+            _conv(config.latent_channels, m), _leaky(),
+            _conv(m, b, 2), _leaky(),
+            _conv(b, b, 2), _leaky(),
+            nn.AdaptiveAvgPool2d(1),
+        )  # fmt: skip
+        self.unshared = nn.ModuleList(nn.Linear(b, config.style_dim) for _ in range(num_domains))
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return _select(self.unshared, self.shared(x).flatten(1), y)
+
+
+class Discriminator(nn.Module):
+    """D: latents [B,C,H,W] and domains [B] -> patch logits [B,1,H/4,W/4] (for `d_layers` >= 3)."""
+
+    def __init__(self, config: ModelConfig, num_domains: int) -> None:
+        super().__init__()
+        width = config.base_dim // 4
+        layers: list[nn.Module] = [_conv(config.latent_channels, width), _leaky()]
+        for i in range(max(1, config.d_layers - 1)):
+            wider = min(config.base_dim, 2 * width)
+            layers += [_conv(width, wider, 2 if i < 2 else 1), _leaky()]
+            width = wider
+        self.main = nn.Sequential(*layers, nn.Conv2d(width, num_domains, 1))
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        logits = self.main(x)
+        return logits[torch.arange(x.shape[0], device=x.device), y].unsqueeze(1)
+
+
+class Nets:
+    """The four networks of one model: `G`, `F`, `E`, `D`."""
+
+    def __init__(self, config: ModelConfig, num_domains: int) -> None:
+        self.G = Generator(config)
+        self.F = MappingNetwork(config, num_domains)
+        self.E = StyleEncoder(config, num_domains)
+        self.D = Discriminator(config, num_domains)
+
+    @classmethod
+    def create(cls, config: ModelConfig, num_domains: int, seed: int) -> Nets:
+        """Freshly initialised networks on the CPU, a pure function of the arguments."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return cls(config, num_domains)
+
+    def items(self) -> Iterator[tuple[str, nn.Module]]:
+        """(name, network) in the order G, F, E, D."""
+        return ((name, getattr(self, name)) for name in NAMES)
+
+    def to(self, *args: object, **kwargs: object) -> Nets:
+        """Moves every network, as `nn.Module.to` does; returns itself."""
+        for _, net in self.items():
+            net.to(*args, **kwargs)  # type: ignore[call-overload]
+        return self
+
+    def state_dict(self) -> dict[str, dict[str, Tensor]]:
+        """`{"G": {parameter: tensor}, ...}`; the tensors are the live ones."""
+        return {name: net.state_dict() for name, net in self.items()}
+
+    def load_state_dict(self, states: dict[str, dict[str, Tensor]], source: str) -> None:
+        """Loads the four networks from `states`.
+
+        Raises:
+            RaystarError: a network, parameter or shape that does not fit, naming `source`.
+        """
+        for name, net in self.items():
+            if not isinstance(states.get(name), dict):
+                raise RaystarError(f"{source}: holds no weights of network {name}")
+            try:
+                net.load_state_dict(states[name])
+            except RuntimeError as error:
+                first = [line.strip() for line in str(error).splitlines()[1:2]]
+                raise RaystarError(f"{source}: network {name} does not fit the configuration: {''.join(first)}") from None
+
+    def translate(self, x: Tensor, s: Tensor) -> Tensor:
+        """G with gradients off; `x` [B,C,H,W] scaled, `s` [K*B,S] -> [K*B,C,H,W] scaled."""
+        with torch.inference_mode():
+            return self.G(x, s)  # type: ignore[no-any-return]

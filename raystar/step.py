@@ -1,0 +1,180 @@
+"""One training step: one update of D, then one of G, E and F; batched, exact, without a host synchronisation.
+
+The specification runs every network call alone. Here calls of one network that do not depend on each other
+are one call: the same function of the same inputs, so the same losses and gradients up to rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from raystar import loss as losses
+from raystar.config import Config
+from raystar.dataset import Batch
+from raystar.errors import RaystarError
+from raystar.model import Nets
+
+__all__ = ["LOGGED", "Batch", "TrainState", "autocast", "resolve_device", "train_step"]
+
+LOGGED = ("d_loss", "g_loss", "g_adv", "sty", "ds", "cyc", "id", "r1")
+"""Keys of a step's losses, as in loss_terms.md."""
+
+_BETAS = (0.0, 0.99)  # networks.md, "Optimisers"
+_AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def resolve_device(config: Config) -> torch.device:
+    """The device of `training.device`; `RaystarError` if it is not there."""
+    wanted = config.training.device
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise RaystarError("training.device: cuda was asked for, but torch finds no GPU; take auto or cpu")
+    if wanted == "auto":
+        wanted = "cuda" if torch.cuda.is_available() else "cpu"
+    if wanted == "cpu" and config.training.use_amp and config.training.amp_dtype == "fp16":
+        raise RaystarError("training.amp_dtype: fp16 needs a GPU, and none is used here; take bf16")
+    return torch.device(wanted)
+
+
+def autocast(config: Config, device: torch.device) -> AbstractContextManager[Any]:
+    """The precision in which `training` wants the networks run on `device`."""
+    if not config.training.use_amp:
+        return nullcontext()
+    return torch.autocast(device.type, _AMP_DTYPES[config.training.amp_dtype])
+
+
+@dataclass
+class TrainState:
+    """Everything that a step changes: networks and optimisers; and how the networks are called."""
+
+    nets: Nets
+    opt_g: torch.optim.AdamW
+    opt_d: torch.optim.AdamW
+    scaler: torch.amp.GradScaler
+    config: Config
+    device: torch.device
+    calls: dict[str, Callable[..., Tensor]] = field(default_factory=dict)
+    """Compiled stand-ins by network name; a network that has none is called itself."""
+
+    @classmethod
+    def create(cls, config: Config, device: torch.device | str) -> TrainState:
+        """Networks freshly initialised from `training.seed`, with their optimisers, on `device`."""
+        device = torch.device(device)
+        training = config.training
+        layout = torch.channels_last if training.channels_last else torch.contiguous_format
+        nets = Nets.create(config.model, config.num_domains, training.seed).to(device)
+        for net in (nets.G, nets.E, nets.D):
+            net.to(memory_format=layout)  # type: ignore[call-overload]
+        fp16 = training.use_amp and training.amp_dtype == "fp16"
+        opt_g = _adamw(
+            [
+                {"params": [*nets.G.parameters(), *nets.E.parameters()], "lr": training.lr_g},
+                {"params": list(nets.F.parameters()), "lr": training.lr_mapping},
+            ],
+            training.weight_decay,
+        )
+        opt_d = _adamw([{"params": list(nets.D.parameters()), "lr": training.lr_d}], training.weight_decay)
+        return cls(nets, opt_g, opt_d, torch.amp.GradScaler(device.type, enabled=fp16), config, device)
+
+    def call(self, name: str) -> Callable[..., Tensor]:
+        """Network `name` as it is to be run: compiled where that was asked for and worked."""
+        return self.calls.get(name) or getattr(self.nets, name)
+
+
+def _adamw(groups: list[dict[str, Any]], weight_decay: float) -> torch.optim.AdamW:
+    # The fused form is one kernel instead of a dozen, and skips its update on the device when told to (_update).
+    return torch.optim.AdamW(groups, betas=_BETAS, weight_decay=weight_decay, fused=True)
+
+
+def train_step(state: TrainState, batch: Batch, *, epoch: int, step: int) -> dict[str, Tensor]:
+    """One update of D, then one of G, E and F, on the updated D (loss_terms.md).
+
+    Args:
+        batch: unscaled latents, domains and noise; on the state's device.
+        epoch: from 1; sets the weight of the diversity term.
+        step: from 1 within the epoch; R1 runs when `step % r1_interval == 0`.
+
+    Returns:
+        The losses `LOGGED`, 0-d tensors on the device. A loss that is not finite shows here, and the
+        optimisers have not moved on it: check before the next step's result is used.
+    """
+    nets, weights = state.nets, state.config.loss
+    G, F, E, D = (state.call(name) for name in ("G", "F", "E", "D"))
+    precision = autocast(state.config, state.device)
+
+    content = batch.content * state.config.training.latent_scale  # [B,C,H,W]
+    x_ref = batch.x_ref * state.config.training.latent_scale
+    if state.config.training.channels_last:
+        content = content.contiguous(memory_format=torch.channels_last)
+        x_ref = x_ref.contiguous(memory_format=torch.channels_last)
+    y_src, y_trg = batch.y_src, batch.y_trg
+    B = content.shape[0]
+    use_id = weights.w_id > 0
+
+    # Styles and every translation that starts from `content`, once for both updates.
+    with precision:
+        s_ref, s_src = E(torch.cat([x_ref, content]), torch.cat([y_trg, y_src])).split(B)
+        s_noise = F(torch.cat([batch.z_trg, batch.z_1, batch.z_2]), y_trg.repeat(3))  # [3B,S]: lat, 1, 2
+        styles = [s_ref, s_noise, s_src] if use_id else [s_ref, s_noise]
+        fakes = G(content, torch.cat([s.to(s_noise.dtype) for s in styles]))  # [4B or 5B,C,H,W]
+    fake = fakes[: 2 * B]  # [2B,C,H,W]: by reference, by noise
+    fake_1, fake_2 = fakes[2 * B : 4 * B].split(B)
+
+    # D: hinge loss of both paths against one pass over the real latents, R1 every r1_interval steps.
+    with precision:
+        logits = D(torch.cat([x_ref.to(fake.dtype), fake.detach()]), y_trg.repeat(3))
+    real_logits, fake_logits = logits.split([B, 2 * B])
+    # Both paths have B fakes, so the mean over all 2B is the mean of the two paths' losses.
+    d_loss = losses.d_hinge_loss(real_logits, fake_logits)
+    r1 = d_loss.new_zeros(())
+    if step % weights.r1_interval == 0:
+        # Second derivatives: the original network (compiled ones cannot), in float32 even under autocast.
+        x_real = x_ref.detach().requires_grad_(True)
+        with torch.autocast(state.device.type, enabled=False):
+            r1 = losses.r1_penalty(nets.D(x_real, y_trg), x_real)
+        d_loss = d_loss + (weights.w_r1 * weights.r1_interval) * r1
+    _update(state, state.opt_d, d_loss)
+
+    # G, E, F. D is frozen: its gradients here would be computed for nothing.
+    nets.D.requires_grad_(False)
+    try:
+        with precision:
+            fake_logits = D(fake, y_trg.repeat(2))
+            s_hat = E(fake, y_trg.repeat(2))
+            rec = G(fake, s_src.repeat(2, 1))  # [2B,C,H,W]
+        # Means over 2B stand for both paths; loss_terms.md adds the paths, hence the factor 2.
+        adv = 2 * losses.g_adversarial_loss(fake_logits)
+        sty = 2 * losses.style_reconstruction_loss(s_hat, torch.cat([s_ref, s_noise[:B].to(s_ref.dtype)]))
+        cyc = 2 * losses.cycle_consistency_loss(rec, content.repeat(2, 1, 1, 1))
+        ds = losses.diversity_sensitive_loss(fake_1, fake_2, weights.ds_margin)
+        w_ds = losses.lambda_ds(epoch, weights.w_ds, weights.ds_decay_epochs)
+        g_loss = weights.w_adv * adv + weights.w_sty * sty + weights.w_cyc * cyc - w_ds * ds
+        identity = g_loss.new_zeros(())
+        if use_id:
+            identity = losses.cycle_consistency_loss(fakes[4 * B :], content)
+            g_loss = g_loss + weights.w_id * identity
+        _update(state, state.opt_g, g_loss)
+    finally:
+        nets.D.requires_grad_(True)
+
+    values = (d_loss, g_loss, adv, sty, ds, cyc, identity, r1)
+    return {name: value.detach() for name, value in zip(LOGGED, values, strict=True)}
+
+
+def _update(state: TrainState, optimizer: torch.optim.AdamW, loss: Tensor) -> None:
+    """Gradients of `loss` and one optimiser step, left out on the device itself if the loss is not finite."""
+    optimizer.zero_grad(set_to_none=True)
+    if state.scaler.is_enabled():
+        state.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+        state.scaler.step(optimizer)
+        state.scaler.update()
+        return
+    loss.backward()  # type: ignore[no-untyped-call]
+    # Read by the fused kernel: a non-finite loss never moves the weights, and nobody waits for the answer.
+    optimizer.found_inf = 1 - loss.detach().isfinite().to(torch.float32)  # type: ignore[attr-defined]
+    optimizer.step()

@@ -1,0 +1,265 @@
+"""The training loop: `Trainer.run()` yields one `Progress` an epoch, and knows neither Ray nor MLflow."""
+
+from __future__ import annotations
+
+import gc
+import json
+import resource
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from raystar import grid
+from raystar.checkpoint import restore, snapshot
+from raystar.codec import Codec
+from raystar.compile import compile_networks
+from raystar.config import Config
+from raystar.dataset import Bank, LatentDataset
+from raystar.errors import RaystarError, TrialDiverged, TrialOutOfMemory
+from raystar.loss import lambda_ds
+from raystar.ruler import METRICS as RULER_METRICS
+from raystar.ruler import Ruler
+from raystar.step import LOGGED, TrainState, resolve_device, train_step
+
+METRICS = (
+    *(f"train/{name}" for name in LOGGED),
+    "train/lambda_ds",
+    "train/lr_g",
+    "train/lr_d",
+    "train/lr_mapping",
+    *(f"eval/{name}" for name in RULER_METRICS),
+    "perf/samples_per_s",
+    "perf/train_s",
+    "perf/eval_s",
+    "perf/peak_memory_gib",
+    "perf/skipped_batches",
+    "perf/compile_s",
+    "perf/compiled_modules",
+)
+"""Every metric that a run can report."""
+
+MAX_SKIPPED = 0.1
+"""Share of an epoch's batches that may be left out for want of memory before the run fails."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What one epoch gave."""
+
+    epoch: int
+    metrics: dict[str, float]
+    """Some of `METRICS`."""
+    images: dict[str, Image.Image]
+    """`grid_ref` and `grid_noise`, in epochs that draw them."""
+    checkpoint: dict[str, Any] = field(repr=False)
+    """For `checkpoint.save`; its tensors are live, so save it before the next epoch is asked for."""
+
+
+class Trainer:
+    """Trains one configuration.
+
+    Args:
+        config: the whole configuration.
+        bank: the latents (`dataset.open_bank`).
+        ruler: measures every `ruler.every_epochs`; None measures nothing.
+        codec: decodes the grids; None draws none.
+        state: networks and optimisers; fresh ones from `training.seed` by default.
+        checkpoint: goes on after this checkpoint's epoch, bitwise as if never stopped.
+        name: shown in the terminal.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        bank: Bank,
+        ruler: Ruler | None = None,
+        codec: Codec | None = None,
+        state: TrainState | None = None,
+        *,
+        checkpoint: Mapping[str, Any] | None = None,
+        name: str = "",
+    ) -> None:
+        self.config = config
+        self.device = state.device if state is not None else resolve_device(config)
+        self.state = state if state is not None else TrainState.create(config, self.device)
+        self.data = LatentDataset(bank, config, self.device)
+        if self.data.steps < 1:
+            raise RaystarError(
+                f"training.batch_size {config.training.batch_size} is more than the {len(self.data)} samples of an epoch; "
+                "lower it or set training.drop_last=false"
+            )
+        self.ruler = ruler.to(self.device) if ruler is not None else None
+        self.codec = codec
+        self.grid_set = grid.choose(bank, config, codec) if codec is not None and config.grid_every else None
+        self.first_epoch = 1
+        if checkpoint is not None:
+            self.first_epoch = restore(self.state, checkpoint, "checkpoint") + 1
+        self.display = Display(config, name, self.data.steps)
+        self.first_step_at: float | None = None
+        """Unix time at which the first step was done; None before."""
+
+    def run(self) -> Iterator[Progress]:
+        """Trains epoch by epoch.
+
+        Raises:
+            TrialDiverged: a loss became NaN or infinite; the weights have not moved on it.
+            TrialOutOfMemory: more than `MAX_SKIPPED` of an epoch's batches did not fit.
+        """
+        compiled = compile_networks(self.state)
+        for note in compiled.notes:
+            print(f"note: {note}", file=sys.stderr)
+        fixed = {"perf/compile_s": compiled.seconds, "perf/compiled_modules": float(len(compiled.modules))}
+        for epoch in range(self.first_epoch, self.config.training.epochs + 1):
+            metrics = self._train_epoch(epoch) | fixed
+            started = time.perf_counter()
+            last = epoch == self.config.training.epochs
+            if self.ruler is not None and (last or epoch == 1 or epoch % self.config.ruler.every_epochs == 0):
+                found = self.ruler.measure(self.state.nets, self.config)
+                metrics |= {f"eval/{name}": value for name, value in found.items()}
+            metrics["perf/eval_s"] = time.perf_counter() - started
+            images = self._draw() if self._draws_in(epoch) else {}
+            self.display.epoch_done(epoch, metrics)
+            yield Progress(epoch, metrics, images, snapshot(self.state, epoch, metrics))
+
+    def _draws_in(self, epoch: int) -> bool:
+        every = self.config.grid_every
+        return every > 0 and (epoch % every == 0 or epoch == self.config.training.epochs)
+
+    def _draw(self) -> dict[str, Image.Image]:
+        if self.codec is None or self.grid_set is None:
+            return {}
+        return grid.draw(self.state.nets, self.config, self.grid_set, self.codec)
+
+    def _train_epoch(self, epoch: int) -> dict[str, float]:
+        training, weights = self.config.training, self.config.loss
+        self.data.set_epoch(epoch)
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        # Sums stay on the device: reading one would make the host wait for every step before the next is queued.
+        sums = torch.zeros(len(LOGGED), dtype=torch.float64, device=self.device)
+        done, samples, skipped = 0, 0, 0
+        now: dict[str, float] = {
+            "lambda_ds": lambda_ds(epoch, weights.w_ds, weights.ds_decay_epochs),
+            "lr_g": training.lr_g,
+            "lr_d": training.lr_d,
+            "lr_mapping": training.lr_mapping,
+        }
+        started = time.perf_counter()
+        for step, batch in enumerate(self.data.batches(), start=1):
+            if training.compile_cudagraphs and training.use_compile:
+                torch.compiler.cudagraph_mark_step_begin()
+            logs: dict[str, Tensor] | None = None
+            try:
+                logs = train_step(self.state, batch, epoch=epoch, step=step)
+            except RuntimeError as error:
+                if not _out_of_memory(error):
+                    raise
+            if logs is None:  # only here, where the exception no longer holds the step's activations
+                skipped += 1
+                self._recover_memory(epoch, skipped)
+                continue
+            values = torch.stack([logs[name].double() for name in LOGGED])
+            sums += values
+            done += 1
+            samples += len(batch.content)
+            if self.first_step_at is None:
+                self.first_step_at = time.time()
+            shown = step % training.display_interval == 0
+            logged = training.log_json and step % training.log_interval == 0
+            if shown or logged:
+                current = dict(zip(LOGGED, values.tolist(), strict=True))
+                _check_finite(current, sums.tolist(), epoch, step)
+                if shown:
+                    self.display.step(epoch, step, current)
+                if logged:
+                    line = {"epoch": epoch, "step": step, **current, **now}
+                    print(json.dumps(line), flush=True)
+        means = dict(zip(LOGGED, (sums / max(done, 1)).tolist(), strict=True))
+        _check_finite(means, means.values(), epoch, self.data.steps)
+        seconds = time.perf_counter() - started
+        metrics = {f"train/{name}": value for name, value in (means | now).items()}
+        metrics |= {
+            "perf/samples_per_s": samples / seconds,
+            "perf/train_s": seconds,
+            "perf/peak_memory_gib": self._peak_memory_gib(),
+            "perf/skipped_batches": float(skipped),
+        }
+        return metrics
+
+    def _recover_memory(self, epoch: int, skipped: int) -> None:
+        self.state.opt_g.zero_grad(set_to_none=True)
+        self.state.opt_d.zero_grad(set_to_none=True)
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        if skipped > MAX_SKIPPED * self.data.steps:
+            raise TrialOutOfMemory(
+                f"out of memory in {skipped} of {self.data.steps} batches of epoch {epoch} "
+                f"(peak {self._peak_memory_gib():.1f} GiB); lower training.batch_size or model.base_dim"
+            )
+
+    def _peak_memory_gib(self) -> float:
+        """Of this epoch's GPU memory; on a CPU of the whole process since its start."""
+        if self.device.type == "cuda":
+            return float(torch.cuda.max_memory_allocated(self.device)) / 2**30
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def _out_of_memory(error: RuntimeError) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error).lower()
+
+
+def _check_finite(named: Mapping[str, float], sums: Any, epoch: int, step: int) -> None:
+    if all(map(_finite, sums)):
+        return
+    bad = [name for name, value in named.items() if not _finite(value)]
+    raise TrialDiverged(f"{' and '.join(bad) or 'a loss'} became NaN or infinite in epoch {epoch}, by step {step}")
+
+
+def _finite(value: float | Tensor) -> bool:
+    return float("-inf") < float(value) < float("inf")
+
+
+class Display:
+    """Terminal progress: `bar`, `percent` (one line, rewritten) or `off`."""
+
+    def __init__(self, config: Config, name: str, steps: int) -> None:
+        self.style = config.progress
+        self.epochs = config.training.epochs
+        self.name = f"{name} " if name else ""
+        self.steps = steps
+        self.bar: tqdm[Any] | None = None
+
+    def step(self, epoch: int, step: int, values: Mapping[str, float]) -> None:
+        """Shows the losses of one step."""
+        shown = " ".join(f"{key}={values[key]:.3f}" for key in ("d_loss", "g_loss", "cyc", "sty", "ds"))
+        if self.style == "percent" and sys.stderr.isatty():
+            line = f"{self.name}epoch {epoch}/{self.epochs} {100 * step / self.steps:5.1f}% {shown}"
+            print(f"\r{line:<100}", end="", file=sys.stderr, flush=True)
+        elif self.style == "bar":
+            if self.bar is None:
+                description = f"{self.name}epoch {epoch}/{self.epochs}"
+                self.bar = tqdm(total=self.steps, desc=description, file=sys.stderr, leave=False)
+            self.bar.update(step - self.bar.n)
+            self.bar.set_postfix_str(shown)
+
+    def epoch_done(self, epoch: int, metrics: Mapping[str, float]) -> None:
+        """Leaves one line for a finished epoch."""
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+        if self.style == "off":
+            return
+        score = f"score {metrics['eval/score']:.4f}  " if "eval/score" in metrics else ""
+        line = (
+            f"{self.name}epoch {epoch}/{self.epochs}  {score}d_loss {metrics['train/d_loss']:.3f}  "
+            f"g_loss {metrics['train/g_loss']:.3f}  {metrics['perf/samples_per_s']:.1f} samples/s"
+        )
+        print(f"\r{line:<100}" if sys.stderr.isatty() else line, file=sys.stderr, flush=True)
