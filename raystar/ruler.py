@@ -19,10 +19,11 @@ Shapes: n sources a pair, P ordered pairs, d features, C x H x W latents, S styl
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -187,7 +188,7 @@ def _band_statistics(band: Tensor) -> list[Tensor]:
 
 def _train_features(latents: list[Tensor], num_domains: int) -> _Features:
     """A `_Features` trained to tell the domains apart; `latents` are scaled [n,C,H,W], one tensor a domain."""
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), _one_thread():
         torch.manual_seed(_SEED)
         everything = torch.cat(latents)
         net = _Features(everything.shape[1], num_domains)
@@ -206,9 +207,20 @@ def _train_features(latents: list[Tensor], num_domains: int) -> _Features:
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             schedule.step()
-    net.eval().requires_grad_(False)
-    net.fit(latents)
+        net.eval().requires_grad_(False)
+        net.fit(latents)
     return net
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Sums in one order, so that a ruler is the same bits on any number of cores; and no cores taken from others."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _augment(x: Tensor, std: Tensor) -> Tensor:
@@ -282,12 +294,7 @@ class Ruler:
         Raises:
             RaystarError: a domain with too few held-out latents.
         """
-        for domain, rows in zip(bank.domains, bank.held, strict=True):
-            if len(rows) < MIN_HELD_OUT:
-                raise RaystarError(
-                    f"data: the ruler needs {MIN_HELD_OUT} held-out latents of every domain, '{domain}' has {len(rows)}; "
-                    "raise data.holdout or name data.eval_data_root"
-                )
+        check_holdout(bank)
         features = _cached_features(bank, config, cache_dir)
         return cls._assemble(features, bank, config)
 
@@ -384,6 +391,16 @@ class Ruler:
         pairs = [(i, j) for i in range(len(self.domains)) for j in range(len(self.domains)) if i != j]
         distance = energy_distance(found, self.target_features[target_domain])
         return float(distance / self.do_nothing[pairs.index((source_domain, target_domain))])
+
+
+def check_holdout(bank: Bank) -> None:
+    """Raises `RaystarError` if a domain has too few held-out latents to measure with."""
+    for domain, rows in zip(bank.domains, bank.held, strict=True):
+        if len(rows) < MIN_HELD_OUT:
+            raise RaystarError(
+                f"data.holdout: the ruler needs {MIN_HELD_OUT} held-out latents of every domain, '{domain}' has "
+                f"{len(rows)}; raise data.holdout or name data.eval_data_root"
+            )
 
 
 def _in_chunks(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:

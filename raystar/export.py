@@ -1,0 +1,225 @@
+"""A trained model as plain files, and back: `python -m raystar.export` and `raystar.export.load`.
+
+An export is a folder with `model.safetensors`, `config.yaml`, `metrics.json`, `grid.png` and `README.md`;
+using one needs neither Ray nor MLflow.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from raystar import checkpoint as checkpoints
+from raystar.config import Config, from_mapping, load_config, to_yaml
+from raystar.errors import RaystarError, nearest, run_cli
+from raystar.model import NAMES, Nets
+
+WEIGHTS, CONFIG, METRICS, GRID, README = "model.safetensors", "config.yaml", "metrics.json", "grid.png", "README.md"
+
+
+class Translator:
+    """A trained model, ready to translate; float32, gradients off."""
+
+    def __init__(self, nets: Nets, config: Config, device: torch.device) -> None:
+        self.nets = nets.to(device)
+        self.config = config
+        self.device = device
+        self.domains = config.data.domains
+        for _, net in self.nets.items():
+            net.eval().requires_grad_(False)
+
+    def translate(
+        self, latents: Tensor, domain: str, reference: Tensor | None = None, seed: int | None = None
+    ) -> Tensor:
+        """Translates latents into `domain`, in the style of a reference or of a noise.
+
+        Args:
+            latents: [B,4,H,W], unscaled.
+            domain: one of `domains`.
+            reference: [4,H,W], [1,4,H,W] or [B,4,H,W] unscaled latents of that domain, whose style is taken.
+            seed: of the noise that is taken where there is no reference; 0 by default. The same noise serves
+                the whole batch, so a set of pictures comes out in one style.
+
+        Returns:
+            [B,4,H,W], unscaled, on the latents' device.
+
+        Raises:
+            RaystarError: an unknown domain, a wrong shape, or both a reference and a seed.
+        """
+        channels = self.config.model.latent_channels
+        _check_latents(latents, channels, "latents")
+        if domain not in self.domains:
+            raise RaystarError(
+                f"domain '{domain}' is not one of the model's{nearest(domain, self.domains)}: {', '.join(self.domains)}"
+            )
+        if reference is not None and seed is not None:
+            raise RaystarError("give a reference or a seed, not both")
+        scale = self.config.training.latent_scale
+        B = len(latents)
+        y = torch.full((B,), self.domains.index(domain), device=self.device)
+        with torch.inference_mode():
+            if reference is not None:
+                reference = reference[None] if reference.ndim == 3 else reference
+                _check_latents(reference, channels, "reference")
+                if len(reference) not in (1, B):
+                    raise RaystarError(f"reference: expected 1 or {B} latents, found {len(reference)}")
+                x_ref = reference.to(self.device, torch.float32) * scale
+                s = self.nets.E(x_ref, y[: len(x_ref)]).expand(B, -1)
+            else:
+                z = noise(0 if seed is None else seed, self.config.model.latent_dim).to(self.device)
+                s = self.nets.F(z.expand(B, -1), y)
+            x = latents.to(self.device, torch.float32) * scale
+            return (self.nets.G(x, s) / scale).to(latents.device)
+
+
+def noise(seed: int, latent_dim: int) -> Tensor:
+    """The noise [1,latent_dim] of a seed, the same on every machine and device."""
+    if seed < 0:
+        raise RaystarError(f"seed: expected 0 or more, found {seed}")
+    drawn = np.random.default_rng(seed).standard_normal((1, latent_dim), dtype=np.float32)
+    return torch.from_numpy(drawn)
+
+
+def _check_latents(latents: Tensor, channels: int, name: str) -> None:
+    if latents.ndim != 4 or latents.shape[1] != channels or not latents.is_floating_point():
+        raise RaystarError(
+            f"{name}: expected [B,{channels},H,W] floating point, found {list(latents.shape)} {latents.dtype}"
+        )
+
+
+def load(folder: str | Path, device: torch.device | str | None = None) -> Translator:
+    """Opens an export.
+
+    Args:
+        folder: what `write` or the command line wrote, for example `runs/<name>/best`.
+        device: a GPU if there is one by default.
+
+    Raises:
+        RaystarError: a file is missing, damaged or does not fit the others.
+    """
+    folder = Path(folder)
+    if not (folder / WEIGHTS).is_file():
+        raise RaystarError(f"{folder}: expected an exported model ({WEIGHTS}), found none")
+    config = load_config(folder / CONFIG)
+    try:
+        tensors = load_file(folder / WEIGHTS)
+    except (SafetensorError, OSError) as error:
+        raise RaystarError(f"{folder / WEIGHTS}: truncated or damaged ({error})") from None
+    states: dict[str, dict[str, Tensor]] = {name: {} for name in NAMES}
+    for key, value in tensors.items():
+        net, _, parameter = key.partition(".")
+        states.setdefault(net, {})[parameter] = value
+    nets = Nets.create(config.model, config.num_domains, seed=0)
+    nets.load_state_dict(states, str(folder / WEIGHTS))
+    return Translator(nets, config, torch.device(device) if device is not None else _default_device())
+
+
+def _default_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def write(folder: Path, checkpoint: Mapping[str, Any], facts: Mapping[str, Any], grid: Path | None) -> None:
+    """Writes an export; the folder appears whole or not at all, and an older export in its place is replaced.
+
+    Args:
+        folder: where to.
+        checkpoint: as `checkpoint.load` returns it.
+        facts: goes into `metrics.json` and, in part, the README: trial, epoch, score, metrics, parameters.
+        grid: a picture to go with it.
+    """
+    config = from_mapping(checkpoint["config"], "checkpoint")
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.part")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    tensors = {
+        f"{name}.{key}": value.detach().cpu().contiguous() for name in NAMES for key, value in checkpoint[name].items()
+    }
+    save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt", "made_by": "raystar"})
+    (temporary / CONFIG).write_text(to_yaml(config), encoding="utf-8")
+    (temporary / METRICS).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    if grid is not None:
+        shutil.copyfile(grid, temporary / GRID)
+    (temporary / README).write_text(_readme(config, facts, grid is not None), encoding="utf-8")
+    old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
+    if folder.exists():
+        os.replace(folder, old)
+    os.replace(temporary, folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _readme(config: Config, facts: Mapping[str, Any], has_grid: bool) -> str:
+    swept = "\n".join(f"- `{key}`: {value}" for key, value in facts.get("params", {}).items())
+    score = facts.get("score")
+    return (
+        f"# {facts.get('sweep', 'raystar')}: {facts.get('trial', 'a trained model')}\n\n"
+        f"A latent StarGAN v2 between {', '.join(config.data.domains)}, trained for {facts.get('epoch')} epochs"
+        + (f"; {facts['metric']} {score:.4f}.\n" if isinstance(score, float) else ".\n")
+        + ("\n![grid](grid.png)\n" if has_grid else "")
+        + (f"\nFound by the search:\n{swept}\n" if swept else "")
+        + "\n```python\nimport raystar.export\n\nmodel = raystar.export.load(\"this folder\")\n"
+        f'out = model.translate(latents, "{config.data.domains[-1]}", seed=0)  # [B,4,H,W] unscaled SD1.5 latents\n```\n'
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """`python -m raystar.export`."""
+    parser = argparse.ArgumentParser(
+        prog="python -m raystar.export", description="Copies a sweep's best model, or a checkpoint, into plain files."
+    )
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--sweep", metavar="NAME", help="a sweep below --runs: its best trial")
+    source.add_argument("--checkpoint", metavar="FILE", type=Path, help="a .pt checkpoint, raystar's or an older one")
+    parser.add_argument("--runs", metavar="DIR", type=Path, default=Path("runs"), help="folder of sweeps (runs)")
+    parser.add_argument("--out", metavar="DIR", type=Path, required=True, help="a folder that does not exist yet")
+    args = parser.parse_args(argv)
+    if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
+        raise RaystarError(f"--out {args.out}: already there; choose a folder that does not exist")
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    if args.sweep is not None:
+        _export_sweep(args.runs, args.sweep, args.out)
+    else:
+        _export_checkpoint(args.checkpoint, args.out)
+    print(f"exported to {args.out}: {', '.join(sorted(p.name for p in args.out.iterdir()))}")
+    return 0
+
+
+def _export_sweep(runs: Path, name: str, out: Path) -> None:
+    best = runs / name / "best"
+    if not (runs / name).is_dir():
+        present = [p.parent.name for p in runs.glob("*/sweep.json")]
+        raise RaystarError(f"--sweep {name}: no such sweep in {runs}{nearest(name, present)}")
+    if not (best / WEIGHTS).is_file():
+        raise RaystarError(f"--sweep {name}: no trial of it has a model yet ({best} is not there)")
+    load(best, "cpu")  # a damaged export is not passed on
+    temporary = out.with_name(f".{out.name}.{os.getpid()}.part")
+    shutil.copytree(best, temporary)
+    os.replace(temporary, out)
+
+
+def _export_checkpoint(path: Path, out: Path) -> None:
+    checkpoint = checkpoints.load(path)
+    if not isinstance(checkpoint.get("config"), dict):
+        raise RaystarError(f"{path}: holds no configuration, so the networks' sizes are unknown")
+    nets_config = from_mapping(checkpoint["config"], str(path))
+    nets = Nets.create(nets_config.model, nets_config.num_domains, seed=0)
+    nets.load_state_dict({name: checkpoint[name] for name in NAMES}, str(path))
+    metrics = checkpoint.get("metrics") or {}
+    facts = {"trial": path.stem, "epoch": checkpoint.get("epoch"), "metrics": metrics, "params": {}}
+    if "eval/score" in metrics:
+        facts |= {"metric": "eval/score", "score": metrics["eval/score"]}
+    write(out, checkpoint, facts, None)
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,270 @@
+"""A space file: what is searched, how, for how long and on what; checked whole before Ray starts."""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from raystar.config import Config, check_value, get_value, key_field, override, read_mapping
+from raystar.errors import RaystarError, nearest
+from raystar.trainer import METRICS
+
+KINDS = ("uniform", "loguniform", "randint", "choice")
+_SIGNIFICANT = 4  # digits of a drawn number: enough to search with, short enough to read
+
+# What must stay as it is for trials to be compared, or to be trials at all.
+_FIXED_SECTIONS = ("ruler", "data", "visualization", "checkpoint")
+_FIXED_KEYS = ("training.epochs", "training.device", "model.num_domains", "model.latent_channels")
+
+_KNOWN = ("description", "metric", "mode", "trials", "baseline", "search", "seed", "scheduler", "resources", "space")
+_SEARCHES = ("random", "grid", "tpe")
+
+
+@dataclass(frozen=True)
+class Distribution:
+    """How the values of one key are drawn."""
+
+    kind: str
+    values: tuple[Any, ...]
+    """(low, high) of a range, high excluded for `randint`; or the choices."""
+
+    def draw(self, rng: np.random.Generator) -> Any:
+        """One value."""
+        if self.kind == "choice":
+            return self.values[int(rng.integers(len(self.values)))]
+        low, high = self.values
+        if self.kind == "randint":
+            return int(rng.integers(low, high))
+        if self.kind == "uniform":
+            return _rounded(float(rng.uniform(low, high)), low, high)
+        return _rounded(math.exp(rng.uniform(math.log(low), math.log(high))), low, high)
+
+    def to_ray(self) -> Any:
+        """The same distribution as Ray Tune's."""
+        from ray import tune
+
+        if self.kind == "choice":
+            return tune.choice(list(self.values))
+        make = {"randint": tune.randint, "uniform": tune.uniform, "loguniform": tune.loguniform}[self.kind]
+        return make(*self.values)
+
+
+@dataclass(frozen=True)
+class Scheduler:
+    """When trials are stopped: ASHA on epochs, or never (`none`)."""
+
+    type: str = "asha"
+    max_epochs: int | None = None
+    """Epochs of a trial that is never stopped; by default `training.epochs`."""
+    grace_epochs: int = 1
+    reduction_factor: float = 2
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What one trial occupies."""
+
+    gpus: float | str = "auto"
+    """A number, a fraction to share one, or `auto`: half a GPU where there is one, else none."""
+    cpus: int = 1
+
+
+@dataclass(frozen=True)
+class Space:
+    """A checked space file."""
+
+    source: str
+    metric: str
+    """One of `trainer.METRICS`."""
+    mode: str
+    trials: int
+    space: Mapping[str, Distribution]
+    description: str = ""
+    baseline: bool = True
+    search: str = "random"
+    seed: int = 0
+    scheduler: Scheduler = field(default_factory=Scheduler)
+    resources: Resources = field(default_factory=Resources)
+
+    def points(self, config: Config) -> list[dict[str, Any]] | None:
+        """The swept keys' values of every trial, the baseline first; None where the search decides as it goes.
+
+        Raises:
+            RaystarError: a drawn combination that no configuration may have.
+        """
+        base = [{key: get_value(config, key) for key in self.space}] if self.baseline else []
+        if self.search == "tpe":
+            return None
+        if self.search == "grid":
+            keys = list(self.space)
+            combinations = itertools.product(*(self.space[key].values for key in keys))
+            points = [dict(zip(keys, values, strict=True)) for values in combinations]
+            points = base + [point for point in points if point not in base]
+        else:
+            rng = np.random.default_rng(self.seed)
+            points = base + [
+                {key: distribution.draw(rng) for key, distribution in self.space.items()}
+                for _ in range(self.trials - len(base))
+            ]
+        for point in points:
+            override(config, point, self.source)
+        return points
+
+
+def load_space(path: str | Path, config: Config) -> Space:
+    """Reads and checks a space file against `config`.
+
+    Raises:
+        RaystarError: what is wrong, where, and what was expected.
+    """
+    return from_mapping(read_mapping(path), config, str(path))
+
+
+def from_mapping(content: Mapping[str, Any], config: Config, source: str) -> Space:
+    """A `Space` from a mapping read from `source`."""
+    for key in content:
+        if key not in _KNOWN:
+            raise RaystarError(f"{source}: unknown key '{key}'{nearest(str(key), _KNOWN)}; known: {', '.join(_KNOWN)}")
+    ranges = content.get("space")
+    if not isinstance(ranges, Mapping) or not ranges:
+        raise RaystarError(f"{source}: space: expected the keys to search, for example loss.w_cyc: {{uniform: [0.5, 2]}}")
+    space = {str(key): _distribution(str(key), value, source) for key, value in ranges.items()}
+    search = _one_of(content.get("search", "random"), _SEARCHES, f"{source}: search")
+    if search == "grid" and (ranged := [key for key, d in space.items() if d.kind != "choice"]):
+        raise RaystarError(f"{source}: search grid needs choices, but {', '.join(ranged)} has a range")
+    if search == "tpe" and importlib.util.find_spec("optuna") is None:
+        raise RaystarError(f"{source}: search tpe needs the package optuna; install raystar[tpe]")
+    baseline = _boolean(content.get("baseline", True), f"{source}: baseline")
+    trials = _whole(content.get("trials", 12), f"{source}: trials", 1)
+    if search == "grid":
+        trials = math.prod(len(d.values) for d in space.values()) + (1 if baseline else 0)
+    return Space(
+        source=source,
+        metric=_metric(content.get("metric", "score"), source),
+        mode=_one_of(content.get("mode", "min"), ("min", "max"), f"{source}: mode"),
+        trials=trials,
+        space=space,
+        description=str(content.get("description", "")),
+        baseline=baseline,
+        search=search,
+        seed=_whole(content.get("seed", 0), f"{source}: seed", 0),
+        scheduler=_scheduler(content.get("scheduler", {}), source),
+        resources=_resources(content.get("resources", {}), source),
+    )
+
+
+def _distribution(key: str, value: Any, source: str) -> Distribution:
+    where = f"{source}: space: {key}"
+    spec = key_field(key, f"{source}: space")
+    if key.partition(".")[0] in _FIXED_SECTIONS or key in _FIXED_KEYS or not spec.metadata["result"]:
+        raise RaystarError(f"{where}: cannot be searched: trials could not be compared, or would not differ")
+    if not isinstance(value, Mapping) or len(value) != 1:
+        raise RaystarError(f"{where}: expected one of {', '.join(KINDS)}, as in {{uniform: [0.5, 2.0]}}; found {value!r}")
+    ((kind, values),) = value.items()
+    if kind not in KINDS:
+        raise RaystarError(f"{where}: unknown distribution '{kind}'{nearest(str(kind), KINDS)}; known: {', '.join(KINDS)}")
+    if not isinstance(values, list | tuple) or not values:
+        raise RaystarError(f"{where}: {kind}: expected a list, found {values!r}")
+    if kind == "choice":
+        return Distribution(kind, tuple(check_value(key, v, f"{source}: space") for v in values))
+    if len(values) != 2:
+        raise RaystarError(f"{where}: {kind}: expected [low, high], found {list(values)}")
+    if kind == "randint":
+        low, high = (_whole(v, f"{where}: randint", None) for v in values)
+        # The upper end is excluded, as in Python and Ray, so high - 1 is the largest value drawn.
+        for value_drawn in (low, high - 1):
+            check_value(key, value_drawn, f"{source}: space")
+    else:
+        low, high = (check_value(key, v, f"{source}: space") for v in values)
+        if not isinstance(low, float) or not isinstance(high, float):
+            raise RaystarError(f"{where}: takes whole numbers or names; use randint or choice instead of {kind}")
+    if not low < high:
+        raise RaystarError(f"{where}: {kind}: expected low < high, found [{low:g}, {high:g}]")
+    if kind == "loguniform" and low <= 0:
+        raise RaystarError(f"{where}: loguniform: expected low above 0, found [{low:g}, {high:g}]")
+    return Distribution(kind, (low, high))
+
+
+def _scheduler(content: Any, source: str) -> Scheduler:
+    where = f"{source}: scheduler"
+    _section(content, ("type", "max_epochs", "grace_epochs", "reduction_factor"), where)
+    most = content.get("max_epochs")
+    found = Scheduler(
+        type=_one_of(content.get("type", "asha"), ("asha", "none"), f"{where}.type"),
+        max_epochs=None if most is None else _whole(most, f"{where}.max_epochs", 1),
+        grace_epochs=_whole(content.get("grace_epochs", 1), f"{where}.grace_epochs", 1),
+        reduction_factor=_number(content.get("reduction_factor", 2), f"{where}.reduction_factor"),
+    )
+    if found.reduction_factor <= 1:
+        raise RaystarError(f"{where}.reduction_factor: expected more than 1, found {found.reduction_factor:g}")
+    if found.max_epochs is not None and found.grace_epochs > found.max_epochs:
+        raise RaystarError(f"{where}.grace_epochs: expected at most max_epochs {found.max_epochs}, found {found.grace_epochs}")
+    return found
+
+
+def _resources(content: Any, source: str) -> Resources:
+    where = f"{source}: resources"
+    _section(content, ("gpus", "cpus", "workers"), where)
+    gpus = content.get("gpus", "auto")
+    if gpus != "auto":
+        gpus = _number(gpus, f"{where}.gpus")
+        if not 0 <= gpus <= 1:
+            raise RaystarError(f"{where}.gpus: expected auto, 0, 1 or a fraction: a trial trains on one device; found {gpus:g}")
+    workers = _whole(content.get("workers", 1), f"{where}.workers", 1)
+    if workers != 1:
+        raise RaystarError(f"{where}.workers: a trial runs in one worker so far; found {workers}")
+    return Resources(gpus=gpus, cpus=_whole(content.get("cpus", 1), f"{where}.cpus", 1))
+
+
+def _section(content: Any, known: tuple[str, ...], where: str) -> None:
+    if not isinstance(content, Mapping):
+        raise RaystarError(f"{where}: expected keys {', '.join(known)}, found {content!r}")
+    for key in content:
+        if key not in known:
+            raise RaystarError(f"{where}: unknown key '{key}'{nearest(str(key), known)}; known: {', '.join(known)}")
+
+
+def _metric(name: Any, source: str) -> str:
+    """The full name of a metric given in full or by its last part."""
+    for metric in METRICS:
+        if name in (metric, metric.partition("/")[2]):
+            return metric
+    tails = [metric.partition("/")[2] for metric in METRICS]
+    raise RaystarError(f"{source}: metric: unknown '{name}'{nearest(str(name), tails)}; known: {', '.join(tails)}")
+
+
+def _one_of(value: Any, choices: tuple[str, ...], where: str) -> str:
+    if not isinstance(value, str) or value not in choices:
+        raise RaystarError(f"{where}: expected one of {', '.join(choices)}, found {value!r}")
+    return value
+
+
+def _boolean(value: Any, where: str) -> bool:
+    if not isinstance(value, bool):
+        raise RaystarError(f"{where}: expected true or false, found {value!r}")
+    return value
+
+
+def _whole(value: Any, where: str, at_least: int | None) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise RaystarError(f"{where}: expected a whole number, found {value!r}")
+    if at_least is not None and value < at_least:
+        raise RaystarError(f"{where}: expected at least {at_least}, found {value}")
+    return value
+
+
+def _number(value: Any, where: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise RaystarError(f"{where}: expected a number, found {value!r}")
+    return float(value)
+
+
+def _rounded(value: float, low: float, high: float) -> float:
+    return min(max(float(f"{value:.{_SIGNIFICANT}g}"), low), high)

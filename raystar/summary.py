@@ -1,0 +1,149 @@
+"""The record of a sweep: what every trial did, which is best, and the files and lines that say so."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import os
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from raystar import __version__
+
+RUNNING, PENDING = "running", "pending"
+FINISHED, STOPPED, DIVERGED, FAILED, INTERRUPTED = "finished", "stopped", "diverged", "failed", "interrupted"
+COMPARABLE = (FINISHED, STOPPED, RUNNING, INTERRUPTED)
+"""Statuses whose trials may be best: a diverged or failed trial never is."""
+
+
+@dataclass
+class TrialRecord:
+    """One trial, as `summary.json` lists it."""
+
+    trial: str
+    params: dict[str, Any]
+    status: str = PENDING
+    epochs: int = 0
+    score: float | None = None
+    """Its best value of the sweep's metric."""
+    score_epoch: int | None = None
+    wall_s: float = 0.0
+    idle_s: float | None = None
+    """Seconds from the last report of the trial before it in the same process to this one's first step."""
+    run_id: str | None = None
+    checkpoint: str | None = None
+    """Of `score_epoch`, relative to the sweep's folder."""
+    reason: str | None = None
+    metrics: dict[str, float] = field(default_factory=dict)
+    """At `score_epoch`."""
+
+
+@dataclass
+class Summary:
+    """A sweep as it stands; `write` keeps `summary.json` and `summary.csv` current."""
+
+    sweep: str
+    metric: str
+    mode: str
+    planned: int
+    baseline_trial: str | None
+    status: str = RUNNING
+    started: float = field(default_factory=time.time)
+    trials: dict[str, TrialRecord] = field(default_factory=dict)
+
+    def better(self, a: float, b: float | None) -> bool:
+        """Whether `a` beats `b` in this sweep's mode; anything finite beats None."""
+        if not math.isfinite(a):
+            return False
+        return b is None or (a < b if self.mode == "min" else a > b)
+
+    def report(self, trial: str, epoch: int, metrics: dict[str, float]) -> bool:
+        """Takes in one epoch of a trial; returns whether it is the trial's best so far."""
+        record = self.trials[trial]
+        record.epochs = max(record.epochs, epoch)
+        value = metrics.get(self.metric, math.nan)
+        if not self.better(value, record.score):
+            return False
+        record.score, record.score_epoch, record.metrics = value, epoch, dict(metrics)
+        return True
+
+    @property
+    def best(self) -> TrialRecord | None:
+        """The trial with the best score among those that neither diverged nor failed."""
+        best: TrialRecord | None = None
+        for record in self.trials.values():
+            if record.status in COMPARABLE and record.score is not None:
+                if best is None or self.better(record.score, best.score):
+                    best = record
+        return best
+
+    @property
+    def baseline(self) -> TrialRecord | None:
+        """The trial that ran the configuration as it stands, if the sweep has one."""
+        return self.trials.get(self.baseline_trial) if self.baseline_trial else None
+
+    def counts(self) -> dict[str, int]:
+        """Trials by status."""
+        found: dict[str, int] = {}
+        for record in self.trials.values():
+            found[record.status] = found.get(record.status, 0) + 1
+        return found
+
+    def to_mapping(self) -> dict[str, Any]:
+        """The content of `summary.json`."""
+        return {
+            "sweep": self.sweep,
+            "status": self.status,
+            "metric": self.metric,
+            "mode": self.mode,
+            "wall_s": round(time.time() - self.started, 3),
+            "best": asdict(self.best) if self.best else None,
+            "baseline": asdict(self.baseline) if self.baseline else None,
+            "trials": [asdict(record) for record in self.trials.values()],
+            "raystar": __version__,
+        }
+
+    def to_csv(self) -> str:
+        """The trials as a table, swept keys as columns, best first."""
+        keys = sorted({key for record in self.trials.values() for key in record.params})
+        columns = ["trial", "status", "epochs", "score", "score_epoch", "wall_s", "run_id", "reason", *keys]
+        text = io.StringIO()
+        table = csv.DictWriter(text, columns, lineterminator="\n")
+        table.writeheader()
+        sign = 1 if self.mode == "min" else -1
+        last = math.inf
+        for record in sorted(self.trials.values(), key=lambda r: last if r.score is None else sign * r.score):
+            row = asdict(record) | record.params
+            table.writerow({column: row.get(column) for column in columns})
+        return text.getvalue()
+
+    def write(self, folder: Path) -> None:
+        """Writes `summary.json` and `summary.csv` into `folder`, each whole or not at all."""
+        write_whole(folder / "summary.json", json.dumps(self.to_mapping(), indent=1) + "\n")
+        write_whole(folder / "summary.csv", self.to_csv())
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a text file under a temporary name and renames it, so that a reader never sees half of it."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def trial_name(number: int, trials: int) -> str:
+    """`t00`, `t01`, ... wide enough for `trials`."""
+    return f"t{number:0{max(2, len(str(trials - 1)))}d}"
+
+
+def duration(seconds: float) -> str:
+    """`42 s`, `3:07` or `1:02:03`."""
+    whole = max(0, round(seconds))
+    if whole < 60:
+        return f"{whole} s"
+    hours, rest = divmod(whole, 3600)
+    minutes, seconds_left = divmod(rest, 60)
+    return f"{hours}:{minutes:02d}:{seconds_left:02d}" if hours else f"{minutes}:{seconds_left:02d}"

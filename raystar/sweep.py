@@ -1,0 +1,501 @@
+"""A sweep: Ray Tune runs the trials, this process keeps the record of them.
+
+One driver callback takes in every result: it updates the summary's files, the table and, through a thread,
+MLflow. Trials know nothing of any of these.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+import platform
+import shlex
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from raystar import __version__, export
+from raystar import checkpoint as checkpoints
+from raystar.codec import open_codec, say
+from raystar.config import Config, get_value, override, signature, to_mapping, to_yaml
+from raystar.errors import RaystarError
+from raystar.ruler import Ruler
+from raystar.summary import (
+    DIVERGED,
+    FAILED,
+    FINISHED,
+    INTERRUPTED,
+    RUNNING,
+    STOPPED,
+    Summary,
+    TrialRecord,
+    duration,
+    write_whole,
+)
+from raystar.table import Board, announce
+from raystar.tracking import PARENT, MlflowTracker, Tracker, provenance
+from raystar.summary import trial_name
+from raystar.tune import Plan, usable_cpus
+
+_OBJECT_STORE_BYTES = 128 * 2**20  # trials exchange nothing but small results
+
+# Read by Ray while it is imported; why each is needed is written down in the design's facts.
+_RAY_ENVIRONMENT = {
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    "RAY_TRAIN_V2_ENABLED": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_worker_niceness": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",
+    "TUNE_GLOBAL_CHECKPOINT_S": "5",
+    "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
+}
+
+
+def run(plan: Plan, command: list[str]) -> int:
+    """Runs a checked sweep to its end; returns the exit status of `python -m raystar.tune`.
+
+    Raises:
+        RaystarError: Ray, the ruler or the tracking store cannot be started.
+    """
+    space, config = plan.space, plan.config
+    plan.folder.mkdir(parents=True, exist_ok=False)
+    announce(
+        f"sweep {plan.name}: {plan.trials} trials of up to {config.training.epochs} epochs, {len(plan.bank.domains)} domains, "
+        f"{sum(map(len, plan.bank.train))} latents; starting Ray, MLflow and the ruler"
+    )
+    _write_request(plan, command)
+    tracker = MlflowTracker(
+        plan.tracking_uri,
+        plan.out / "artifacts",
+        {"name": Path(plan.bank.root).name or "latents", "digest": plan.bank.digest, "source": plan.bank.root},
+        {**provenance(), "raystar.sweep": plan.name},
+        space.metric,
+        space.mode == "min",
+    )
+    ruler = _Background(lambda: Ruler.build(plan.bank, config, plan.cache_dir))
+    try:
+        _start_ray(plan)
+        config, note = _settle_codec(config)
+        say(note)
+        ruler.result()
+        tracker.wait_until_connected()
+    except BaseException:
+        tracker.close()
+        _stop_ray()
+        plan.folder.joinpath("sweep.json").unlink(missing_ok=True)
+        plan.folder.rmdir()
+        raise
+    return _Sweep(dataclasses.replace(plan, config=config), tracker).run()
+
+
+def _write_request(plan: Plan, command: list[str]) -> None:
+    request = {
+        "name": plan.name,
+        "command": shlex.join(["python", *command]),
+        "config": to_mapping(plan.config),
+        "space": dataclasses.asdict(plan.space),
+        "trials": plan.trials,
+        "gpus_per_trial": plan.gpu_share,
+        "signature": signature(plan.config),
+        "data": {"root": plan.bank.root, "digest": plan.bank.digest, "latents": len(plan.bank.names)},
+        "git_commit": provenance().get("mlflow.source.git.commit"),
+        "versions": {
+            "python": platform.python_version(),
+            "raystar": __version__,
+            **{name: version(name) for name in ("torch", "ray", "mlflow", "numpy")},
+        },
+    }
+    write_whole(plan.folder / "sweep.json", json.dumps(request, indent=1, default=str) + "\n")
+
+
+class _Background:
+    """Runs a function in a thread; `result` waits for it and raises what it raised."""
+
+    def __init__(self, function: Callable[[], Any]) -> None:
+        self._value: Any = None
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, args=(function,), daemon=True)
+        self._thread.start()
+
+    def _run(self, function: Callable[[], Any]) -> None:
+        try:
+            self._value = function()
+        except BaseException as error:
+            self._error = error
+
+    def result(self) -> Any:
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+        return self._value
+
+
+def _start_ray(plan: Plan) -> None:
+    os.environ.update(_RAY_ENVIRONMENT)
+    # Trials compile once a sweep, not once each; the cache is shared by every sweep below --out.
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(plan.cache_dir / "inductor"))
+    import ray
+
+    try:
+        ray.init(
+            num_cpus=usable_cpus(),
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            object_store_memory=_OBJECT_STORE_BYTES,
+            namespace="raystar",
+        )
+    except (RuntimeError, ConnectionError, OSError, ValueError) as error:
+        raise RaystarError(f"Ray cannot be started: {(str(error).splitlines() or ['unknown reason'])[0]}") from None
+    for name in ("ray", "ray.tune", "ray.train", "ray.data"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+
+
+def _stop_ray() -> None:
+    ray = sys.modules.get("ray")
+    if ray is not None and ray.is_initialized():
+        ray.shutdown()
+
+
+def _settle_codec(config: Config) -> tuple[Config, str | None]:
+    """Tries the codec once for all trials: one that cannot be had is looked for, and told of, a single time."""
+    if config.visualization.vae_model_name_or_path is None or not config.grid_every:
+        return config, None
+    _, note = open_codec(config)
+    if note is None:
+        return config, None
+    return override(config, {"visualization.vae_model_name_or_path": None}, "codec"), note
+
+
+class _Sweep:
+    """The driver's side of a running sweep."""
+
+    def __init__(self, plan: Plan, tracker: Tracker) -> None:
+        self.plan = plan
+        self.tracker = tracker
+        space = plan.space
+        self.baseline = trial_name(0, plan.trials) if space.baseline else None
+        self.summary = Summary(plan.name, space.metric, space.mode, plan.trials, self.baseline)
+        for number, point in enumerate(plan.points or []):
+            name = trial_name(number, plan.trials)
+            self.summary.trials[name] = TrialRecord(name, dict(point))
+        at_a_time = int(usable_cpus() // space.resources.cpus)
+        if plan.gpu_share:
+            import torch
+
+            at_a_time = min(at_a_time, int(torch.cuda.device_count() / plan.gpu_share))
+        self.at_a_time = max(1, min(at_a_time, plan.max_concurrent or at_a_time, plan.trials))
+        self.board = Board(self.summary, plan.config.training.epochs, self.at_a_time)
+        self.pictures = plan.folder / "pictures"
+        self.interrupts = 0
+        self._began: dict[str, float] = {}
+        self._last_report: dict[int, tuple[str, float]] = {}  # by process: trial and time
+        self._written = 0.0
+
+    # -- the run ------------------------------------------------------------------------------------
+
+    def run(self) -> int:
+        """Runs the trials, then writes what is left to write; returns the exit status."""
+        plan = self.plan
+        self._open_parent()
+        announce(
+            f"{self.at_a_time} trial{'s' if self.at_a_time > 1 else ''} at a time; "
+            f"{plan.space.metric}, {'lower' if plan.space.mode == 'min' else 'higher'} is better"
+        )
+        error: str | None = None
+        restore_signals = self._catch_signals()
+        self.board.start()
+        try:
+            self._fit()
+        except KeyboardInterrupt:
+            self.interrupts += 1
+        # Tune's own failures, not a trial's: what is done is kept and recorded, then the reason is told.
+        except Exception as failure:
+            error = f"{type(failure).__name__}: {(str(failure).strip().splitlines() or [''])[0]}"
+        finally:
+            self.board.stop()
+            restore_signals()
+        return self._finish(error)
+
+    def _open_parent(self) -> None:
+        plan = self.plan
+        self.tracker.start(
+            PARENT,
+            params={"trials": plan.trials, "epochs": plan.config.training.epochs, "search": plan.space.search},
+            tags={
+                "raystar.signature": signature(plan.config),
+                "raystar.seed": str(plan.config.training.seed),
+                **({"mlflow.note.content": plan.space.description} if plan.space.description else {}),
+            },
+            text={
+                "config.yaml": to_yaml(plan.config),
+                "sweep.json": (plan.folder / "sweep.json").read_text(encoding="utf-8"),
+            },
+        )
+
+    def _fit(self) -> None:
+        from ray import tune
+        from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
+
+        from raystar.trial import Recorder, Request, TrialNames, run_trial
+
+        plan, space = self.plan, self.plan.space
+        request = Request(
+            config=to_mapping(plan.config),
+            metric=space.metric,
+            mode=space.mode,
+            cache_dir=str(plan.cache_dir),
+            pictures_dir=str(self.pictures.resolve()),
+            gpu_share=plan.gpu_share,
+        )
+        resources: dict[str, float] = {"cpu": space.resources.cpus}
+        if plan.gpu_share:
+            resources["gpu"] = plan.gpu_share
+        scheduler: Any = FIFOScheduler()
+        if space.scheduler.type == "asha":
+            scheduler = ASHAScheduler(
+                time_attr="epoch",
+                metric=space.metric,
+                mode=space.mode,
+                max_t=plan.config.training.epochs,
+                grace_period=space.scheduler.grace_epochs,
+                reduction_factor=space.scheduler.reduction_factor,
+            )
+        tuner = tune.Tuner(
+            tune.with_resources(tune.with_parameters(run_trial, request=request), resources),
+            param_space={key: d.to_ray() for key, d in space.space.items()},
+            tune_config=tune.TuneConfig(
+                search_alg=self._search(),
+                scheduler=scheduler,
+                num_samples=plan.trials,
+                reuse_actors=True,
+                time_budget_s=plan.time_budget_s,
+                trial_name_creator=TrialNames(plan.trials),
+                trial_dirname_creator=str,
+                **({} if space.search == "tpe" else {"metric": None}),
+            ),
+            run_config=tune.RunConfig(
+                name="trials",
+                storage_path=str(plan.folder.resolve()),
+                verbose=0,
+                callbacks=[Recorder(self)],
+                # A process that dies starts again from its trial's last checkpoint; exceptions never come here.
+                failure_config=tune.FailureConfig(max_failures=2),
+                checkpoint_config=tune.CheckpointConfig(
+                    num_to_keep=1, checkpoint_score_attribute=space.metric, checkpoint_score_order=space.mode
+                ),
+            ),
+        )
+        tuner.fit()
+
+    def _search(self) -> Any:
+        space = self.plan.space
+        if space.search == "tpe":
+            from ray.tune.search import ConcurrencyLimiter
+            from ray.tune.search.optuna import OptunaSearch
+
+            start = [{key: get_value(self.plan.config, key) for key in space.space}] if space.baseline else None
+            search = OptunaSearch(metric=space.metric, mode=space.mode, points_to_evaluate=start, seed=space.seed)
+            return ConcurrencyLimiter(search, max_concurrent=self.at_a_time)
+        from ray.tune.search.basic_variant import BasicVariantGenerator
+
+        # Drawn and checked by `Space.points`: Tune only hands them out.
+        return BasicVariantGenerator(points_to_evaluate=self.plan.points, max_concurrent=self.at_a_time)
+
+    def _catch_signals(self) -> Callable[[], None]:
+        """The first Ctrl-C or SIGTERM stops after saving, a third at once."""
+
+        def handle(number: int, frame: FrameType | None) -> None:
+            self.interrupts += 1
+            if self.interrupts == 1:
+                print("\nstopping after saving; press Ctrl-C twice more to stop at once", file=sys.stderr, flush=True)
+                signal.raise_signal(signal.SIGUSR1)  # Tune saves its state and ends the run on this one
+            elif self.interrupts >= 3:
+                raise KeyboardInterrupt
+
+        old = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        # Until Tune takes it, SIGUSR1 would end the process.
+        old[signal.SIGUSR1] = signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+
+        def restore() -> None:
+            for number, handler in old.items():
+                signal.signal(number, handler)
+
+        return restore
+
+    # -- what the callback tells --------------------------------------------------------------------
+
+    def trial_started(self, name: str, params: dict[str, Any]) -> None:
+        """A trial begins, or begins again after its process died."""
+        record = self.summary.trials.setdefault(name, TrialRecord(name, dict(params)))
+        again = name in self._began
+        record.status = RUNNING
+        self._began.setdefault(name, time.time())
+        if again:
+            return
+        config = override(self.plan.config, params, "trial")
+        self.tracker.start(
+            name,
+            params=params,
+            tags={
+                "raystar.trial": name,
+                "raystar.signature": signature(config),
+                "raystar.seed": str(config.training.seed),
+                "raystar.baseline": str(name == self.baseline).lower(),
+            },
+            text={"config.yaml": to_yaml(config)},
+        )
+        self.board.changed(record)
+
+    def trial_reported(self, name: str, result: dict[str, Any]) -> None:
+        """A trial reports an epoch, or that it cannot go on."""
+        record = self.summary.trials[name]
+        now = time.time()
+        record.wall_s = round(now - self._began[name], 3)
+        self._measure_idle(record, result, now)
+        if result["status"] in (DIVERGED, FAILED):
+            record.status, record.reason = result["status"], result["reason"]
+            return
+        epoch = int(result["epoch"])
+        metrics = {key: float(value) for key, value in result.items() if "/" in key and isinstance(value, int | float)}
+        if self.summary.report(name, epoch, metrics) and result.get("checkpoint_dir_name"):
+            record.checkpoint = f"trials/{name}/{result['checkpoint_dir_name']}/checkpoint.pt"
+        images = {key: Path(path) for key, path in (result.get("images") or {}).items()}
+        self.tracker.log(name, epoch, metrics, images)
+        self.board.changed(record, metrics.get(self.summary.metric))
+        self._write(now)
+
+    def trial_ended(self, name: str, reason: str | None, failed: bool) -> None:
+        """A trial is over: at its end, stopped by the scheduler, or failed."""
+        record = self.summary.trials[name]
+        if failed:
+            record.status, record.reason = FAILED, reason
+        elif record.status == RUNNING:
+            whole = record.epochs >= self.plan.config.training.epochs
+            record.status = FINISHED if whole else STOPPED
+            if not whole:
+                budget = self.plan.time_budget_s
+                late = budget is not None and time.time() - self.summary.started >= budget
+                record.reason = "the time budget was used up" if late else f"stopped early after epoch {record.epochs}"
+        record.run_id = self.tracker.run_id(name)
+        self.tracker.end(name, record.status, record.reason)
+        self.board.changed(record)
+        self._write(0.0)
+
+    def _measure_idle(self, record: TrialRecord, result: dict[str, Any], now: float) -> None:
+        """How long the trial's process trained nothing between the trial before and this one's first step."""
+        pid, first_step = result.get("pid"), result.get("first_step_at")
+        if pid is None:
+            return
+        before = self._last_report.get(pid)
+        if before is not None and before[0] != record.trial and first_step is not None:
+            record.idle_s = round(max(0.0, first_step - before[1]), 3)
+        self._last_report[pid] = (record.trial, now)
+
+    def _write(self, now: float) -> None:
+        """Keeps the files current; at most once a second, however many trials report."""
+        if now and now - self._written < 1.0:
+            return
+        for record in self.summary.trials.values():
+            record.run_id = record.run_id or self.tracker.run_id(record.trial)
+        self.summary.write(self.plan.folder)
+        self._written = now or time.time()
+
+    # -- the end ------------------------------------------------------------------------------------
+
+    def _finish(self, error: str | None) -> int:
+        summary, plan = self.summary, self.plan
+        for record in summary.trials.values():
+            if record.status == RUNNING:
+                record.status = INTERRUPTED if self.interrupts else FAILED
+                record.reason = record.reason or ("interrupted" if self.interrupts else error)
+                self.tracker.end(record.trial, record.status, record.reason)
+        done = [r for r in summary.trials.values() if r.status in (FINISHED, STOPPED)]
+        summary.status = INTERRUPTED if self.interrupts else FINISHED if done and not error else FAILED
+        best = summary.best
+        files: dict[str, Path] = {}
+        if best is not None:
+            self._export(best)
+            files["best/grid.png"] = plan.folder / "best" / export.GRID
+        self._write(0.0)
+        files |= {name: plan.folder / name for name in ("summary.json", "summary.csv")}
+        tags = {"raystar.best_trial": best.trial, "raystar.best_run": best.run_id or ""} if best else {}
+        metrics = {f"best/{summary.metric.partition('/')[2]}": best.score} if best and best.score is not None else {}
+        self.tracker.attach(PARENT, {k: v for k, v in files.items() if v.is_file()}, tags, metrics)
+        self.tracker.end(PARENT, summary.status, error)
+        self.tracker.close()
+        self._write(0.0)
+        _stop_ray()
+        self._tell(error)
+        if self.interrupts:
+            return 130
+        return 0 if done else 1
+
+    def _export(self, best: TrialRecord) -> None:
+        """Writes `best/` from the best trial's best checkpoint."""
+        plan = self.plan
+        folder = plan.folder / "trials" / best.trial
+        path = _checkpoint_of(folder, best.score_epoch)
+        if path is None:
+            best.checkpoint = None
+            return
+        best.checkpoint = str(path.relative_to(plan.folder))
+        grid = self.pictures / best.trial / f"grid_ref_{best.score_epoch:04d}.png"
+        facts = {
+            "sweep": plan.name,
+            "trial": best.trial,
+            "epoch": best.score_epoch,
+            "metric": self.summary.metric,
+            "score": best.score,
+            "metrics": best.metrics,
+            "params": best.params,
+            "run_id": best.run_id,
+        }
+        export.write(plan.folder / "best", checkpoints.load(path), facts, grid if grid.is_file() else None)
+
+    def _tell(self, error: str | None) -> None:
+        summary, plan = self.summary, self.plan
+        counts = ", ".join(f"{n} {status}" for status, n in summary.counts().items())
+        announce(f"\nsweep {summary.status} in {duration(time.time() - summary.started)}: {counts}")
+        if error is not None:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        for record in summary.trials.values():
+            if record.status in (FAILED, DIVERGED):
+                announce(f"  {record.trial} {record.status}: {record.reason}")
+        best, baseline = summary.best, summary.baseline
+        if best is None or best.score is None:
+            announce("no trial has a score")
+        else:
+            name = summary.metric.partition("/")[2]
+            line = f"best {best.trial}: {name} {best.score:.4f} at epoch {best.score_epoch}"
+            if baseline is not None and baseline.score is not None and best is not baseline:
+                gain = abs(best.score - baseline.score) / max(abs(baseline.score), 1e-12)
+                line += f"; baseline {baseline.score:.4f}, {gain:.1%} better"
+            elif baseline is not None and best is baseline:
+                line += "; it is the baseline: no other trial beats it"
+            announce(line)
+            announce("  " + "  ".join(f"{key}={value}" for key, value in best.params.items()))
+            announce(f"  files: {plan.folder / 'best'}")
+        announce(f"compare: mlflow ui --backend-store-uri {plan.tracking_uri}" if "://" in plan.tracking_uri and not plan.tracking_uri.startswith("http") else f"compare: {plan.tracking_uri}")  # fmt: skip
+        if best is not None:
+            runs = "" if plan.out == Path("runs") else f" --runs {plan.out}"
+            announce(f"export:  python -m raystar.export --sweep {plan.name}{runs} --out my_model")
+
+
+def _checkpoint_of(folder: Path, epoch: int | None) -> Path | None:
+    """The checkpoint of `epoch` below a trial's folder."""
+    for meta in sorted(folder.glob("checkpoint_*/meta.json")):
+        if json.loads(meta.read_text(encoding="utf-8"))["epoch"] == epoch:
+            return meta.with_name("checkpoint.pt")
+    return None

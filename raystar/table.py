@@ -1,0 +1,117 @@
+"""A sweep in the terminal: a table redrawn in place, or a line an epoch where output goes to a file."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from raystar.summary import PENDING, RUNNING, Summary, TrialRecord, duration
+
+_ROWS = 16
+_STYLES = {"finished": "green", "running": "cyan", "stopped": "dim", "pending": "dim", "diverged": "red", "failed": "red"}
+
+
+class Board:
+    """Shows a `Summary` while it changes.
+
+    Args:
+        epochs: of a trial that runs to its end.
+        at_a_time: trials that run side by side.
+    """
+
+    def __init__(self, summary: Summary, epochs: int, at_a_time: int) -> None:
+        self.summary = summary
+        self.epochs = epochs
+        self.at_a_time = at_a_time
+        self.console = Console()
+        self.live: Live | None = None
+        if self.console.is_terminal:
+            self.live = Live(get_renderable=self._render, console=self.console, refresh_per_second=2)
+
+    def start(self) -> None:
+        """Begins to draw."""
+        if self.live is not None:
+            self.live.start()
+
+    def stop(self) -> None:
+        """Leaves the last state on the screen."""
+        if self.live is not None:
+            self.live.refresh()
+            self.live.stop()
+
+    def changed(self, record: TrialRecord, value: float | None = None) -> None:
+        """Tells of a trial's new epoch (`value` is its score there) or status."""
+        if self.live is not None:
+            return
+        best = self.summary.best
+        score = f"score {value:.4f}  " if value is not None else ""
+        leader = f"best {best.score:.4f} ({best.trial})  " if best is not None and best.score is not None else ""
+        reason = f"  {record.reason}" if record.reason and record.status not in (RUNNING, "stopped") else ""
+        print(
+            f"{record.trial}  {record.status:<9} epoch {record.epochs}/{self.epochs}  {score}{leader}{self._clock()}{reason}",
+            flush=True,
+        )
+
+    def _clock(self) -> str:
+        elapsed = time.time() - self.summary.started
+        rest = self.rest_s()
+        return f"elapsed {duration(elapsed)}" + (f"  about {duration(rest)} left" if rest is not None else "")
+
+    def rest_s(self) -> float | None:
+        """An estimate of the seconds left, once a trial has ended: what is left, at the pace so far."""
+        records = list(self.summary.trials.values())
+        ended = [r for r in records if r.status not in (RUNNING, PENDING)]
+        epochs_done = sum(r.epochs for r in records)
+        if not ended or not epochs_done:
+            return None
+        pace = (time.time() - self.summary.started) / epochs_done
+        usual = sum(r.epochs for r in ended) / len(ended)
+        # A trial that has outlived the usual one is likely to run to its end.
+        left = sum((usual if r.epochs < usual else self.epochs) - r.epochs for r in records if r.status == RUNNING)
+        waiting = self.summary.planned - len(ended) - sum(r.status == RUNNING for r in records)
+        return pace * (left + usual * waiting)
+
+    def _render(self) -> Group:
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        for column, justify in (("trial", "left"), ("status", "left"), ("epoch", "right"), ("score", "right")):
+            table.add_column(column, justify=justify)  # type: ignore[arg-type]
+        table.add_column("changed", overflow="ellipsis", no_wrap=True, max_width=90)
+        best = self.summary.best
+        shown = self._shown()
+        for record in shown:
+            style = _STYLES.get(record.status, "")
+            score = "" if record.score is None else f"{record.score:.4f}"
+            mark = " *" if record is best else ""
+            values = record.reason if record.reason and record.status != "stopped" else _values(record.params)
+            table.add_row(
+                record.trial + mark, Text(record.status, style), f"{record.epochs}/{self.epochs}", score, values
+            )  # fmt: skip
+        hidden = len(self.summary.trials) - len(shown)
+        counts = ", ".join(f"{n} {status}" for status, n in self.summary.counts().items())
+        line = f"{counts}{f' ({hidden} not shown)' if hidden else ''}"
+        if best is not None and best.score is not None:
+            line += f"  best {best.score:.4f} ({best.trial})"
+        return Group(table, Text(f"{line}  {self._clock()}", "bold"))
+
+    def _shown(self) -> list[TrialRecord]:
+        """All trials if they fit, else the running ones, then the best."""
+        records = list(self.summary.trials.values())
+        if len(records) <= _ROWS:
+            return records
+        sign = 1 if self.summary.mode == "min" else -1
+        order = sorted(records, key=lambda r: (r.status != RUNNING, r.score is None, sign * (r.score or 0.0)))
+        return order[:_ROWS]
+
+
+def _values(params: dict[str, Any]) -> str:
+    return "  ".join(f"{key.rpartition('.')[2]}={value}" for key, value in params.items())
+
+
+def announce(text: str) -> None:
+    """One line of what is going on, at once."""
+    print(text, flush=True)

@@ -1,0 +1,337 @@
+"""Where runs are recorded: the `Tracker` seam and its MLflow form. The only file that imports mlflow.
+
+One writer: the driver. Calls are handed to a thread and return at once, so a slow or absent server never holds
+up training; the thread keeps trying until the server is back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import queue
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from raystar import __version__
+from raystar.errors import RaystarError
+
+DEFAULT_EXPERIMENT = "raystar"
+PARENT = ""
+"""Name of the parent run, or of the only run, in calls that take a trial's name."""
+
+_RETRY_S = (0.2, 0.5, 1.0, 2.0, 5.0)
+_ENDED = {"finished": "FINISHED", "stopped": "FINISHED", "interrupted": "KILLED", "failed": "FAILED", "diverged": "FAILED"}
+
+
+class Tracker(Protocol):
+    """Records runs. `trial` is a trial's name, or `PARENT`."""
+
+    def start(self, trial: str, *, params: Mapping[str, Any], tags: Mapping[str, str], text: Mapping[str, str]) -> None:
+        """Opens a run with its parameters, tags and text artifacts (`{"config.yaml": "..."}`)."""
+
+    def log(self, trial: str, epoch: int, metrics: Mapping[str, float], images: Mapping[str, Path]) -> None:
+        """Records one epoch; `images` are files that stay where they are until `close`."""
+
+    def attach(self, trial: str, files: Mapping[str, Path], tags: Mapping[str, str], metrics: Mapping[str, float]) -> None:
+        """Adds files (by artifact name), tags and final metrics to a run."""
+
+    def end(self, trial: str, status: str, reason: str | None) -> None:
+        """Closes a run with raystar's status and reason."""
+
+    def run_id(self, trial: str) -> str | None:
+        """The run's id in the store, once it has one."""
+
+    def close(self) -> None:
+        """Writes what is left and closes every run that is still open."""
+
+
+class NoTracker:
+    """Records nothing."""
+
+    def start(self, trial: str, *, params: Mapping[str, Any], tags: Mapping[str, str], text: Mapping[str, str]) -> None:
+        """See `Tracker`."""
+
+    def log(self, trial: str, epoch: int, metrics: Mapping[str, float], images: Mapping[str, Path]) -> None:
+        """See `Tracker`."""
+
+    def attach(self, trial: str, files: Mapping[str, Path], tags: Mapping[str, str], metrics: Mapping[str, float]) -> None:
+        """See `Tracker`."""
+
+    def end(self, trial: str, status: str, reason: str | None) -> None:
+        """See `Tracker`."""
+
+    def run_id(self, trial: str) -> str | None:
+        """See `Tracker`."""
+
+    def close(self) -> None:
+        """See `Tracker`."""
+
+
+def default_uri(out: Path) -> str:
+    """MLFLOW_TRACKING_URI, or the SQLite store in the output folder."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{out.resolve()}/mlflow.db"
+
+
+def check_uri(uri: str) -> None:
+    """Refuses a tracking URI that cannot work, before anything starts.
+
+    Raises:
+        RaystarError: a scheme that MLflow's tracking does not take here.
+    """
+    scheme = uri.partition(":")[0]
+    if scheme in ("sqlite", "http", "https", "postgresql", "mysql", "mssql") or "+" in scheme:
+        return
+    raise RaystarError(
+        f"--tracking-uri {uri}: expected sqlite:///FILE, a database URI or http(s)://HOST:PORT; "
+        "plain folders are no longer a store of MLflow's"
+    )
+
+
+class MlflowTracker:
+    """Records to MLflow: experiment > parent run (sweep) > child runs (trials).
+
+    Args:
+        uri: the tracking URI.
+        artifacts: folder of a new local experiment's artifacts.
+        dataset: `{"name", "digest", "source"}` shown as every run's dataset.
+        common_tags: set on every run.
+    """
+
+    def __init__(
+        self,
+        uri: str,
+        artifacts: Path,
+        dataset: Mapping[str, str],
+        common_tags: Mapping[str, str],
+        primary_metric: str,
+        lower_is_better: bool,
+    ) -> None:
+        self.uri = uri
+        self.artifacts = artifacts
+        self.dataset = dict(dataset)
+        self.common_tags = dict(common_tags)
+        self.primary = (primary_metric, lower_is_better)
+        self.experiment_id: str | None = None
+        self._client: Any = None
+        self._runs: dict[str, str] = {}
+        self._open: set[str] = set()
+        self._tasks: queue.Queue[Callable[[], None] | None] = queue.Queue()
+        self._connected = threading.Event()
+        self._failure: RaystarError | None = None
+        self._closing = False
+        self._thread = threading.Thread(target=self._work, name="raystar-tracking", daemon=True)
+        self._thread.start()
+
+    def wait_until_connected(self) -> None:
+        """Returns once the store and the experiment are there.
+
+        Raises:
+            RaystarError: the store cannot be reached or opened.
+        """
+        self._connected.wait()
+        if self._failure is not None:
+            raise self._failure
+
+    # -- the Tracker seam: each call is queued ------------------------------------------------------
+
+    def start(self, trial: str, *, params: Mapping[str, Any], tags: Mapping[str, str], text: Mapping[str, str]) -> None:
+        """See `Tracker`."""
+        began = int(time.time() * 1000)
+        copied = (dict(params), dict(tags), dict(text))
+        self._tasks.put(lambda: self._start(trial, began, *copied))
+
+    def log(self, trial: str, epoch: int, metrics: Mapping[str, float], images: Mapping[str, Path]) -> None:
+        """See `Tracker`."""
+        at = int(time.time() * 1000)
+        values, pictures = dict(metrics), dict(images)
+        self._tasks.put(lambda: self._log_metrics(trial, epoch, at, values))
+        for key, path in pictures.items():
+            self._tasks.put(lambda key=key, path=path: self._log_image(trial, epoch, at, key, path))  # type: ignore[misc]
+
+    def attach(self, trial: str, files: Mapping[str, Path], tags: Mapping[str, str], metrics: Mapping[str, float]) -> None:
+        """See `Tracker`."""
+        at = int(time.time() * 1000)
+        copied = (dict(files), dict(tags), dict(metrics))
+        self._tasks.put(lambda: self._attach(trial, at, *copied))
+
+    def end(self, trial: str, status: str, reason: str | None) -> None:
+        """See `Tracker`."""
+        at = int(time.time() * 1000)
+        self._tasks.put(lambda: self._end(trial, status, reason, at))
+
+    def run_id(self, trial: str) -> str | None:
+        """See `Tracker`."""
+        return self._runs.get(trial)
+
+    def close(self) -> None:
+        """See `Tracker`."""
+        if self._failure is not None or not self._thread.is_alive():
+            return
+        self._tasks.put(self._end_open)
+        self._tasks.put(None)
+        waiting = self._tasks.qsize()
+        if waiting > 20:
+            print(f"writing the last {waiting} records to MLflow", flush=True)
+        self._closing = True
+        self._thread.join()
+
+    # -- the thread ---------------------------------------------------------------------------------
+
+    def _work(self) -> None:
+        try:
+            self._connect()
+        # Database drivers and HTTP clients raise their own kinds; the user sees one line instead.
+        except Exception as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            self._failure = RaystarError(
+                f"the MLflow store at {_redacted(self.uri)} cannot be used ({reason[:300]}); "
+                "start its server or choose another with --tracking-uri"
+            )
+        self._connected.set()
+        if self._failure is not None:
+            return
+        while (task := self._tasks.get()) is not None:
+            self._persist(task)
+
+    def _persist(self, task: Callable[[], None]) -> None:
+        """Runs `task` until it works; a server that is away is waited for, since nothing may be lost."""
+        for attempt in range(10_000):
+            try:
+                task()
+                return
+            except Exception as error:
+                reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+                if attempt == 2:
+                    print(f"note: MLflow does not take records now ({reason}); trying again", file=sys.stderr, flush=True)
+                if self._closing and attempt >= 12:
+                    print(f"error: a record could not be written to MLflow: {reason}", file=sys.stderr, flush=True)
+                    return
+                time.sleep(_RETRY_S[min(attempt, len(_RETRY_S) - 1)])
+
+    def _connect(self) -> None:
+        # Telemetry would look for the network; alembic tells of every migration of a new store.
+        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+        os.environ.setdefault("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false")
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "15")
+        if self.uri.startswith("sqlite:///"):
+            Path(self.uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
+        import mlflow
+
+        for name in ("alembic", "mlflow", "urllib3"):
+            logging.getLogger(name).setLevel(logging.ERROR)
+        client = mlflow.MlflowClient(tracking_uri=self.uri)
+        name = os.environ.get("MLFLOW_EXPERIMENT_NAME", DEFAULT_EXPERIMENT)
+        experiment = client.get_experiment_by_name(name)
+        if experiment is None:
+            local = self.uri.startswith("sqlite:")
+            location = self.artifacts.resolve().as_uri() if local else None
+            self.experiment_id = client.create_experiment(name, artifact_location=location)
+        else:
+            if experiment.lifecycle_stage != "active":
+                raise ValueError(f"experiment {name} is deleted there; restore it, or set MLFLOW_EXPERIMENT_NAME")
+            self.experiment_id = experiment.experiment_id
+        metric, lower = self.primary
+        client.set_experiment_tag(self.experiment_id, "mlflow.experiment.primaryMetric.name", metric)
+        greater = "false" if lower else "true"
+        client.set_experiment_tag(self.experiment_id, "mlflow.experiment.primaryMetric.greaterIsBetter", greater)
+        self._client = client
+
+    def _start(self, trial: str, began: int, params: dict[str, Any], tags: dict[str, str], text: dict[str, str]) -> None:
+        from mlflow.entities import Dataset, DatasetInput, InputTag, Param
+
+        if trial not in self._runs:
+            every = {**self.common_tags, **tags, "raystar.status": "running"}
+            if trial != PARENT and PARENT in self._runs:
+                every["mlflow.parentRunId"] = self._runs[PARENT]
+            every["mlflow.user"] = _user()
+            run_name = trial or tags.get("raystar.sweep") or "run"
+            run = self._client.create_run(self.experiment_id, start_time=began, tags=every, run_name=run_name)
+            self._runs[trial] = run.info.run_id
+            self._open.add(trial)
+        run_id = self._runs[trial]
+        self._client.log_batch(run_id, params=[Param(key, str(value)) for key, value in params.items()])
+        for name, content in text.items():
+            self._client.log_text(run_id, content, name)
+        source = json.dumps({"uri": self.dataset["source"]})
+        dataset = Dataset(self.dataset["name"], self.dataset["digest"], "local", source)
+        context = InputTag("mlflow.data.context", "training")
+        self._client.log_inputs(run_id, datasets=[DatasetInput(dataset, [context])])
+
+    def _log_metrics(self, trial: str, epoch: int, at: int, values: dict[str, float]) -> None:
+        from mlflow.entities import Metric
+
+        self._client.log_batch(self._runs[trial], metrics=[Metric(k, v, at, epoch) for k, v in values.items()])
+
+    def _log_image(self, trial: str, epoch: int, at: int, key: str, path: Path) -> None:
+        from PIL import Image
+
+        with Image.open(path) as picture:
+            picture.load()
+            self._client.log_image(
+                self._runs[trial], picture, key=key, step=epoch, timestamp=at, synchronous=True
+            )  # fmt: skip
+
+    def _attach(
+        self, trial: str, at: int, files: dict[str, Path], tags: dict[str, str], metrics: dict[str, float]
+    ) -> None:
+        from mlflow.entities import Metric, RunTag
+
+        run_id = self._runs[trial]
+        for name, path in files.items():
+            folder = str(Path(name).parent)
+            self._client.log_artifact(run_id, str(path), None if folder == "." else folder)
+        values = [Metric(key, value, at, 0) for key, value in metrics.items()]
+        self._client.log_batch(run_id, metrics=values, tags=[RunTag(key, value) for key, value in tags.items()])
+
+    def _end(self, trial: str, status: str, reason: str | None, at: int) -> None:
+        if trial not in self._open:
+            return
+        run_id = self._runs[trial]
+        self._client.set_tag(run_id, "raystar.status", status)
+        if reason is not None:
+            self._client.set_tag(run_id, "raystar.reason", reason[:4000])
+        self._client.set_terminated(run_id, _ENDED.get(status, "FAILED"), end_time=at)
+        self._open.discard(trial)
+
+    def _end_open(self) -> None:
+        now = int(time.time() * 1000)
+        for trial in sorted(self._open, reverse=True):  # the parent's name sorts first, so it is closed last
+            self._end(trial, "interrupted", None, now)
+
+
+def provenance() -> dict[str, str]:
+    """Tags that say what ran: raystar's version, the command line's program and the git commit, if there is one."""
+    tags = {"raystar.version": __version__, "mlflow.source.name": "raystar", "mlflow.source.type": "LOCAL"}
+    package = Path(__file__).resolve().parent
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        found = subprocess.run(
+            ["git", "-C", str(package), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True
+        )
+        tags["mlflow.source.git.commit"] = found.stdout.strip()
+    return tags
+
+
+def _user() -> str:
+    import getpass
+
+    with contextlib.suppress(OSError, KeyError, ImportError):
+        return getpass.getuser()
+    return "unknown"
+
+
+def _redacted(uri: str) -> str:
+    """The URI without a password."""
+    from urllib.parse import urlsplit
+
+    parts = urlsplit(uri)
+    if parts.password is None:
+        return uri
+    return uri.replace(f":{parts.password}@", ":***@")

@@ -1,0 +1,189 @@
+"""`python -m raystar.tune`: reads and checks a request for a sweep, then hands it to `raystar.sweep`."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import re
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from raystar.codec import check_codec
+from raystar.config import Config, find_shipped, load_config, override, parse_assignment
+from raystar.dataset import Bank, open_bank
+from raystar.errors import RaystarError, run_cli
+from raystar.ruler import check_holdout
+from raystar.space import Space, load_space
+from raystar.step import resolve_device
+from raystar.summary import trial_name
+from raystar.tracking import check_uri, default_uri
+
+DEFAULT_CONFIG = "configs/demo.yaml"
+_NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    p = argparse.ArgumentParser(
+        prog="python -m raystar.tune",
+        description="Searches hyper-parameters of a latent StarGAN v2: trains trials side by side, stops the weak ones "
+        "early, records all of them in MLflow and exports the best.",
+        epilog="Exit status: 0 at least one trial finished, 1 none did, 2 the request was wrong, 130 interrupted.",
+    )
+    p.add_argument("--space", metavar="FILE", required=True, help="what to search, for example search_spaces/loss.yaml")
+    p.add_argument("--config", metavar="FILE", default=DEFAULT_CONFIG, help=f"the configuration ({DEFAULT_CONFIG})")
+    p.add_argument("--name", metavar="NAME", help="the sweep's name (the space file's with the time)")
+    p.add_argument("--trials", metavar="N", type=int, help="number of trials, the baseline among them")
+    p.add_argument("--epochs", metavar="N", type=int, help="epochs of a trial that is not stopped early")
+    p.add_argument("--max-concurrent", metavar="N", type=int, help="trials at a time (as many as fit)")
+    p.add_argument("--time-budget", metavar="TIME", help="stop after 90s, 30m, 4h or 2d")
+    p.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="override a configuration key; repeatable")
+    p.add_argument("--out", metavar="DIR", type=Path, default=Path("runs"), help="where everything goes (runs)")
+    p.add_argument("--tracking-uri", metavar="URI", help="MLflow store ($MLFLOW_TRACKING_URI, else a SQLite file in --out)")
+    p.add_argument("--dry-run", action="store_true", help="check everything, list the trials and stop")
+    return p
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A request that has passed every check that can be made before Ray starts."""
+
+    name: str
+    folder: Path
+    out: Path
+    config: Config
+    space: Space
+    points: list[dict[str, Any]] | None
+    trials: int
+    gpu_share: float
+    max_concurrent: int | None
+    time_budget_s: float | None
+    tracking_uri: str
+    bank: Bank
+
+    @property
+    def cache_dir(self) -> Path:
+        """Packed latents, the ruler and compiled code, shared by all sweeps below `out`."""
+        return cache_dir(self.config, self.out)
+
+
+def cache_dir(config: Config, out: Path) -> Path:
+    """`data.cache_dir`, by default `cache/` below the output folder."""
+    return Path(config.data.cache_dir).expanduser() if config.data.cache_dir else (out / "cache").resolve()
+
+
+def make_plan(args: argparse.Namespace) -> Plan:
+    """Checks the whole request.
+
+    Raises:
+        RaystarError: the first thing that is wrong.
+    """
+    config = load_config(find_shipped(args.config))
+    config = override(config, dict(parse_assignment(text) for text in args.set), "--set")
+    space = load_space(find_shipped(args.space), config)
+    for flag, value in (("--trials", args.trials), ("--epochs", args.epochs), ("--max-concurrent", args.max_concurrent)):
+        if value is not None and value < 1:
+            raise RaystarError(f"{flag}: expected at least 1, found {value}")
+    if args.trials is not None:
+        if space.search == "grid":
+            raise RaystarError("--trials: a grid search runs every combination; use search: random to choose a number")
+        space = dataclasses.replace(space, trials=args.trials)
+    epochs = args.epochs or space.scheduler.max_epochs
+    if epochs is not None:
+        config = override(config, {"training.epochs": epochs}, "--epochs")
+    if space.scheduler.type == "asha" and space.scheduler.grace_epochs > config.training.epochs:
+        raise RaystarError(
+            f"{space.source}: scheduler.grace_epochs {space.scheduler.grace_epochs} is more than the "
+            f"{config.training.epochs} epochs of a trial"
+        )
+    # In a sweep the terminal belongs to the table.
+    config = override(config, {"training.progress_style": "off", "training.log_json": False}, "sweep")
+    points = space.points(config)
+    trials = len(points) if points is not None else space.trials
+
+    name = args.name if args.name is not None else f"{Path(args.space).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+    if not _NAME.fullmatch(name) or name in (".", ".."):
+        raise RaystarError(f"--name {name!r}: expected up to 64 letters, digits, dots, dashes and underscores, and no path")
+    folder = args.out / name
+    if folder.exists():
+        raise RaystarError(f"--name {name}: {folder} is there already; choose another name or remove it")
+    if name in ("cache", "artifacts"):
+        raise RaystarError(f"--name {name}: raystar keeps its own files under that name; choose another")
+
+    gpu_share = _gpu_share(config, space)
+    uri = args.tracking_uri or default_uri(args.out)
+    check_uri(uri)
+    budget = _time_budget(args.time_budget) if args.time_budget else None
+    bank = open_bank(config, cache_dir(config, args.out))
+    check_holdout(bank)
+    check_codec(config)
+    return Plan(
+        name, folder, args.out, config, space, points, trials, gpu_share, args.max_concurrent, budget, uri, bank
+    )  # fmt: skip
+
+
+def _gpu_share(config: Config, space: Space) -> float:
+    """GPUs that one trial gets; checked against this machine before anything starts."""
+    import torch
+
+    there = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    wanted = space.resources.gpus
+    cpus = usable_cpus()
+    if space.resources.cpus > cpus:
+        raise RaystarError(f"{space.source}: resources.cpus: a trial wants {space.resources.cpus}, this machine has {cpus}")
+    if wanted == "auto":
+        wanted = 0.5 if there and config.training.device != "cpu" else 0.0
+    if float(wanted) > there:
+        raise RaystarError(
+            f"{space.source}: resources.gpus: a trial wants {float(wanted):g}, this machine has {there}; use auto or 0"
+        )
+    if wanted == 0 and config.training.device == "cuda":
+        raise RaystarError("training.device: cuda was asked for, but resources.gpus gives trials no GPU; set it to auto")
+    resolve_device(config)
+    return float(wanted)
+
+
+def usable_cpus() -> int:
+    """Processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _time_budget(text: str) -> float:
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd])", text.strip())
+    if not found or float(found[1]) <= 0:
+        raise RaystarError(f"--time-budget {text}: expected a number and a unit, for example 90s, 30m, 4h or 2d")
+    return float(found[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400}[found[2]]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """`python -m raystar.tune`."""
+    args = parser().parse_args(argv)
+    plan = make_plan(args)
+    if args.dry_run:
+        print_plan(plan)
+        return 0
+    from raystar.sweep import run  # Ray takes seconds to import; a wrong request is answered before that
+
+    return run(plan, sys.orig_argv[1:])
+
+
+def print_plan(plan: Plan) -> None:
+    """What a sweep would do: its data and its trials."""
+    space, bank = plan.space, plan.bank
+    print(f"sweep {plan.name}: {plan.trials} trials of up to {plan.config.training.epochs} epochs; {space.metric} ({space.mode})")
+    for domain, train, held in zip(bank.domains, bank.train, bank.held, strict=True):
+        print(f"  {domain}: {len(train)} latents to train on, {len(held)} held out")
+    print(f"  a trial takes {space.resources.cpus} cpu and {plan.gpu_share:g} gpu; records go to {plan.tracking_uri}")
+    if plan.points is None:
+        print(f"  {space.search} chooses the trials as it goes, from {', '.join(space.space)}")
+        return
+    for number, point in enumerate(plan.points):
+        values = "  ".join(f"{key}={value}" for key, value in point.items())
+        print(f"  {trial_name(number, plan.trials)}{' (baseline)' if number == 0 and space.baseline else ''}: {values}")
+
+
+if __name__ == "__main__":
+    run_cli(main)
