@@ -89,7 +89,7 @@ def load(path: str | Path) -> dict[str, Any]:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise RaystarError(
-            f"{path}: a pickle that holds more than tensors and plain values; it was not opened, since it could run code"
+            f"{path}: a pickle that holds more than tensors and plain values; not opened, since it could run code"
         ) from None
     except (OSError, EOFError, RuntimeError, ValueError, KeyError, zipfile.BadZipFile) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]

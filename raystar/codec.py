@@ -21,7 +21,7 @@ from raystar.config import Config, read_mapping
 from raystar.errors import RaystarError
 
 SCALE = 0.18215
-"""SD1.5's scaling factor: scaled latent = unscaled latent * SCALE. Fixed by the codecs, unlike `training.latent_scale`."""
+"""SD1.5's scaling factor: scaled latent = unscaled latent * SCALE. Fixed, unlike `training.latent_scale`."""
 
 PIXELS = 8
 """Pixels along one side of a latent cell."""
@@ -100,7 +100,7 @@ def check_codec(config: Config) -> None:
         _model_folder(folder)
     elif folder.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
         raise RaystarError(
-            f"visualization.vae_model_name_or_path: {name}: expected a hub name (owner/model) or a folder with a model; "
+            f"visualization.vae_model_name_or_path: {name}: expected a hub name (owner/model) or a model's folder; "
             "the folder is not there"
         )
 
@@ -111,9 +111,13 @@ def _model_folder(folder: Path) -> Path:
         if (candidate / "config.json").is_file():
             kind = read_mapping(candidate / "config.json").get("_class_name")
             if kind not in ("AutoencoderKL", "AutoencoderTiny"):
-                raise RaystarError(f"{candidate}/config.json: expected AutoencoderKL or AutoencoderTiny, found {kind!r}")
+                raise RaystarError(
+                    f"{candidate}/config.json: expected AutoencoderKL or AutoencoderTiny, found {kind!r}"
+                )
             return candidate
-    raise RaystarError(f"visualization.vae_model_name_or_path: {folder}: expected config.json in it or in its vae/ folder")
+    raise RaystarError(
+        f"visualization.vae_model_name_or_path: {folder}: expected config.json in it or in its vae/ folder"
+    )
 
 
 def open_codec(config: Config, device: torch.device | str = "cpu") -> tuple[Codec, str | None]:
@@ -186,7 +190,7 @@ def _quiet(suppress: bool) -> Iterator[None]:
     for logger in loggers:
         logger.setLevel(logging.CRITICAL)
     try:
-        with warnings.catch_warnings(), contextlib.redirect_stderr(open(os.devnull, "w")):  # noqa: SIM115
+        with warnings.catch_warnings(), contextlib.redirect_stderr(open(os.devnull, "w")):
             warnings.simplefilter("ignore")
             yield
     finally:

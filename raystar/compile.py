@@ -68,9 +68,7 @@ def _compile(net: torch.nn.Module, config: Config) -> Callable[..., Tensor]:
     mode = None if training.compile_mode == "default" else training.compile_mode
     options = dict(torch._inductor.list_mode_options(mode)) if mode else {}
     options["triton.cudagraphs"] = training.compile_cudagraphs
-    return torch.compile(  # type: ignore[no-any-return, call-overload]
-        net, dynamic=training.compile_dynamic, fullgraph=training.compile_fullgraph, options=options
-    )
+    return torch.compile(net, dynamic=training.compile_dynamic, fullgraph=training.compile_fullgraph, options=options)
 
 
 def _exercise(name: str, call: Callable[..., Tensor], state: TrainState) -> None:
@@ -99,5 +97,5 @@ def _exercise(name: str, call: Callable[..., Tensor], state: TrainState) -> None
     for first, second in inputs[name]:
         with autocast(config, device):
             output = call(first.requires_grad_(name in "GD"), second)
-        output.float().sum().backward()  # type: ignore[no-untyped-call]
+        output.float().sum().backward()
     getattr(state.nets, name).zero_grad(set_to_none=True)

@@ -123,7 +123,7 @@ class VisualizationConfig:
         None, "epochs between two grids, 0 for none; absent: training.eval_interval, else 5",
         at_least=0, result=False,
     )  # fmt: skip
-    save_dir: str | None = _key(None, "folder of a single run's grids; by default vis/ beside its checkpoints", result=False)  # fmt: skip
+    save_dir: str | None = _key(None, "folder of a single run's grids; by default vis/ in its own", result=False)
     vae_model_name_or_path: str | None = _key(
         None, "AutoencoderKL or AutoencoderTiny, hub name or folder; null: the built-in preview", result=False
     )
@@ -238,9 +238,7 @@ def _mapping_without_duplicates(loader: _StrictLoader, node: yaml.MappingNode) -
                 None, None, f"a key must be text, found {key!r}", key_node.start_mark
             ) from error
         if repeated:
-            raise yaml.constructor.ConstructorError(
-                None, None, f"key {key!r} is written twice", key_node.start_mark
-            )
+            raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is written twice", key_node.start_mark)
         seen[key] = loader.construct_object(value_node, deep=True)
     return seen
 
@@ -249,7 +247,7 @@ _StrictLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _m
 
 
 def _parse_yaml(text: str) -> Any:
-    return yaml.load(text, Loader=_StrictLoader)  # noqa: S506  (a SafeLoader)
+    return yaml.load(text, Loader=_StrictLoader)
 
 
 def read_mapping(path: str | Path) -> dict[str, Any]:
@@ -261,7 +259,9 @@ def read_mapping(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     if not path.is_file():
         found = "a folder" if path.is_dir() else "nothing"
-        near = nearest(path.name, [p.name for p in path.parent.glob("*") if p.is_file()]) if path.parent.is_dir() else ""
+        near = (
+            nearest(path.name, [p.name for p in path.parent.glob("*") if p.is_file()]) if path.parent.is_dir() else ""
+        )
         raise RaystarError(f"{path}: expected a YAML or JSON file, found {found}{near}")
     if path.stat().st_size > MAX_FILE_BYTES:
         raise RaystarError(f"{path}: {path.stat().st_size} bytes is no configuration (limit {MAX_FILE_BYTES})")

@@ -177,7 +177,7 @@ def _list_packed(path: Path, domains: Sequence[str], key: str, held: bool) -> li
     for domain in domains:
         if not counts.get(domain):
             raise RaystarError(
-                f"{key}: {path}: holds no domain '{domain}'{nearest(domain, present)}; domains there: {', '.join(present)}"
+                f"{key}: {path}: holds no domain '{domain}'{nearest(domain, present)}; it has {', '.join(present)}"
             )
     return [
         _Item(number, held, f"{domain}/{row:03d}", path, row)
@@ -273,7 +273,16 @@ def read_latent(path: Path, channels: int = 4) -> NDArray[Any]:
         if "pickle" in str(error).lower():
             raise ValueError("holds pickled objects; they were not opened, since they could run code") from None
         raise ValueError(f"truncated or damaged ({error})") from None
-    except (OSError, EOFError, RuntimeError, zipfile.BadZipFile, KeyError, IndexError, AttributeError, TypeError) as error:
+    except (
+        OSError,
+        EOFError,
+        RuntimeError,
+        zipfile.BadZipFile,
+        KeyError,
+        IndexError,
+        AttributeError,
+        TypeError,
+    ) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(f"truncated or damaged ({reason})") from None
     if isinstance(value, dict):
@@ -311,7 +320,7 @@ def _warn_if_scaled(array: NDArray[Any], verbose: bool) -> None:
     deviation = float(array[:: max(1, len(array) // 256)].astype(np.float32).std())
     if verbose and deviation < 2.0:
         print(
-            f"note: these latents have a standard deviation of {deviation:.2f}, where unscaled SD1.5 latents have about 5; "
+            f"note: these latents have a standard deviation of {deviation:.2f}, unscaled SD1.5 latents about 5; "
             "if they were already multiplied by 0.18215, set training.latent_scale=1.0",
             file=sys.stderr,
         )

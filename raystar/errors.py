@@ -11,11 +11,11 @@ class RaystarError(Exception):
     """A request that cannot be carried out. The command lines print it as one line and exit with 2."""
 
 
-class TrialDiverged(RaystarError):
+class TrialDiverged(RaystarError):  # noqa: N818  (says what happened)
     """A loss became NaN or infinite; the optimisers did not move on it."""
 
 
-class TrialOutOfMemory(RaystarError):
+class TrialOutOfMemory(RaystarError):  # noqa: N818
     """More than a tenth of an epoch's batches did not fit into memory."""
 
 

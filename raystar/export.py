@@ -167,8 +167,8 @@ def _readme(config: Config, facts: Mapping[str, Any], has_grid: bool) -> str:
         + (f"; {facts['metric']} {score:.4f}.\n" if isinstance(score, float) else ".\n")
         + ("\n![grid](grid.png)\n" if has_grid else "")
         + (f"\nFound by the search:\n{swept}\n" if swept else "")
-        + "\n```python\nimport raystar.export\n\nmodel = raystar.export.load(\"this folder\")\n"
-        f'out = model.translate(latents, "{config.data.domains[-1]}", seed=0)  # [B,4,H,W] unscaled SD1.5 latents\n```\n'
+        + '\n```python\nimport raystar.export\n\nmodel = raystar.export.load("this folder")\n'
+        f'out = model.translate(latents, "{config.data.domains[-1]}", seed=0)  # [B,4,H,W], unscaled\n```\n'
     )
 
 

@@ -138,5 +138,3 @@ def _sideways(text: str, length: int, thickness: int) -> Image.Image:
     strip = Image.new("RGB", (length, thickness), PAPER)
     _centred(ImageDraw.Draw(strip), text, (length // 2, thickness // 2), length)
     return strip.rotate(90, expand=True)
-
-

@@ -188,9 +188,11 @@ class Nets:
                 net.load_state_dict(states[name])
             except RuntimeError as error:
                 first = [line.strip() for line in str(error).splitlines()[1:2]]
-                raise RaystarError(f"{source}: network {name} does not fit the configuration: {''.join(first)}") from None
+                raise RaystarError(
+                    f"{source}: network {name} does not fit the configuration: {''.join(first)}"
+                ) from None
 
     def translate(self, x: Tensor, s: Tensor) -> Tensor:
         """G with gradients off; `x` [B,C,H,W] scaled, `s` [K*B,S] -> [K*B,C,H,W] scaled."""
         with torch.inference_mode():
-            return self.G(x, s)  # type: ignore[no-any-return]
+            return self.G(x, s)

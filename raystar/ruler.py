@@ -20,6 +20,7 @@ Shapes: n sources a pair, P ordered pairs, d features, C x H x W latents, S styl
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -49,7 +50,7 @@ DIVERSITY_WANTED = 0.25
 MIN_HELD_OUT = 4
 _VERSION = 1  # part of the cache's name: raise it when features or training change
 _SEED = 20_251_121
-_STEPS, _BATCH, _LR = 240, 64, 2e-3
+_STEPS, _BATCH, _LR = 150, 48, 2e-3
 _MAX_TRAIN = 2048  # training latents a domain that the classifier and the standardisation see
 _CHUNK = 64  # latents in one pass of the networks
 
@@ -77,15 +78,15 @@ class _NetsSubject:
 
     def encode(self, x_ref: Tensor, y: Tensor) -> Tensor:
         with autocast(self.config, self.device):
-            return self.nets.E(x_ref, y).float()  # type: ignore[no-any-return]
+            return self.nets.E(x_ref, y).float()
 
     def sample(self, z: Tensor, y: Tensor) -> Tensor:
         with autocast(self.config, self.device):
-            return self.nets.F(z, y).float()  # type: ignore[no-any-return]
+            return self.nets.F(z, y).float()
 
     def translate(self, x: Tensor, s: Tensor) -> Tensor:
         with autocast(self.config, self.device):
-            return self.nets.G(x, s).float()  # type: ignore[no-any-return]
+            return self.nets.G(x, s).float()
 
 
 # -- features --------------------------------------------------------------------------------------
@@ -115,6 +116,8 @@ class _Features(nn.Module):
         sizes = zip(inputs, self.widths, self.strides, strict=True)
         self.convs = nn.ModuleList(nn.Conv2d(i, o, 3, stride, padding=1) for i, o, stride in sizes)
         self.head = nn.Linear(2 * sum(self.widths), num_domains)
+        self.channel_mean: Tensor
+        self.channel_std: Tensor
         self.register_buffer("channel_mean", torch.zeros(1, channels, 1, 1))
         self.register_buffer("channel_std", torch.ones(1, channels, 1, 1))
         raw = self.statistics(torch.zeros(1, channels, 32, 32)).shape[1]
@@ -148,12 +151,19 @@ class _Features(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B,C,H,W] scaled -> features [B,d]."""
-        tamed = self._tamed(self.statistics(x))
-        return torch.cat([tamed @ self.discriminants, tamed * (self.general_weight * tamed.shape[1] ** -0.5)], dim=1)
+        return self.examine(x)[0]
+
+    def examine(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x [B,C,H,W] scaled -> features [B,d] and the classifier's logits [B,N]."""
+        raw = self.statistics(x)
+        tamed = self._tamed(raw)
+        general = tamed * (self.general_weight * tamed.shape[1] ** -0.5)
+        logits = self.head(raw[:, : self.head.in_features])
+        return torch.cat([tamed @ self.discriminants, general], dim=1), logits
 
     def classify(self, x: Tensor) -> Tensor:
         """x [B,C,H,W] scaled -> logits of the domains [B,N]."""
-        return self.head(self._learned((x - self.channel_mean) / self.channel_std))  # type: ignore[no-any-return]
+        return self.head(self._learned((x - self.channel_mean) / self.channel_std))
 
     @torch.no_grad()
     def fit(self, latents: list[Tensor]) -> None:
@@ -204,7 +214,7 @@ def _train_features(latents: list[Tensor], num_domains: int) -> _Features:
             x = _augment(everything[rows], net.channel_std)
             loss = functional.cross_entropy(net.classify(x), labels[rows], label_smoothing=0.05)
             optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             optimizer.step()
             schedule.step()
         net.eval().requires_grad_(False)
@@ -335,7 +345,7 @@ class Ruler:
         """The metrics `METRICS` of anything that translates."""
         N, pairs = len(self.domains), len(self.do_nothing)
         codes = [  # [m,S] a domain: each reference is encoded once, however many pairs use it
-            _in_chunks(lambda x, y=y: subject.encode(x, torch.full((len(x),), y, device=x.device)), t)
+            torch.cat([subject.encode(x, torch.full((len(x),), y, device=x.device)) for x in t.split(_CHUNK)])
             for y, t in enumerate(self.targets)
         ]
         by_reference = torch.stack(
@@ -344,14 +354,15 @@ class Ruler:
         by_noise = subject.sample(self.noise.flatten(0, 1), self.y_trg.repeat(len(self.noise)))
         by_noise = by_noise.unflatten(0, (len(self.noise), -1))  # [styles, P*n, S]
 
-        found, changed, logits = [], [], []
+        found, changed, right = [], [], []
         for rows in torch.arange(len(self.content), device=self.content.device).split(_CHUNK):
             x = self.content[rows]
             styles = torch.cat([by_reference[rows], by_noise[0, rows]])
             fake = subject.translate(x, styles)  # [2 * chunk, C, H, W]
-            found.append(self.features(fake).unflatten(0, (2, -1)))
+            features, logits = self.features.examine(fake)
+            found.append(features.unflatten(0, (2, -1)))
             changed.append(content_distance(fake, x.repeat(2, 1, 1, 1)).unflatten(0, (2, -1)))
-            logits.append(self.features.classify(fake).argmax(1).unflatten(0, (2, -1)) == self.y_trg[rows])
+            right.append(logits.argmax(1).unflatten(0, (2, -1)) == self.y_trg[rows])
         features = torch.cat(found, dim=1).unflatten(1, (pairs, self.n))  # [2, P, n, d]
         C = torch.cat(changed, dim=1).unflatten(1, (pairs, self.n)).mean(dim=(0, 2))  # [P]
         target_of = self.y_trg[:: self.n].tolist()
@@ -365,8 +376,8 @@ class Ruler:
         V = self._diversity(subject, by_noise, features[1], target_of)
         per_pair = (1 + S) * (1 + C)
         score = per_pair.mean() + (DIVERSITY_WANTED - V).clamp_min(0)
-        values = (score, S.mean(), C.mean(), V, per_pair.max(), torch.cat(logits, dim=1).float().mean())
-        assert N * (N - 1) == pairs
+        values = (score, S.mean(), C.mean(), V, per_pair.max(), torch.cat(right, dim=1).float().mean())
+        assert pairs == N * (N - 1)
         return dict(zip(METRICS, torch.stack(values).tolist(), strict=True))
 
     def _diversity(self, subject: Subject, by_noise: Tensor, first: Tensor, target_of: list[int]) -> Tensor:
@@ -411,21 +422,29 @@ def _in_chunks(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 def _cached_features(bank: Bank, config: Config, cache_dir: str | Path | None) -> _Features:
     scale = config.training.latent_scale
     key = hashlib.sha256(json.dumps([_VERSION, bank.digest, list(bank.domains), scale]).encode()).hexdigest()[:16]
-    path = None if cache_dir is None else Path(cache_dir) / f"ruler-{key}.safetensors"
-    if path is not None and path.is_file():
-        try:
-            with safe_open(path, framework="pt") as file:
-                state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dict)
-            features = _Features(bank.shape[0], len(bank.domains))
-            features.load_state_dict(state)
-            return features.eval().requires_grad_(False)
-        except (SafetensorError, KeyError, RuntimeError):
-            path.unlink()  # a damaged cache is made again
-    rows = [np.sort(np.random.default_rng(_SEED).permutation(r)[:_MAX_TRAIN]) for r in bank.train]
-    features = _train_features([bank.rows(r) * scale for r in rows], len(bank.domains))
-    if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    if cache_dir is None:
+        return _fresh_features(bank, scale)
+    path = Path(cache_dir) / f"ruler-{key}.safetensors"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # One process of the node makes it, the others wait for the file.
+    with path.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if path.is_file():
+            try:
+                with safe_open(path, framework="pt") as file:
+                    state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dict)
+                features = _Features(bank.shape[0], len(bank.domains))
+                features.load_state_dict(state)
+                return features.eval().requires_grad_(False)
+            except (SafetensorError, RuntimeError):
+                path.unlink()  # a damaged cache is made again
+        features = _fresh_features(bank, scale)
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
         save_file({k: v.contiguous() for k, v in features.state_dict().items()}, temporary)
         os.replace(temporary, path)
     return features
+
+
+def _fresh_features(bank: Bank, scale: float) -> _Features:
+    rows = [np.sort(np.random.default_rng(_SEED).permutation(r)[:_MAX_TRAIN]) for r in bank.train]
+    return _train_features([bank.rows(r) * scale for r in rows], len(bank.domains))

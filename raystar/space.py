@@ -134,7 +134,9 @@ def from_mapping(content: Mapping[str, Any], config: Config, source: str) -> Spa
             raise RaystarError(f"{source}: unknown key '{key}'{nearest(str(key), _KNOWN)}; known: {', '.join(_KNOWN)}")
     ranges = content.get("space")
     if not isinstance(ranges, Mapping) or not ranges:
-        raise RaystarError(f"{source}: space: expected the keys to search, for example loss.w_cyc: {{uniform: [0.5, 2]}}")
+        raise RaystarError(
+            f"{source}: space: expected the keys to search, for example loss.w_cyc: {{uniform: [0.5, 2]}}"
+        )
     space = {str(key): _distribution(str(key), value, source) for key, value in ranges.items()}
     search = _one_of(content.get("search", "random"), _SEARCHES, f"{source}: search")
     if search == "grid" and (ranged := [key for key, d in space.items() if d.kind != "choice"]):
@@ -166,10 +168,14 @@ def _distribution(key: str, value: Any, source: str) -> Distribution:
     if key.partition(".")[0] in _FIXED_SECTIONS or key in _FIXED_KEYS or not spec.metadata["result"]:
         raise RaystarError(f"{where}: cannot be searched: trials could not be compared, or would not differ")
     if not isinstance(value, Mapping) or len(value) != 1:
-        raise RaystarError(f"{where}: expected one of {', '.join(KINDS)}, as in {{uniform: [0.5, 2.0]}}; found {value!r}")
+        raise RaystarError(
+            f"{where}: expected one of {', '.join(KINDS)}, as in {{uniform: [0.5, 2.0]}}; found {value!r}"
+        )
     ((kind, values),) = value.items()
     if kind not in KINDS:
-        raise RaystarError(f"{where}: unknown distribution '{kind}'{nearest(str(kind), KINDS)}; known: {', '.join(KINDS)}")
+        raise RaystarError(
+            f"{where}: unknown distribution '{kind}'{nearest(str(kind), KINDS)}; known: {', '.join(KINDS)}"
+        )
     if not isinstance(values, list | tuple) or not values:
         raise RaystarError(f"{where}: {kind}: expected a list, found {values!r}")
     if kind == "choice":
@@ -205,7 +211,9 @@ def _scheduler(content: Any, source: str) -> Scheduler:
     if found.reduction_factor <= 1:
         raise RaystarError(f"{where}.reduction_factor: expected more than 1, found {found.reduction_factor:g}")
     if found.max_epochs is not None and found.grace_epochs > found.max_epochs:
-        raise RaystarError(f"{where}.grace_epochs: expected at most max_epochs {found.max_epochs}, found {found.grace_epochs}")
+        raise RaystarError(
+            f"{where}.grace_epochs: expected at most max_epochs {found.max_epochs}, found {found.grace_epochs}"
+        )
     return found
 
 
@@ -216,7 +224,9 @@ def _resources(content: Any, source: str) -> Resources:
     if gpus != "auto":
         gpus = _number(gpus, f"{where}.gpus")
         if not 0 <= gpus <= 1:
-            raise RaystarError(f"{where}.gpus: expected auto, 0, 1 or a fraction: a trial trains on one device; found {gpus:g}")
+            raise RaystarError(
+                f"{where}.gpus: expected auto, 0, 1 or a fraction: a trial trains on one device; found {gpus:g}"
+            )
     workers = _whole(content.get("workers", 1), f"{where}.workers", 1)
     if workers != 1:
         raise RaystarError(f"{where}.workers: a trial runs in one worker so far; found {workers}")

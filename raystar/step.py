@@ -170,11 +170,11 @@ def _update(state: TrainState, optimizer: torch.optim.AdamW, loss: Tensor) -> No
     """Gradients of `loss` and one optimiser step, left out on the device itself if the loss is not finite."""
     optimizer.zero_grad(set_to_none=True)
     if state.scaler.is_enabled():
-        state.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+        state.scaler.scale(loss).backward()
         state.scaler.step(optimizer)
         state.scaler.update()
         return
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     # Read by the fused kernel: a non-finite loss never moves the weights, and nobody waits for the answer.
     optimizer.found_inf = 1 - loss.detach().isfinite().to(torch.float32)  # type: ignore[attr-defined]
     optimizer.step()

@@ -7,15 +7,20 @@ import io
 import json
 import math
 import os
+import re
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from raystar import __version__
+from raystar.config import Config
+from raystar.errors import RaystarError
 
 RUNNING, PENDING = "running", "pending"
 FINISHED, STOPPED, DIVERGED, FAILED, INTERRUPTED = "finished", "stopped", "diverged", "failed", "interrupted"
+_NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
+_RESERVED = ("cache", "artifacts", "mlflow.db")
 COMPARABLE = (FINISHED, STOPPED, RUNNING, INTERRUPTED)
 """Statuses whose trials may be best: a diverged or failed trial never is."""
 
@@ -76,9 +81,9 @@ class Summary:
         """The trial with the best score among those that neither diverged nor failed."""
         best: TrialRecord | None = None
         for record in self.trials.values():
-            if record.status in COMPARABLE and record.score is not None:
-                if best is None or self.better(record.score, best.score):
-                    best = record
+            comparable = record.status in COMPARABLE and record.score is not None
+            if comparable and (best is None or self.better(record.score or 0.0, best.score)):
+                best = record
         return best
 
     @property
@@ -132,6 +137,21 @@ def write_whole(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
+
+
+def cache_dir(config: Config, out: Path) -> Path:
+    """`data.cache_dir`, by default `cache/` below the output folder."""
+    return Path(config.data.cache_dir).expanduser() if config.data.cache_dir else (out / "cache").resolve()
+
+
+def check_name(name: str) -> None:
+    """Raises `RaystarError` for a name that is no plain file name, or one that raystar itself uses."""
+    if not _NAME.fullmatch(name) or set(name) == {"."}:
+        raise RaystarError(
+            f"--name {name!r}: expected up to 64 letters, digits, dots, dashes and underscores, and no path"
+        )
+    if name in _RESERVED:
+        raise RaystarError(f"--name {name}: raystar keeps its own files under that name; choose another")
 
 
 def trial_name(number: int, trials: int) -> str:

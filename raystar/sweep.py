@@ -12,10 +12,12 @@ import logging
 import os
 import platform
 import shlex
+import shutil
 import signal
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -38,11 +40,11 @@ from raystar.summary import (
     Summary,
     TrialRecord,
     duration,
+    trial_name,
     write_whole,
 )
 from raystar.table import Board, announce
-from raystar.tracking import PARENT, MlflowTracker, Tracker, provenance
-from raystar.summary import trial_name
+from raystar.tracking import PARENT, MlflowTracker, how_to_compare, provenance
 from raystar.tune import Plan, usable_cpus
 
 _OBJECT_STORE_BYTES = 128 * 2**20  # trials exchange nothing but small results
@@ -71,8 +73,8 @@ def run(plan: Plan, command: list[str]) -> int:
     space, config = plan.space, plan.config
     plan.folder.mkdir(parents=True, exist_ok=False)
     announce(
-        f"sweep {plan.name}: {plan.trials} trials of up to {config.training.epochs} epochs, {len(plan.bank.domains)} domains, "
-        f"{sum(map(len, plan.bank.train))} latents; starting Ray, MLflow and the ruler"
+        f"sweep {plan.name}: {plan.trials} trials of up to {config.training.epochs} epochs, "
+        f"{len(plan.bank.domains)} domains, {sum(map(len, plan.bank.train))} latents; starting Ray, MLflow and the ruler"
     )
     _write_request(plan, command)
     tracker = MlflowTracker(
@@ -83,20 +85,19 @@ def run(plan: Plan, command: list[str]) -> int:
         space.metric,
         space.mode == "min",
     )
+    # Made while Ray starts and the trials' processes import; a trial that comes first waits for its file.
     ruler = _Background(lambda: Ruler.build(plan.bank, config, plan.cache_dir))
     try:
         _start_ray(plan)
         config, note = _settle_codec(config)
         say(note)
-        ruler.result()
-        tracker.wait_until_connected()
-    except BaseException:
+        return _Sweep(dataclasses.replace(plan, config=config), tracker, ruler.result).run()
+    except RaystarError:  # refused before any trial began: the name stays free
         tracker.close()
-        _stop_ray()
-        plan.folder.joinpath("sweep.json").unlink(missing_ok=True)
-        plan.folder.rmdir()
+        shutil.rmtree(plan.folder)
         raise
-    return _Sweep(dataclasses.replace(plan, config=config), tracker).run()
+    finally:
+        _stop_ray()
 
 
 def _write_request(plan: Plan, command: list[str]) -> None:
@@ -181,22 +182,17 @@ def _settle_codec(config: Config) -> tuple[Config, str | None]:
 class _Sweep:
     """The driver's side of a running sweep."""
 
-    def __init__(self, plan: Plan, tracker: Tracker) -> None:
+    def __init__(self, plan: Plan, tracker: MlflowTracker, ruler_ready: Callable[[], Any]) -> None:
         self.plan = plan
         self.tracker = tracker
+        self.ruler_ready = ruler_ready
         space = plan.space
         self.baseline = trial_name(0, plan.trials) if space.baseline else None
         self.summary = Summary(plan.name, space.metric, space.mode, plan.trials, self.baseline)
         for number, point in enumerate(plan.points or []):
             name = trial_name(number, plan.trials)
             self.summary.trials[name] = TrialRecord(name, dict(point))
-        at_a_time = int(usable_cpus() // space.resources.cpus)
-        if plan.gpu_share:
-            import torch
-
-            at_a_time = min(at_a_time, int(torch.cuda.device_count() / plan.gpu_share))
-        self.at_a_time = max(1, min(at_a_time, plan.max_concurrent or at_a_time, plan.trials))
-        self.board = Board(self.summary, plan.config.training.epochs, self.at_a_time)
+        self.board = Board(self.summary, plan.config.training.epochs)
         self.pictures = plan.folder / "pictures"
         self.interrupts = 0
         self._began: dict[str, float] = {}
@@ -210,7 +206,7 @@ class _Sweep:
         plan = self.plan
         self._open_parent()
         announce(
-            f"{self.at_a_time} trial{'s' if self.at_a_time > 1 else ''} at a time; "
+            f"{plan.at_a_time} trial{'s' if plan.at_a_time > 1 else ''} at a time; "
             f"{plan.space.metric}, {'lower' if plan.space.mode == 'min' else 'higher'} is better"
         )
         error: str | None = None
@@ -220,9 +216,13 @@ class _Sweep:
             self._fit()
         except KeyboardInterrupt:
             self.interrupts += 1
+        except RaystarError:
+            raise
         # Tune's own failures, not a trial's: what is done is kept and recorded, then the reason is told.
         except Exception as failure:
-            error = f"{type(failure).__name__}: {(str(failure).strip().splitlines() or [''])[0]}"
+            trace = plan.folder / "error.txt"
+            trace.write_text(traceback.format_exc(), encoding="utf-8")
+            error = f"{type(failure).__name__}: {(str(failure).strip().splitlines() or [''])[0]} (all of it in {trace})"
         finally:
             self.board.stop()
             restore_signals()
@@ -232,6 +232,7 @@ class _Sweep:
         plan = self.plan
         self.tracker.start(
             PARENT,
+            name=plan.name,
             params={"trials": plan.trials, "epochs": plan.config.training.epochs, "search": plan.space.search},
             tags={
                 "raystar.signature": signature(plan.config),
@@ -246,9 +247,9 @@ class _Sweep:
 
     def _fit(self) -> None:
         from ray import tune
-        from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
+        from ray.tune.schedulers import FIFOScheduler
 
-        from raystar.trial import Recorder, Request, TrialNames, run_trial
+        from raystar.trial import Asha, Recorder, Request, TrialNames, run_trial
 
         plan, space = self.plan, self.plan.space
         request = Request(
@@ -258,13 +259,15 @@ class _Sweep:
             cache_dir=str(plan.cache_dir),
             pictures_dir=str(self.pictures.resolve()),
             gpu_share=plan.gpu_share,
+            cpus=space.resources.cpus,
         )
         resources: dict[str, float] = {"cpu": space.resources.cpus}
         if plan.gpu_share:
             resources["gpu"] = plan.gpu_share
         scheduler: Any = FIFOScheduler()
         if space.scheduler.type == "asha":
-            scheduler = ASHAScheduler(
+            scheduler = Asha(
+                self.baseline,
                 time_attr="epoch",
                 metric=space.metric,
                 mode=space.mode,
@@ -300,18 +303,18 @@ class _Sweep:
         tuner.fit()
 
     def _search(self) -> Any:
-        space = self.plan.space
+        plan, space = self.plan, self.plan.space
         if space.search == "tpe":
             from ray.tune.search import ConcurrencyLimiter
             from ray.tune.search.optuna import OptunaSearch
 
-            start = [{key: get_value(self.plan.config, key) for key in space.space}] if space.baseline else None
+            start = [{key: get_value(plan.config, key) for key in space.space}] if space.baseline else None
             search = OptunaSearch(metric=space.metric, mode=space.mode, points_to_evaluate=start, seed=space.seed)
-            return ConcurrencyLimiter(search, max_concurrent=self.at_a_time)
+            return ConcurrencyLimiter(search, max_concurrent=plan.at_a_time)
         from ray.tune.search.basic_variant import BasicVariantGenerator
 
         # Drawn and checked by `Space.points`: Tune only hands them out.
-        return BasicVariantGenerator(points_to_evaluate=self.plan.points, max_concurrent=self.at_a_time)
+        return BasicVariantGenerator(points_to_evaluate=plan.points, max_concurrent=plan.at_a_time)
 
     def _catch_signals(self) -> Callable[[], None]:
         """The first Ctrl-C or SIGTERM stops after saving, a third at once."""
@@ -338,6 +341,9 @@ class _Sweep:
 
     def trial_started(self, name: str, params: dict[str, Any]) -> None:
         """A trial begins, or begins again after its process died."""
+        if not self._began:  # what started beside Ray must have worked before the first trial counts
+            self.tracker.wait_until_connected()
+            self.ruler_ready()
         record = self.summary.trials.setdefault(name, TrialRecord(name, dict(params)))
         again = name in self._began
         record.status = RUNNING
@@ -436,7 +442,6 @@ class _Sweep:
         self.tracker.end(PARENT, summary.status, error)
         self.tracker.close()
         self._write(0.0)
-        _stop_ray()
         self._tell(error)
         if self.interrupts:
             return 130
@@ -487,7 +492,7 @@ class _Sweep:
             announce(line)
             announce("  " + "  ".join(f"{key}={value}" for key, value in best.params.items()))
             announce(f"  files: {plan.folder / 'best'}")
-        announce(f"compare: mlflow ui --backend-store-uri {plan.tracking_uri}" if "://" in plan.tracking_uri and not plan.tracking_uri.startswith("http") else f"compare: {plan.tracking_uri}")  # fmt: skip
+        announce(f"compare: {how_to_compare(plan.tracking_uri)}")
         if best is not None:
             runs = "" if plan.out == Path("runs") else f" --runs {plan.out}"
             announce(f"export:  python -m raystar.export --sweep {plan.name}{runs} --out my_model")

@@ -13,7 +13,14 @@ from rich.text import Text
 from raystar.summary import PENDING, RUNNING, Summary, TrialRecord, duration
 
 _ROWS = 16
-_STYLES = {"finished": "green", "running": "cyan", "stopped": "dim", "pending": "dim", "diverged": "red", "failed": "red"}
+_STYLES = {
+    "finished": "green",
+    "running": "cyan",
+    "stopped": "dim",
+    "pending": "dim",
+    "diverged": "red",
+    "failed": "red",
+}
 
 
 class Board:
@@ -21,13 +28,11 @@ class Board:
 
     Args:
         epochs: of a trial that runs to its end.
-        at_a_time: trials that run side by side.
     """
 
-    def __init__(self, summary: Summary, epochs: int, at_a_time: int) -> None:
+    def __init__(self, summary: Summary, epochs: int) -> None:
         self.summary = summary
         self.epochs = epochs
-        self.at_a_time = at_a_time
         self.console = Console()
         self.live: Live | None = None
         if self.console.is_terminal:
@@ -53,7 +58,8 @@ class Board:
         leader = f"best {best.score:.4f} ({best.trial})  " if best is not None and best.score is not None else ""
         reason = f"  {record.reason}" if record.reason and record.status not in (RUNNING, "stopped") else ""
         print(
-            f"{record.trial}  {record.status:<9} epoch {record.epochs}/{self.epochs}  {score}{leader}{self._clock()}{reason}",
+            f"{record.trial}  {record.status:<9} epoch {record.epochs}/{self.epochs}  "
+            f"{score}{leader}{self._clock()}{reason}",
             flush=True,
         )
 

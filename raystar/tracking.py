@@ -7,10 +7,12 @@ up training; the thread keeps trying until the server is back.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import logging
 import os
 import queue
+import socket
 import subprocess
 import sys
 import threading
@@ -18,6 +20,7 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
+from urllib.parse import urlsplit
 
 from raystar import __version__
 from raystar.errors import RaystarError
@@ -27,19 +30,35 @@ PARENT = ""
 """Name of the parent run, or of the only run, in calls that take a trial's name."""
 
 _RETRY_S = (0.2, 0.5, 1.0, 2.0, 5.0)
-_ENDED = {"finished": "FINISHED", "stopped": "FINISHED", "interrupted": "KILLED", "failed": "FAILED", "diverged": "FAILED"}
+_ENDED = {
+    "finished": "FINISHED",
+    "stopped": "FINISHED",
+    "interrupted": "KILLED",
+    "failed": "FAILED",
+    "diverged": "FAILED",
+}
 
 
 class Tracker(Protocol):
     """Records runs. `trial` is a trial's name, or `PARENT`."""
 
-    def start(self, trial: str, *, params: Mapping[str, Any], tags: Mapping[str, str], text: Mapping[str, str]) -> None:
-        """Opens a run with its parameters, tags and text artifacts (`{"config.yaml": "..."}`)."""
+    def start(
+        self,
+        trial: str,
+        *,
+        params: Mapping[str, Any],
+        tags: Mapping[str, str],
+        text: Mapping[str, str],
+        name: str | None = None,
+    ) -> None:
+        """Opens a run, shown as `name` or `trial`; `text` holds artifacts by name (`{"config.yaml": "..."}`)."""
 
     def log(self, trial: str, epoch: int, metrics: Mapping[str, float], images: Mapping[str, Path]) -> None:
         """Records one epoch; `images` are files that stay where they are until `close`."""
 
-    def attach(self, trial: str, files: Mapping[str, Path], tags: Mapping[str, str], metrics: Mapping[str, float]) -> None:
+    def attach(
+        self, trial: str, files: Mapping[str, Path], tags: Mapping[str, str], metrics: Mapping[str, float]
+    ) -> None:
         """Adds files (by artifact name), tags and final metrics to a run."""
 
     def end(self, trial: str, status: str, reason: str | None) -> None:
@@ -50,28 +69,6 @@ class Tracker(Protocol):
 
     def close(self) -> None:
         """Writes what is left and closes every run that is still open."""
-
-
-class NoTracker:
-    """Records nothing."""
-
-    def start(self, trial: str, *, params: Mapping[str, Any], tags: Mapping[str, str], text: Mapping[str, str]) -> None:
-        """See `Tracker`."""
-
-    def log(self, trial: str, epoch: int, metrics: Mapping[str, float], images: Mapping[str, Path]) -> None:
-        """See `Tracker`."""
-
-    def attach(self, trial: str, files: Mapping[str, Path], tags: Mapping[str, str], metrics: Mapping[str, float]) -> None:
-        """See `Tracker`."""
-
-    def end(self, trial: str, status: str, reason: str | None) -> None:
-        """See `Tracker`."""
-
-    def run_id(self, trial: str) -> str | None:
-        """See `Tracker`."""
-
-    def close(self) -> None:
-        """See `Tracker`."""
 
 
 def default_uri(out: Path) -> str:
@@ -86,12 +83,34 @@ def check_uri(uri: str) -> None:
         RaystarError: a scheme that MLflow's tracking does not take here.
     """
     scheme = uri.partition(":")[0]
-    if scheme in ("sqlite", "http", "https", "postgresql", "mysql", "mssql") or "+" in scheme:
+    if scheme in ("http", "https"):
+        _check_server(uri)
+        return
+    if scheme in ("sqlite", "postgresql", "mysql", "mssql") or "+" in scheme:
         return
     raise RaystarError(
         f"--tracking-uri {uri}: expected sqlite:///FILE, a database URI or http(s)://HOST:PORT; "
         "plain folders are no longer a store of MLflow's"
     )
+
+
+def how_to_compare(uri: str) -> str:
+    """The command that opens the MLflow UI, or the address of the server that is already there."""
+    if uri.startswith("http"):
+        return _redacted(uri)
+    return f"mlflow ui --backend-store-uri {_redacted(uri)}"
+
+
+def _check_server(uri: str) -> None:
+    parts = urlsplit(uri)
+    try:
+        port = parts.port or (443 if parts.scheme == "https" else 80)
+        socket.create_connection((parts.hostname or "", port), timeout=5).close()
+    except (OSError, ValueError) as error:
+        raise RaystarError(
+            f"--tracking-uri {_redacted(uri)}: nothing answers there ({error}); start a server, for example "
+            "mlflow server --backend-store-uri sqlite:///mlflow.db --port 5000"
+        ) from None
 
 
 class MlflowTracker:
@@ -141,11 +160,19 @@ class MlflowTracker:
 
     # -- the Tracker seam: each call is queued ------------------------------------------------------
 
-    def start(self, trial: str, *, params: Mapping[str, Any], tags: Mapping[str, str], text: Mapping[str, str]) -> None:
+    def start(
+        self,
+        trial: str,
+        *,
+        params: Mapping[str, Any],
+        tags: Mapping[str, str],
+        text: Mapping[str, str],
+        name: str | None = None,
+    ) -> None:
         """See `Tracker`."""
         began = int(time.time() * 1000)
         copied = (dict(params), dict(tags), dict(text))
-        self._tasks.put(lambda: self._start(trial, began, *copied))
+        self._tasks.put(lambda: self._start(trial, name or trial, began, *copied))
 
     def log(self, trial: str, epoch: int, metrics: Mapping[str, float], images: Mapping[str, Path]) -> None:
         """See `Tracker`."""
@@ -153,9 +180,11 @@ class MlflowTracker:
         values, pictures = dict(metrics), dict(images)
         self._tasks.put(lambda: self._log_metrics(trial, epoch, at, values))
         for key, path in pictures.items():
-            self._tasks.put(lambda key=key, path=path: self._log_image(trial, epoch, at, key, path))  # type: ignore[misc]
+            self._tasks.put(functools.partial(self._log_image, trial, epoch, at, key, path))
 
-    def attach(self, trial: str, files: Mapping[str, Path], tags: Mapping[str, str], metrics: Mapping[str, float]) -> None:
+    def attach(
+        self, trial: str, files: Mapping[str, Path], tags: Mapping[str, str], metrics: Mapping[str, float]
+    ) -> None:
         """See `Tracker`."""
         at = int(time.time() * 1000)
         copied = (dict(files), dict(tags), dict(metrics))
@@ -172,6 +201,7 @@ class MlflowTracker:
 
     def close(self) -> None:
         """See `Tracker`."""
+        self._connected.wait()
         if self._failure is not None or not self._thread.is_alive():
             return
         self._tasks.put(self._end_open)
@@ -209,7 +239,9 @@ class MlflowTracker:
             except Exception as error:
                 reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
                 if attempt == 2:
-                    print(f"note: MLflow does not take records now ({reason}); trying again", file=sys.stderr, flush=True)
+                    print(
+                        f"note: MLflow does not take records now ({reason}); trying again", file=sys.stderr, flush=True
+                    )
                 if self._closing and attempt >= 12:
                     print(f"error: a record could not be written to MLflow: {reason}", file=sys.stderr, flush=True)
                     return
@@ -244,7 +276,9 @@ class MlflowTracker:
         client.set_experiment_tag(self.experiment_id, "mlflow.experiment.primaryMetric.greaterIsBetter", greater)
         self._client = client
 
-    def _start(self, trial: str, began: int, params: dict[str, Any], tags: dict[str, str], text: dict[str, str]) -> None:
+    def _start(
+        self, trial: str, name: str, began: int, params: dict[str, Any], tags: dict[str, str], text: dict[str, str]
+    ) -> None:
         from mlflow.entities import Dataset, DatasetInput, InputTag, Param
 
         if trial not in self._runs:
@@ -252,8 +286,7 @@ class MlflowTracker:
             if trial != PARENT and PARENT in self._runs:
                 every["mlflow.parentRunId"] = self._runs[PARENT]
             every["mlflow.user"] = _user()
-            run_name = trial or tags.get("raystar.sweep") or "run"
-            run = self._client.create_run(self.experiment_id, start_time=began, tags=every, run_name=run_name)
+            run = self._client.create_run(self.experiment_id, start_time=began, tags=every, run_name=name)
             self._runs[trial] = run.info.run_id
             self._open.add(trial)
         run_id = self._runs[trial]
@@ -329,8 +362,6 @@ def _user() -> str:
 
 def _redacted(uri: str) -> str:
     """The URI without a password."""
-    from urllib.parse import urlsplit
-
     parts = urlsplit(uri)
     if parts.password is None:
         return uri

@@ -92,7 +92,7 @@ class Trainer:
         self.data = LatentDataset(bank, config, self.device)
         if self.data.steps < 1:
             raise RaystarError(
-                f"training.batch_size {config.training.batch_size} is more than the {len(self.data)} samples of an epoch; "
+                f"training.batch_size {config.training.batch_size} is more than an epoch's {len(self.data)} samples; "
                 "lower it or set training.drop_last=false"
             )
         self.ruler = ruler.to(self.device) if ruler is not None else None

@@ -18,6 +18,7 @@ import torch
 from ray import tune
 from ray.train.torch import TorchTrainer
 from ray.tune.experiment import Trial
+from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 
 from raystar import checkpoint as checkpoints
 from raystar.codec import Codec, open_codec
@@ -44,6 +45,7 @@ class Request:
     cache_dir: str
     pictures_dir: str
     gpu_share: float
+    cpus: int
 
 
 def run_trial(params: dict[str, Any], request: Request) -> None:
@@ -59,6 +61,7 @@ def train_loop(settings: dict[str, Any]) -> None:
     """Trains one configuration and reports every epoch; ends with a report, whatever happens."""
     request: Request = settings["request"]
     report = _Report(request)
+    torch.set_num_threads(request.cpus)
     try:
         _train(override(from_mapping(request.config, "sweep"), settings["params"], "trial"), request, report)
     except TrialDiverged as error:
@@ -108,7 +111,8 @@ def _bank(config: Config, cache_dir: str) -> Bank:
 
 
 def _ruler(config: Config, cache_dir: str) -> Ruler:
-    return _build_ruler(Config(data=config.data, model=_plain(config), ruler=config.ruler), config.training.latent_scale, cache_dir)  # fmt: skip
+    kept = Config(data=config.data, model=_plain(config), ruler=config.ruler)
+    return _build_ruler(kept, config.training.latent_scale, cache_dir)
 
 
 def _codec(config: Config) -> Codec:
@@ -171,7 +175,13 @@ class _Report:
         worst = WORST if self.request.mode == "min" else -WORST
         # A later epoch than the last, so that ASHA sees it; its metric is nobody's best.
         tune.report(
-            {self.request.metric: worst, "epoch": self.epoch_number + 1, "status": status, "reason": reason, "pid": os.getpid()}
+            {
+                self.request.metric: worst,
+                "epoch": self.epoch_number + 1,
+                "status": status,
+                "reason": reason,
+                "pid": os.getpid(),
+            }
         )
 
     def _save_picture(self, key: str, image: Any, epoch: int) -> str:
@@ -196,6 +206,25 @@ class TrialNames:
 
     def __call__(self, trial: Trial) -> str:
         return trial_name(self.numbers.setdefault(trial.trial_id, len(self.numbers)), self.trials)
+
+
+class Asha(ASHAScheduler):  # type: ignore[misc]
+    """ASHA that lets one trial, the baseline, run to its end: the others are measured against it.
+
+    Its results still count in the rungs.
+    """
+
+    def __init__(self, exempt: str | None, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.exempt = exempt
+        self.last_epoch = settings["max_t"]
+
+    def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
+        """See `ray.tune.schedulers.TrialScheduler`."""
+        decision: str = super().on_trial_result(tune_controller, trial, result)
+        if str(trial) == self.exempt and result["epoch"] < self.last_epoch:
+            return str(TrialScheduler.CONTINUE)
+        return decision
 
 
 class Listener(Protocol):

@@ -18,11 +18,10 @@ from raystar.errors import RaystarError, run_cli
 from raystar.ruler import check_holdout
 from raystar.space import Space, load_space
 from raystar.step import resolve_device
-from raystar.summary import trial_name
+from raystar.summary import cache_dir, check_name, trial_name
 from raystar.tracking import check_uri, default_uri
 
 DEFAULT_CONFIG = "configs/demo.yaml"
-_NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -40,9 +39,13 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--epochs", metavar="N", type=int, help="epochs of a trial that is not stopped early")
     p.add_argument("--max-concurrent", metavar="N", type=int, help="trials at a time (as many as fit)")
     p.add_argument("--time-budget", metavar="TIME", help="stop after 90s, 30m, 4h or 2d")
-    p.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="override a configuration key; repeatable")
+    p.add_argument(
+        "--set", metavar="KEY=VALUE", action="append", default=[], help="override a configuration key; repeatable"
+    )
     p.add_argument("--out", metavar="DIR", type=Path, default=Path("runs"), help="where everything goes (runs)")
-    p.add_argument("--tracking-uri", metavar="URI", help="MLflow store ($MLFLOW_TRACKING_URI, else a SQLite file in --out)")
+    p.add_argument(
+        "--tracking-uri", metavar="URI", help="MLflow store ($MLFLOW_TRACKING_URI, else a SQLite file in --out)"
+    )
     p.add_argument("--dry-run", action="store_true", help="check everything, list the trials and stop")
     return p
 
@@ -65,14 +68,19 @@ class Plan:
     bank: Bank
 
     @property
+    def at_a_time(self) -> int:
+        """Trials that run side by side: as many as fit on this machine, and no more than asked for."""
+        fit = usable_cpus() // self.space.resources.cpus
+        if self.gpu_share:
+            import torch
+
+            fit = min(fit, int(torch.cuda.device_count() / self.gpu_share))
+        return max(1, min(fit, self.max_concurrent or fit, self.trials))
+
+    @property
     def cache_dir(self) -> Path:
         """Packed latents, the ruler and compiled code, shared by all sweeps below `out`."""
         return cache_dir(self.config, self.out)
-
-
-def cache_dir(config: Config, out: Path) -> Path:
-    """`data.cache_dir`, by default `cache/` below the output folder."""
-    return Path(config.data.cache_dir).expanduser() if config.data.cache_dir else (out / "cache").resolve()
 
 
 def make_plan(args: argparse.Namespace) -> Plan:
@@ -84,7 +92,11 @@ def make_plan(args: argparse.Namespace) -> Plan:
     config = load_config(find_shipped(args.config))
     config = override(config, dict(parse_assignment(text) for text in args.set), "--set")
     space = load_space(find_shipped(args.space), config)
-    for flag, value in (("--trials", args.trials), ("--epochs", args.epochs), ("--max-concurrent", args.max_concurrent)):
+    for flag, value in (
+        ("--trials", args.trials),
+        ("--epochs", args.epochs),
+        ("--max-concurrent", args.max_concurrent),
+    ):
         if value is not None and value < 1:
             raise RaystarError(f"{flag}: expected at least 1, found {value}")
     if args.trials is not None:
@@ -105,13 +117,10 @@ def make_plan(args: argparse.Namespace) -> Plan:
     trials = len(points) if points is not None else space.trials
 
     name = args.name if args.name is not None else f"{Path(args.space).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
-    if not _NAME.fullmatch(name) or name in (".", ".."):
-        raise RaystarError(f"--name {name!r}: expected up to 64 letters, digits, dots, dashes and underscores, and no path")
+    check_name(name)
     folder = args.out / name
     if folder.exists():
         raise RaystarError(f"--name {name}: {folder} is there already; choose another name or remove it")
-    if name in ("cache", "artifacts"):
-        raise RaystarError(f"--name {name}: raystar keeps its own files under that name; choose another")
 
     gpu_share = _gpu_share(config, space)
     uri = args.tracking_uri or default_uri(args.out)
@@ -133,7 +142,9 @@ def _gpu_share(config: Config, space: Space) -> float:
     wanted = space.resources.gpus
     cpus = usable_cpus()
     if space.resources.cpus > cpus:
-        raise RaystarError(f"{space.source}: resources.cpus: a trial wants {space.resources.cpus}, this machine has {cpus}")
+        raise RaystarError(
+            f"{space.source}: resources.cpus: a trial wants {space.resources.cpus}, this machine has {cpus}"
+        )
     if wanted == "auto":
         wanted = 0.5 if there and config.training.device != "cpu" else 0.0
     if float(wanted) > there:
@@ -141,7 +152,9 @@ def _gpu_share(config: Config, space: Space) -> float:
             f"{space.source}: resources.gpus: a trial wants {float(wanted):g}, this machine has {there}; use auto or 0"
         )
     if wanted == 0 and config.training.device == "cuda":
-        raise RaystarError("training.device: cuda was asked for, but resources.gpus gives trials no GPU; set it to auto")
+        raise RaystarError(
+            "training.device: cuda was asked for, but resources.gpus gives trials no GPU; set it to auto"
+        )
     resolve_device(config)
     return float(wanted)
 
@@ -173,7 +186,8 @@ def main(argv: list[str] | None = None) -> int:
 def print_plan(plan: Plan) -> None:
     """What a sweep would do: its data and its trials."""
     space, bank = plan.space, plan.bank
-    print(f"sweep {plan.name}: {plan.trials} trials of up to {plan.config.training.epochs} epochs; {space.metric} ({space.mode})")
+    epochs = plan.config.training.epochs
+    print(f"sweep {plan.name}: {plan.trials} trials of up to {epochs} epochs; {space.metric} ({space.mode})")
     for domain, train, held in zip(bank.domains, bank.train, bank.held, strict=True):
         print(f"  {domain}: {len(train)} latents to train on, {len(held)} held out")
     print(f"  a trial takes {space.resources.cpus} cpu and {plan.gpu_share:g} gpu; records go to {plan.tracking_uri}")

@@ -80,7 +80,10 @@ def test_losses_and_weights(name: str) -> None:
             elif k == 1:
                 assert found == pytest.approx(value, abs=2e-3), (k, key)
             else:
-                assert found == pytest.approx(value, rel=1e-2, abs=2e-3 if key in ("g_adv", "g_loss") else 1e-7), (k, key)
+                assert found == pytest.approx(value, rel=1e-2, abs=2e-3 if key in ("g_adv", "g_loss") else 1e-7), (
+                    k,
+                    key,
+                )
     for key, value in record["epoch_mean"].items():
         assert sums[key] / len(record["steps"]) == pytest.approx(value, rel=1e-2, abs=2e-3)
     # Over all elements of a network: convolution biases in front of an instance norm have gradients that are

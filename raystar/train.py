@@ -1,0 +1,169 @@
+"""`python -m raystar.train`: one run of the same training loop that a sweep's trials run."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from raystar import checkpoint as checkpoints
+from raystar.codec import check_codec, open_codec, say
+from raystar.config import Config, find_shipped, load_config, override, parse_assignment, signature, to_yaml
+from raystar.dataset import open_bank
+from raystar.errors import RaystarError, TrialDiverged, TrialOutOfMemory, run_cli
+from raystar.model import NAMES
+from raystar.ruler import Ruler, check_holdout
+from raystar.step import TrainState, resolve_device
+from raystar.summary import DIVERGED, FAILED, FINISHED, INTERRUPTED, cache_dir, check_name
+from raystar.tracking import PARENT, MlflowTracker, check_uri, default_uri, provenance
+from raystar.trainer import Progress, Trainer
+
+DEFAULT_CONFIG = "configs/stargan_v2_latent.yaml"
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    p = argparse.ArgumentParser(
+        prog="python -m raystar.train",
+        description="Trains one configuration, with checkpoints, picture grids, the ruler's score and MLflow.",
+    )
+    p.add_argument("--config", metavar="FILE", required=True, help=f"for example {DEFAULT_CONFIG} or configs/demo.yaml")
+    p.add_argument("--name", metavar="NAME", help="the run's name (the configuration's with the time)")
+    p.add_argument("--epochs", metavar="N", type=int, help="epochs to train, instead of training.epochs")
+    p.add_argument(
+        "--set", metavar="KEY=VALUE", action="append", default=[], help="override a configuration key; repeatable"
+    )
+    p.add_argument("--out", metavar="DIR", type=Path, default=Path("runs"), help="where everything goes (runs)")
+    p.add_argument("--resume", action="store_true", help="go on from the last checkpoint of --name")
+    p.add_argument(
+        "--tracking-uri", metavar="URI", help="MLflow store ($MLFLOW_TRACKING_URI, else a SQLite file in --out)"
+    )
+    return p
+
+
+def main(argv: list[str] | None = None) -> int:
+    """`python -m raystar.train`."""
+    args = parser().parse_args(argv)
+    config = load_config(find_shipped(args.config))
+    config = override(config, dict(parse_assignment(text) for text in args.set), "--set")
+    if args.epochs is not None:
+        config = override(config, {"training.epochs": args.epochs}, "--epochs")
+    if args.resume and args.name is None:
+        raise RaystarError("--resume: name the run that goes on with --name")
+    name = args.name if args.name is not None else f"{Path(args.config).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+    check_name(name)
+    folder = Path(config.checkpoint.save_dir) if config.checkpoint.save_dir else args.out / name
+    saved = sorted(folder.glob("epoch_*.pt"), reverse=True)
+    latest = folder / "latest.pt"
+    if saved or latest.exists():
+        if not args.resume:
+            raise RaystarError(f"{folder} holds checkpoints already; go on with --resume, or choose another name")
+    elif args.resume:
+        raise RaystarError(f"--resume: {folder} holds no checkpoint (latest.pt)")
+    uri = args.tracking_uri or default_uri(args.out)
+    check_uri(uri)
+    check_codec(config)
+    device = resolve_device(config)
+    cache = cache_dir(config, args.out)
+    bank = open_bank(config, cache)
+    check_holdout(bank)
+    checkpoint = checkpoints.load_latest([latest, *saved])[0] if args.resume else None
+    state = _initial_state(config, device)
+
+    folder.mkdir(parents=True, exist_ok=True)
+    print(
+        f"run {name}: {config.training.epochs} epochs on {device}, {len(bank.domains)} domains, "
+        f"{sum(map(len, bank.train))} latents; opening the codec, the ruler and MLflow",
+        flush=True,
+    )
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache / "inductor"))
+    tracker = MlflowTracker(
+        uri,
+        args.out / "artifacts",
+        {"name": Path(bank.root).name or "latents", "digest": bank.digest, "source": bank.root},
+        {**provenance(), "raystar.run": name},
+        "eval/score",
+        lower_is_better=True,
+    )
+    try:
+        codec, note = open_codec(config, device)
+        say(note)
+        ruler = Ruler.build(bank, config, cache)
+        tracker.wait_until_connected()
+        trainer = Trainer(config, bank, ruler, codec, state, checkpoint=checkpoint)
+    except BaseException:
+        tracker.close()
+        raise
+    if trainer.first_epoch > config.training.epochs:
+        tracker.close()
+        raise RaystarError(
+            f"{folder}: trained for {trainer.first_epoch - 1} epochs already; ask for more with --epochs"
+        )
+    tracker.start(
+        PARENT,
+        params={},
+        tags={"raystar.signature": signature(config), "raystar.seed": str(config.training.seed)},
+        text={"config.yaml": to_yaml(config)},
+        name=name,
+    )
+    return _run(trainer, tracker, config, folder)
+
+
+def _initial_state(config: Config, device: Any) -> TrainState:
+    """Fresh networks, or those of `checkpoint.init_from`."""
+    state = TrainState.create(config, device)
+    if config.checkpoint.init_from is not None:
+        path = Path(config.checkpoint.init_from).expanduser()
+        found = checkpoints.load(path)
+        state.nets.load_state_dict({name: found[name] for name in NAMES}, str(path))
+    return state
+
+
+def _run(trainer: Trainer, tracker: MlflowTracker, config: Config, folder: Path) -> int:
+    vis = Path(config.visualization.save_dir) if config.visualization.save_dir else folder / "vis"
+    best: tuple[float, int] | None = None
+    status, reason = FAILED, None
+    try:
+        for progress in trainer.run():
+            _save(progress, config, folder)
+            images = {}
+            for key, image in progress.images.items():
+                vis.mkdir(parents=True, exist_ok=True)
+                images[key] = vis / f"{key}_{progress.epoch:04d}.png"
+                image.save(images[key])
+            tracker.log(PARENT, progress.epoch, progress.metrics, images)
+            score = progress.metrics.get("eval/score")
+            if score is not None and (best is None or score < best[0]):
+                best = (score, progress.epoch)
+        status = FINISHED
+    except KeyboardInterrupt:
+        status = INTERRUPTED
+    except (TrialDiverged, TrialOutOfMemory) as error:
+        status = DIVERGED if isinstance(error, TrialDiverged) else FAILED
+        reason = str(error)
+        print(f"error: {reason}", file=sys.stderr)
+    finally:
+        tracker.end(PARENT, status, reason)
+        tracker.close()
+    if best is not None:
+        print(f"{status}; best score {best[0]:.4f} at epoch {best[1]}; checkpoints and grids in {folder}")
+    if (folder / "latest.pt").is_file():
+        print(f"export: python -m raystar.export --checkpoint {folder / 'latest.pt'} --out my_model")
+    if status == INTERRUPTED:
+        return 130
+    return 0 if status == FINISHED else 1
+
+
+def _save(progress: Progress, config: Config, folder: Path) -> None:
+    """`epoch_xxxx.pt` and `latest.pt` every `save_interval` epochs and at the end."""
+    if progress.epoch % config.training.save_interval and progress.epoch != config.training.epochs:
+        return
+    checkpoints.save(folder / f"epoch_{progress.epoch:04d}.pt", progress.checkpoint)
+    checkpoints.save(folder / "latest.pt", progress.checkpoint)
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,145 @@
+"""The configuration: what it accepts, what it refuses, and with which words."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from raystar.config import (
+    Config,
+    from_mapping,
+    known_keys,
+    load_config,
+    override,
+    parse_assignment,
+    signature,
+    to_mapping,
+    to_yaml,
+)
+from raystar.errors import RaystarError
+from tests.support import ROOT
+
+
+def test_the_shipped_defaults_are_the_defaults() -> None:
+    shipped = load_config(ROOT / "configs/stargan_v2_latent.yaml")
+    defaults = Config()
+    assert shipped.model == defaults.model
+    assert shipped.loss == defaults.loss
+    assert shipped.training == defaults.training
+    assert shipped.data == defaults.data
+
+
+def test_the_demo_carries_the_default_loss_weights() -> None:
+    assert load_config(ROOT / "configs/demo.yaml").loss == Config().loss
+
+
+def test_yaml_and_json_round_trip(tmp_path: Path) -> None:
+    config = override(Config(), {"loss.ds_margin": None, "training.lr_g": 3e-4, "data.domains": ["x", "y"]})
+    (tmp_path / "c.yaml").write_text(to_yaml(config))
+    (tmp_path / "c.json").write_text(json.dumps(to_mapping(config)))
+    assert load_config(tmp_path / "c.yaml") == config == load_config(tmp_path / "c.json")
+
+
+@pytest.mark.parametrize(
+    ("key", "written", "found"),
+    [
+        ("training.lr_g", "1e-4", 1e-4),  # YAML 1.1 reads this as text
+        ("training.batch_size", "1e1", 10),
+        ("training.progress_style", "off", "off"),  # and this as false
+        ("loss.ds_margin", "null", None),
+        ("data.domains", "[photo, monet]", ("photo", "monet")),
+        ("training.use_amp", "no", False),
+    ],
+)
+def test_values_as_people_write_them(key: str, written: str, found: object) -> None:
+    name, value = parse_assignment(f"{key}={written}")
+    section, _, field = name.partition(".")
+    assert getattr(getattr(override(Config(), {name: value}), section), field) == found
+
+
+def test_legacy_keys() -> None:
+    assert from_mapping({"training": {"progress_bar": False}}, "old").progress == "off"
+    old = from_mapping({"training": {"eval_interval": 3}}, "old")
+    assert old.grid_every == 3
+    assert override(old, {"visualization.every_epochs": 7}).grid_every == 7
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"loss.w_cycl": 1}, ["loss.w_cycl", "did you mean 'loss.w_cyc'"]),
+        ({"w_cyc": 1}, ["w_cyc", "loss.w_cyc"]),
+        ({"training.batch_size": 0}, ["training.batch_size", "at least 1", "found 0"]),
+        ({"training.batch_size": 2.5}, ["whole number", "2.5"]),
+        ({"training.batch_size": True}, ["whole number", "True"]),
+        ({"training.lr_g": "fast"}, ["training.lr_g", "a number", "'fast'"]),
+        ({"training.lr_g": float("nan")}, ["a number"]),
+        ({"training.lr_g": 0}, ["more than 0"]),
+        ({"training.amp_dtype": "bf15"}, ["bf16, fp16"]),
+        ({"data.domains": ["photo"]}, ["at least two"]),
+        ({"data.domains": ["photo", "photo"]}, ["once"]),
+        ({"data.domains": ["photo", "../monet"]}, ["folders directly below"]),
+        ({"data.domains": "photo"}, ["a list of names"]),
+        ({"data.holdout": 0.9}, ["at most 0.5"]),
+        ({"model.num_domains": 3}, ["model.num_domains is 3", "names 5"]),
+        ({"training.epoch_size": 4}, ["epoch_size 4", "batch_size", "drop_last"]),
+        ({"training.amp_dtype": "fp16", "training.device": "cpu"}, ["fp16 needs a GPU"]),
+    ],
+)
+def test_refusals_say_what_and_why(values: dict[str, object], words: list[str]) -> None:
+    with pytest.raises(RaystarError) as caught:
+        override(Config(), values, "my.yaml")
+    assert "my.yaml" in str(caught.value)
+    for word in words:
+        assert word in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("loss: {w_cyc: 1, w_cyc: 2}", ["twice", "w_cyc"]),
+        ("losses: {w_cyc: 1}", ["unknown section 'losses'", "'loss'"]),
+        ("loss: 3", ["a section of keys"]),
+        ("- 1", ["a mapping at the top"]),
+        ("loss: {w_cyc: [}", ["not readable as YAML"]),
+        ("loss: !!python/object/apply:os.system [ls]", ["not readable as YAML"]),
+        ("[a]: 1\n? {b: 1}\n: 2", ["not readable as YAML"]),
+    ],
+)
+def test_bad_files(tmp_path: Path, text: str, words: list[str]) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text(text)
+    with pytest.raises(RaystarError) as caught:
+        load_config(path)
+    for word in [str(path), *words]:
+        assert word in str(caught.value)
+
+
+def test_missing_binary_and_huge_files(tmp_path: Path) -> None:
+    (tmp_path / "demo.yaml").write_text("")
+    with pytest.raises(RaystarError, match=r"demoo\.yaml.*found nothing.*did you mean 'demo\.yaml'"):
+        load_config(tmp_path / "demoo.yaml")
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00\x80")
+    with pytest.raises(RaystarError, match="not readable"):
+        load_config(tmp_path / "binary.yaml")
+    (tmp_path / "huge.yaml").write_text("#" * 1_000_001)
+    with pytest.raises(RaystarError, match="no configuration"):
+        load_config(tmp_path / "huge.yaml")
+
+
+def test_the_signature_follows_results_only() -> None:
+    base = signature(Config())
+    assert signature(override(Config(), {"loss.w_cyc": 1.0})) == base
+    for silent in ({"training.log_json": True}, {"data.data_root": "elsewhere"}, {"training.num_workers": 0}):
+        assert signature(override(Config(), silent)) == base
+    for telling in ({"loss.w_cyc": 2.0}, {"training.seed": 1}, {"model.base_dim": 128}):
+        assert signature(override(Config(), telling)) != base
+
+
+def test_every_key_says_what_it_means() -> None:
+    from raystar.config import key_field
+
+    for key in known_keys():
+        assert len(key_field(key, "").metadata["meaning"]) > 5, key

@@ -1,0 +1,140 @@
+"""`train_step` against the textbook in float64: every loss and every gradient to 1e-9."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+
+import pytest
+import torch
+
+from raystar import loss as losses
+from raystar.config import Config, override
+from raystar.dataset import Batch
+from raystar.step import LOGGED, TrainState, train_step
+from tests import textbook
+from tests.support import tiny_config
+
+N = 3
+
+
+def make_state(config: Config) -> TrainState:
+    state = TrainState.create(config, "cpu")
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for _, net in state.nets.items():
+            net.double()
+            for name, parameter in net.named_parameters():
+                if ".fc." in name:  # zero at the start; every path must matter here
+                    parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
+    return state
+
+
+def make_batch(size: int, latent_dim: int, seed: int = 0) -> Batch:
+    g = torch.Generator().manual_seed(seed)
+    latents = [5 * torch.randn(size, 4, 16, 16, generator=g, dtype=torch.float64) for _ in range(2)]
+    y_src = torch.randint(N, (size,), generator=g)
+    y_trg = (y_src + torch.randint(1, N, (size,), generator=g)) % N
+    noise = [torch.randn(size, latent_dim, generator=g, dtype=torch.float64) for _ in range(3)]
+    return Batch(*latents, y_src, y_trg, *noise)
+
+
+CASES = list(itertools.product([0.0, 0.7], [None, 1e-4, 50.0], [1, 4], [4, 3]))
+
+
+@pytest.mark.parametrize(("w_id", "margin", "step", "size"), CASES)
+def test_losses_and_gradients_equal_the_textbook(w_id: float, margin: float | None, step: int, size: int) -> None:
+    """Identity on and off, diversity margin absent, hit and missed, R1 step or not, whole and odd batch."""
+    config = tiny_config(
+        "unused", loss__w_id=w_id, loss__ds_margin=margin, loss__r1_interval=4, loss__w_adv=0.8, loss__w_sty=1.3,
+        loss__w_cyc=1.7, loss__w_ds=0.9, loss__w_r1=2.5, training__lr_d=1e-2, training__lr_g=1e-2,
+    )  # fmt: skip
+    state, batch = make_state(config), make_batch(size, config.model.latent_dim)
+    expected_nets = copy.deepcopy(state.nets)
+    logs = train_step(state, batch, epoch=6, step=step)
+
+    d = textbook.d_terms(expected_nets, batch, config, step)
+    d["d_loss"].backward()
+    for (name, found), (_, wanted) in zip(
+        state.nets.D.named_parameters(), expected_nets.D.named_parameters(), strict=True
+    ):
+        torch.testing.assert_close(found.grad, wanted.grad, rtol=1e-9, atol=1e-9, msg=f"D.{name}")
+    expected_nets.D.load_state_dict(state.nets.D.state_dict())  # the generator's losses use the updated D
+    expected_nets.D.zero_grad()
+    g = textbook.g_terms(expected_nets, batch, config, epoch=6)
+    g["g_loss"].backward()
+    for net in "GFE":
+        pairs = zip(
+            getattr(state.nets, net).named_parameters(), getattr(expected_nets, net).named_parameters(), strict=True
+        )
+        for (name, found), (_, wanted) in pairs:
+            torch.testing.assert_close(found.grad, wanted.grad, rtol=1e-9, atol=1e-9, msg=f"{net}.{name}")
+    assert set(logs) == set(LOGGED)
+    for key, wanted in (d | g).items():
+        assert logs[key].item() == pytest.approx(wanted.item(), rel=1e-9, abs=1e-9), key
+    assert (logs["r1"].item() > 0) == (step == 4)
+    assert (logs["id"].item() > 0) == (w_id > 0)
+
+
+def test_the_discriminators_gradients_are_only_its_own() -> None:
+    config = tiny_config("unused")
+    state = make_state(config)
+    train_step(state, make_batch(4, config.model.latent_dim), epoch=1, step=1)
+    d_gradients = [p.grad.clone() for p in state.nets.D.parameters()]
+    expected = make_state(config)
+    textbook.d_terms(expected.nets, make_batch(4, config.model.latent_dim), config, 1)["d_loss"].backward()
+    for found, parameter in zip(d_gradients, expected.nets.D.parameters(), strict=True):
+        torch.testing.assert_close(found, parameter.grad, rtol=1e-9, atol=1e-9)
+    assert all(p.requires_grad for p in state.nets.D.parameters())
+
+
+@pytest.mark.parametrize("bad", ["content", "x_ref", "z_trg"])
+def test_a_loss_that_is_not_finite_moves_nothing_that_depends_on_it(bad: str) -> None:
+    config = tiny_config("unused")
+    state = make_state(config)
+    batch = make_batch(4, config.model.latent_dim)
+    poisoned = getattr(batch, bad).clone()
+    poisoned[0] = float("nan")
+    before = copy.deepcopy(state.nets.state_dict())
+    logs = train_step(state, batch._replace(**{bad: poisoned}), epoch=1, step=1)
+    assert not torch.isfinite(logs["g_loss"])
+    for net in "GFED":
+        for name, value in getattr(state.nets, net).state_dict().items():
+            assert torch.equal(value, before[net][name]), (net, name)
+    train_step(state, batch, epoch=1, step=2)  # and the next good batch trains on
+    assert not torch.equal(state.nets.state_dict()["G"]["decoder.2.weight"], before["G"]["decoder.2.weight"])
+
+
+def test_bf16_autocast_follows_float32() -> None:
+    config = tiny_config("unused", model__base_dim=16)
+    runs = {}
+    for amp in (False, True):
+        state = TrainState.create(override(config, {"training.use_amp": amp}), "cpu")
+        found = []
+        for step in range(1, 21):
+            batch = make_batch(4, config.model.latent_dim, step)
+            batch = Batch(*(t.float() if t.is_floating_point() else t for t in batch))
+            found.append(train_step(state, batch, epoch=1, step=step))
+        runs[amp] = found
+        assert all(p.dtype == torch.float32 for p in state.nets.G.parameters())
+    for key in ("d_loss", "cyc", "id", "r1"):
+        wide, narrow = (torch.stack([logs[key] for logs in runs[amp]]).mean().item() for amp in (False, True))
+        assert narrow == pytest.approx(wide, rel=0.02), key
+
+
+def test_losses_by_hand() -> None:
+    t = torch.tensor
+    assert losses.d_hinge_loss(t([2.0, 0.0]), t([-3.0, 1.0])).item() == pytest.approx(0.5 + 1.0)
+    assert losses.g_adversarial_loss(t([1.0, 3.0])).item() == -2.0
+    assert losses.diversity_sensitive_loss(t([0.0, 4.0]), t([0.0, 0.0])).item() == 2.0
+    assert losses.diversity_sensitive_loss(t([0.0, 4.0]), t([0.0, 0.0]), 1.5).item() == 1.5
+    # R1 of a linear D is its squared weight norm.
+    weight = torch.randn(3, 8)
+    x = torch.randn(5, 3, 8, requires_grad=True)
+    penalty = losses.r1_penalty((x * weight).flatten(1).sum(1), x)
+    assert penalty.item() == pytest.approx(weight.square().sum().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize(("epoch", "weight"), [(1, 2.0), (2, 1.9), (11, 1.0), (20, 0.1), (21, 0.0), (500, 0.0)])
+def test_lambda_ds(epoch: int, weight: float) -> None:
+    assert losses.lambda_ds(epoch, 2.0, 20) == pytest.approx(weight)

@@ -1,0 +1,170 @@
+"""The loop: epoch means, bitwise resume, divergence, memory, grids and the three displays."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from raystar import checkpoint as checkpoints
+from raystar import trainer as trainer_module
+from raystar.codec import PreviewCodec
+from raystar.config import Config, override
+from raystar.dataset import Bank, open_bank
+from raystar.errors import TrialDiverged, TrialOutOfMemory
+from raystar.ruler import Ruler
+from raystar.step import LOGGED, TrainState, train_step
+from raystar.trainer import METRICS, Trainer
+from tests.support import tiny_config, write_latents
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_latents(tmp_path_factory.mktemp("data") / "latents")
+
+
+@pytest.fixture
+def config(root: Path) -> Config:
+    return tiny_config(root)
+
+
+@pytest.fixture
+def bank(config: Config, root: Path) -> Bank:
+    return open_bank(config, root.parent / "cache")
+
+
+def test_epoch_means_are_means_over_steps(config: Config, bank: Bank) -> None:
+    config = override(config, {"loss.r1_interval": 3, "training.epochs": 1})
+    (progress,) = Trainer(config, bank).run()
+    state = TrainState.create(config, "cpu")
+    trainer = Trainer(config, bank, state=state)
+    found = [train_step(state, trainer.data.batch(step), epoch=1, step=step) for step in range(1, 5)]
+    for key in LOGGED:
+        mean = sum(logs[key].item() for logs in found) / 4
+        assert progress.metrics[f"train/{key}"] == pytest.approx(mean, rel=1e-6), key
+    # R1 ran in one step of four; its mean counts the others as zero.
+    assert sum(logs["r1"].item() > 0 for logs in found) == 1
+
+
+def test_metrics_are_the_published_ones(config: Config, bank: Bank) -> None:
+    for progress in Trainer(config, bank, Ruler.build(bank, config)).run():
+        assert set(progress.metrics) == set(METRICS)
+        assert all(math.isfinite(value) for value in progress.metrics.values())
+    assert progress.metrics["train/lambda_ds"] == pytest.approx(0.95)
+
+
+def test_resume_is_bitwise(config: Config, bank: Bank, tmp_path: Path) -> None:
+    config = override(config, {"training.epochs": 4, "loss.r1_interval": 2})
+    whole = [(p.metrics, p.checkpoint) for p in Trainer(config, bank).run()]
+    for progress in Trainer(override(config, {"training.epochs": 2}), bank).run():
+        checkpoints.save(tmp_path / "c.pt", progress.checkpoint)
+    resumed = list(Trainer(config, bank, checkpoint=checkpoints.load(tmp_path / "c.pt")).run())
+    assert [p.epoch for p in resumed] == [3, 4]
+    for progress, (metrics, _) in zip(resumed, whole[2:], strict=True):
+        for key in LOGGED:
+            assert progress.metrics[f"train/{key}"] == metrics[f"train/{key}"]
+    _assert_equal(resumed[-1].checkpoint, whole[-1][1])
+
+
+def _assert_equal(a: Any, b: Any) -> None:
+    left, right = dict(checkpoints._leaves("", a)), dict(checkpoints._leaves("", b))
+    assert left.keys() == right.keys()
+    tensors = 0
+    for key, value in left.items():
+        if isinstance(value, torch.Tensor):
+            assert torch.equal(value, right[key]), key
+            tensors += 1
+    assert tensors > 50
+
+
+def test_seeds(config: Config, bank: Bank) -> None:
+    def losses(seed: int) -> list[float]:
+        runs = Trainer(override(config, {"training.seed": seed}), bank).run()
+        return [p.metrics["train/g_loss"] for p in runs]
+
+    assert losses(1) == losses(1) != losses(2)
+
+
+def test_divergence_stops_before_the_weights_move(config: Config, bank: Bank, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = Trainer(override(config, {"training.display_interval": 1}), bank)
+    real_step = trainer_module.train_step
+
+    def poisoned(state: TrainState, batch: Any, *, epoch: int, step: int) -> dict[str, torch.Tensor]:
+        if step == 3:
+            batch = batch._replace(content=batch.content * float("nan"))
+        return real_step(state, batch, epoch=epoch, step=step)
+
+    monkeypatch.setattr(trainer_module, "train_step", poisoned)
+    with pytest.raises(TrialDiverged, match=r"d_loss.*became NaN or infinite in epoch 1, by step 3"):
+        list(trainer.run())
+    for _, net in trainer.state.nets.items():
+        assert all(torch.isfinite(p).all() for p in net.parameters())
+
+
+@pytest.mark.parametrize(("failing", "fails"), [({2}, False), ({2, 5, 9}, True)])
+def test_out_of_memory(
+    config: Config, bank: Bank, monkeypatch: pytest.MonkeyPatch, failing: set[int], fails: bool
+) -> None:
+    """A batch that does not fit is left out and counted; more than a tenth of an epoch fails the run."""
+    config = override(config, {"training.epochs": 1, "training.epoch_size": 80})
+    real_step = trainer_module.train_step
+
+    def starved(state: TrainState, batch: Any, *, epoch: int, step: int) -> dict[str, torch.Tensor]:
+        if step in failing:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+        return real_step(state, batch, epoch=epoch, step=step)
+
+    monkeypatch.setattr(trainer_module, "train_step", starved)
+    if fails:
+        with pytest.raises(TrialOutOfMemory, match=r"3 of 20 batches.*training\.batch_size"):
+            list(Trainer(config, bank).run())
+    else:
+        (progress,) = Trainer(config, bank).run()
+        assert progress.metrics["perf/skipped_batches"] == 1
+
+
+def test_other_runtime_errors_are_not_swallowed(config: Config, bank: Bank, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("shapes do not match")
+
+    monkeypatch.setattr(trainer_module, "train_step", broken)
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        list(Trainer(config, bank).run())
+
+
+@pytest.mark.parametrize(
+    ("keys", "drawn"),
+    [
+        ({"visualization.every_epochs": 2}, [2, 4, 5]),
+        ({"training.eval_interval": 3}, [3, 5]),
+        ({"visualization.every_epochs": 2, "training.eval_interval": 3}, [2, 4, 5]),
+        ({"visualization.every_epochs": 0}, []),
+    ],
+)
+def test_when_grids_are_drawn(config: Config, bank: Bank, keys: dict[str, int], drawn: list[int]) -> None:
+    config = override(config, {"training.epochs": 5, **keys})
+    found = [(p.epoch, set(p.images)) for p in Trainer(config, bank, codec=PreviewCodec()).run()]
+    assert [epoch for epoch, images in found if images] == drawn
+    assert all(images in (set(), {"grid_ref", "grid_noise"}) for _, images in found)
+
+
+def test_json_lines(config: Config, bank: Bank, capsys: pytest.CaptureFixture[str]) -> None:
+    config = override(config, {"training.log_json": True, "training.log_interval": 2, "training.epochs": 1})
+    list(Trainer(config, bank).run())
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(line["epoch"], line["step"]) for line in lines] == [(1, 2), (1, 4)]
+    assert set(LOGGED) | {"lambda_ds", "lr_g"} <= set(lines[0])
+
+
+@pytest.mark.parametrize(("style", "expected"), [("percent", True), ("bar", True), ("off", False)])
+def test_displays(config: Config, bank: Bank, capsys: pytest.CaptureFixture[str], style: str, expected: bool) -> None:
+    config = override(config, {"training.progress_style": style, "training.display_interval": 1})
+    list(Trainer(config, bank).run())
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert ("epoch 2/2" in shown.err) == expected
+    assert bool(shown.err) == expected
