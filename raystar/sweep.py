@@ -29,6 +29,7 @@ from raystar import checkpoint as checkpoints
 from raystar.codec import open_codec, say
 from raystar.config import Config, get_value, override, signature, to_mapping, to_yaml
 from raystar.errors import RaystarError
+from raystar.plan import Plan, usable_cpus
 from raystar.ruler import Ruler
 from raystar.summary import (
     DIVERGED,
@@ -45,7 +46,6 @@ from raystar.summary import (
 )
 from raystar.table import Board, announce
 from raystar.tracking import PARENT, MlflowTracker, how_to_compare, provenance
-from raystar.tune import Plan, usable_cpus
 
 _OBJECT_STORE_BYTES = 128 * 2**20  # trials exchange nothing but small results
 
@@ -74,7 +74,7 @@ def run(plan: Plan, command: list[str]) -> int:
     plan.folder.mkdir(parents=True, exist_ok=False)
     announce(
         f"sweep {plan.name}: {plan.trials} trials of up to {config.training.epochs} epochs, "
-        f"{len(plan.bank.domains)} domains, {sum(map(len, plan.bank.train))} latents; starting Ray, MLflow and the ruler"
+        f"{len(plan.bank.domains)} domains, {sum(map(len, plan.bank.train))} latents; starting Ray, MLflow, the ruler"
     )
     _write_request(plan, command)
     tracker = MlflowTracker(

@@ -1,25 +1,14 @@
-"""`python -m raystar.tune`: reads and checks a request for a sweep, then hands it to `raystar.sweep`."""
+"""`python -m raystar.tune`: a sweep from the command line."""
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import os
-import re
 import sys
-import time
 from pathlib import Path
-from typing import Any
 
-from raystar.codec import check_codec
-from raystar.config import Config, find_shipped, load_config, override, parse_assignment
-from raystar.dataset import Bank, open_bank
-from raystar.errors import RaystarError, run_cli
-from raystar.ruler import check_holdout
-from raystar.space import Space, load_space
-from raystar.step import resolve_device
-from raystar.summary import cache_dir, check_name, trial_name
-from raystar.tracking import check_uri, default_uri
+from raystar.errors import run_cli
+from raystar.plan import Plan, make_plan
+from raystar.summary import trial_name
 
 DEFAULT_CONFIG = "configs/demo.yaml"
 
@@ -48,127 +37,6 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--dry-run", action="store_true", help="check everything, list the trials and stop")
     return p
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """A request that has passed every check that can be made before Ray starts."""
-
-    name: str
-    folder: Path
-    out: Path
-    config: Config
-    space: Space
-    points: list[dict[str, Any]] | None
-    trials: int
-    gpu_share: float
-    max_concurrent: int | None
-    time_budget_s: float | None
-    tracking_uri: str
-    bank: Bank
-
-    @property
-    def at_a_time(self) -> int:
-        """Trials that run side by side: as many as fit on this machine, and no more than asked for."""
-        fit = usable_cpus() // self.space.resources.cpus
-        if self.gpu_share:
-            import torch
-
-            fit = min(fit, int(torch.cuda.device_count() / self.gpu_share))
-        return max(1, min(fit, self.max_concurrent or fit, self.trials))
-
-    @property
-    def cache_dir(self) -> Path:
-        """Packed latents, the ruler and compiled code, shared by all sweeps below `out`."""
-        return cache_dir(self.config, self.out)
-
-
-def make_plan(args: argparse.Namespace) -> Plan:
-    """Checks the whole request.
-
-    Raises:
-        RaystarError: the first thing that is wrong.
-    """
-    config = load_config(find_shipped(args.config))
-    config = override(config, dict(parse_assignment(text) for text in args.set), "--set")
-    space = load_space(find_shipped(args.space), config)
-    for flag, value in (
-        ("--trials", args.trials),
-        ("--epochs", args.epochs),
-        ("--max-concurrent", args.max_concurrent),
-    ):
-        if value is not None and value < 1:
-            raise RaystarError(f"{flag}: expected at least 1, found {value}")
-    if args.trials is not None:
-        if space.search == "grid":
-            raise RaystarError("--trials: a grid search runs every combination; use search: random to choose a number")
-        space = dataclasses.replace(space, trials=args.trials)
-    epochs = args.epochs or space.scheduler.max_epochs
-    if epochs is not None:
-        config = override(config, {"training.epochs": epochs}, "--epochs")
-    if space.scheduler.type == "asha" and space.scheduler.grace_epochs > config.training.epochs:
-        raise RaystarError(
-            f"{space.source}: scheduler.grace_epochs {space.scheduler.grace_epochs} is more than the "
-            f"{config.training.epochs} epochs of a trial"
-        )
-    # In a sweep the terminal belongs to the table.
-    config = override(config, {"training.progress_style": "off", "training.log_json": False}, "sweep")
-    points = space.points(config)
-    trials = len(points) if points is not None else space.trials
-
-    name = args.name if args.name is not None else f"{Path(args.space).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
-    check_name(name)
-    folder = args.out / name
-    if folder.exists():
-        raise RaystarError(f"--name {name}: {folder} is there already; choose another name or remove it")
-
-    gpu_share = _gpu_share(config, space)
-    uri = args.tracking_uri or default_uri(args.out)
-    check_uri(uri)
-    budget = _time_budget(args.time_budget) if args.time_budget else None
-    bank = open_bank(config, cache_dir(config, args.out))
-    check_holdout(bank)
-    check_codec(config)
-    return Plan(
-        name, folder, args.out, config, space, points, trials, gpu_share, args.max_concurrent, budget, uri, bank
-    )  # fmt: skip
-
-
-def _gpu_share(config: Config, space: Space) -> float:
-    """GPUs that one trial gets; checked against this machine before anything starts."""
-    import torch
-
-    there = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    wanted = space.resources.gpus
-    cpus = usable_cpus()
-    if space.resources.cpus > cpus:
-        raise RaystarError(
-            f"{space.source}: resources.cpus: a trial wants {space.resources.cpus}, this machine has {cpus}"
-        )
-    if wanted == "auto":
-        wanted = 0.5 if there and config.training.device != "cpu" else 0.0
-    if float(wanted) > there:
-        raise RaystarError(
-            f"{space.source}: resources.gpus: a trial wants {float(wanted):g}, this machine has {there}; use auto or 0"
-        )
-    if wanted == 0 and config.training.device == "cuda":
-        raise RaystarError(
-            "training.device: cuda was asked for, but resources.gpus gives trials no GPU; set it to auto"
-        )
-    resolve_device(config)
-    return float(wanted)
-
-
-def usable_cpus() -> int:
-    """Processors that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _time_budget(text: str) -> float:
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd])", text.strip())
-    if not found or float(found[1]) <= 0:
-        raise RaystarError(f"--time-budget {text}: expected a number and a unit, for example 90s, 30m, 4h or 2d")
-    return float(found[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400}[found[2]]
 
 
 def main(argv: list[str] | None = None) -> int:

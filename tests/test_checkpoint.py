@@ -163,7 +163,7 @@ def test_code_in_a_pickle_is_refused_and_not_run(tmp_path: Path, how: str) -> No
         torch.save(content, path)
     else:
         path.write_bytes(pickle.dumps(content, protocol=2))
-    refused(path, "it was not opened, since it could run code")
+    refused(path, "not opened, since it could run code")
     assert not marker.exists()
     torch.load(path, weights_only=False) if how == "torch" else pickle.loads(path.read_bytes())
     assert marker.exists()  # the trap was live
@@ -186,7 +186,14 @@ def test_other_files_are_refused(tmp_path: Path, content: Any, words: str) -> No
 def test_missing_files_folders_and_text(tmp_path: Path) -> None:
     refused(tmp_path / "c.pt", "expected a checkpoint, found nothing")
     refused(tmp_path, "found a folder")
-    (tmp_path / "notes.pt").write_text("epoch 3 was good\n")
+
+
+@pytest.mark.parametrize(
+    "text", [b"epoch 3 was good\n", b"best so far\n", b"(no more)", b"\x80\x02J\x01", b"\x00" * 40, b"PK\x03\x04"]
+)
+def test_text_and_noise_are_refused(tmp_path: Path, text: bytes) -> None:
+    """Each is read as a pickle, and each goes wrong in another way."""
+    (tmp_path / "notes.pt").write_bytes(text)
     refused(tmp_path / "notes.pt", "truncated or damaged|not opened")
 
 
@@ -293,7 +300,7 @@ def test_another_architecture_is_one_clear_line(saved: Path) -> None:
     assert "[8, 4, 3, 3]" in message
     assert "[12, 4, 3, 3]" in message
     assert "network F" in restoring(checkpoints.load(saved), model__mapping_hidden_dim=16)
-    assert "Missing key" in restoring(checkpoints.load(saved), model__n_res_blocks=2)
+    assert "res_blocks.1" in restoring(checkpoints.load(saved), model__n_res_blocks=6)
 
 
 def test_networks_optimisers_and_epochs_that_are_missing(saved: Path) -> None:

