@@ -164,18 +164,43 @@ def _load_model(name: str) -> Any:
 
 def _hub_kind(name: str) -> tuple[str, str]:
     """Where in the hub's repository the autoencoder lies ("" or "vae") and of which kind it is."""
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError
-
     for subfolder in ("", "vae"):
-        try:
-            file = hf_hub_download(name, f"{subfolder}/config.json".lstrip("/"), etag_timeout=_HUB_TIMEOUT_S)
-        except EntryNotFoundError:
-            continue
-        kind = str(read_mapping(file).get("_class_name"))
+        file = _hub_file(name, f"{subfolder}/config.json".lstrip("/"))
+        kind = str(read_mapping(file).get("_class_name")) if file is not None else ""
         if kind in ("AutoencoderKL", "AutoencoderTiny"):
             return subfolder, kind
     raise ValueError("no AutoencoderKL or AutoencoderTiny in it")
+
+
+def _hub_file(name: str, file: str) -> str | None:
+    """A file of a hub repository, from the cache if it is there; None if the repository has no such file.
+
+    Raises:
+        OSError: the hub does not answer, refuses, or may not be asked.
+    """
+    from huggingface_hub import constants, get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    cached = try_to_load_from_cache(name, file)
+    if isinstance(cached, str):
+        return cached
+    if constants.HF_HUB_OFFLINE:
+        if file.startswith("vae/"):  # the last place to look
+            raise OSError("not in the cache, and HF_HUB_OFFLINE is set")
+        return None
+    try:
+        # Asked once: a download would try a hub that cannot be reached for most of a minute.
+        get_hf_file_metadata(hf_hub_url(name, file), timeout=_HUB_TIMEOUT_S)
+        return str(hf_hub_download(name, file, etag_timeout=_HUB_TIMEOUT_S))
+    except LocalEntryNotFoundError as error:
+        raise OSError(str(error)) from None
+    except EntryNotFoundError:
+        return None
+    except OSError:
+        raise
+    # The HTTP library's own kinds, which change with it.
+    except Exception as error:
+        raise OSError(f"the hub cannot be reached: {error}") from None
 
 
 @contextlib.contextmanager

@@ -14,7 +14,6 @@ import pickle
 import re
 import sys
 import time
-import zipfile
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -127,16 +126,30 @@ def open_bank(config: Config, cache_dir: str | Path, *, verbose: bool = True) ->
     data = config.data
     items = _list_items(data.data_root, data.domains, "data.data_root", held=False)
     if data.eval_data_root is not None:
+        if data_root(data.eval_data_root).resolve() == data_root(data.data_root).resolve():
+            raise RaystarError("data.eval_data_root: is data.data_root itself; held-out latents must be others")
         items += _list_items(data.eval_data_root, data.domains, "data.eval_data_root", held=True)
     key = _stat_digest(items, data.domains, config.model.latent_channels)
     cache = Path(cache_dir)
     array_path, index_path = cache / f"latents-{key}.npy", cache / f"latents-{key}.json"
-    if not index_path.is_file():
+    packed = _open_packed(array_path, index_path)
+    if packed is None:
         _pack(items, config.model.latent_channels, array_path, index_path, verbose)
-    index = json.loads(index_path.read_text())
-    # Copy-on-write: pages stay shared between processes, and torch wants memory that may be written to.
-    packed = np.load(array_path, mmap_mode="c", allow_pickle=False)
-    return _split(torch.from_numpy(packed), items, index["digest"], data)
+        packed = _open_packed(array_path, index_path)
+    if packed is None:
+        raise RaystarError(f"{array_path}: cannot be read back after it was written; is the disk sound?")
+    latents, digest = packed
+    return _split(torch.from_numpy(latents), items, digest, data)
+
+
+def _open_packed(array_path: Path, index_path: Path) -> tuple[NDArray[Any], str] | None:
+    """The packed latents and their digest; None if they are not there, or damaged and to be made again."""
+    try:
+        digest = str(json.loads(index_path.read_text())["digest"])
+        # Copy-on-write: pages stay shared between processes, and torch wants memory that may be written to.
+        return np.load(array_path, mmap_mode="c", allow_pickle=False), digest
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _list_items(root: str, domains: Sequence[str], key: str, held: bool) -> list[_Item]:
@@ -191,9 +204,14 @@ def _stat_digest(items: Iterable[_Item], domains: Sequence[str], channels: int) 
     digest = hashlib.sha256(json.dumps([list(domains), channels, "raystar-bank-1"]).encode())
     stats: dict[Path, os.stat_result] = {}
     for item in items:
-        stat = stats.get(item.path) or stats.setdefault(item.path, item.path.stat())
+        stat = stats.get(item.path) or stats.setdefault(item.path, _stat(item.path))
         digest.update(f"{item.held}|{item.name}|{item.path}|{stat.st_size}|{stat.st_mtime_ns}\n".encode())
     return digest.hexdigest()[:16]
+
+
+def _stat(path: Path) -> os.stat_result:
+    """Of the link itself where it points nowhere: reading it will say so, together with all other bad files."""
+    return path.stat() if path.exists() else path.lstat()
 
 
 def _pack(items: list[_Item], channels: int, array_path: Path, index_path: Path, verbose: bool) -> None:
@@ -233,8 +251,11 @@ def _pack(items: list[_Item], channels: int, array_path: Path, index_path: Path,
     array_path.parent.mkdir(parents=True, exist_ok=True)
     # Both are written beside their final names and renamed, the index last: a half-written bank is never opened.
     temporary = array_path.with_name(f".{array_path.name}.{os.getpid()}.npy")
-    np.save(temporary, array)
-    os.replace(temporary, array_path)
+    try:
+        np.save(temporary, array)
+        os.replace(temporary, array_path)
+    finally:
+        temporary.unlink(missing_ok=True)
     temporary = index_path.with_name(f".{index_path.name}.{os.getpid()}")
     temporary.write_text(json.dumps({"digest": hashlib.sha256(array.tobytes()).hexdigest()}))
     os.replace(temporary, index_path)
@@ -249,9 +270,10 @@ def _read(item: _Item, channels: int, packed_files: dict[tuple[Path, str], NDArr
     if item.row >= 0:
         domain = item.name.partition("/")[0]
         if (item.path, domain) not in packed_files:
-            import safetensors.numpy
+            import safetensors
 
-            packed_files[item.path, domain] = safetensors.numpy.load_file(item.path)[domain]
+            with safetensors.safe_open(item.path, framework="pt") as file:
+                packed_files[item.path, domain] = _as_array(file.get_tensor(domain))
         return check_latent(packed_files[item.path, domain][item.row], channels)
     return read_latent(item.path, channels)
 
@@ -273,16 +295,8 @@ def read_latent(path: Path, channels: int = 4) -> NDArray[Any]:
         if "pickle" in str(error).lower():
             raise ValueError("holds pickled objects; they were not opened, since they could run code") from None
         raise ValueError(f"truncated or damaged ({error})") from None
-    except (
-        OSError,
-        EOFError,
-        RuntimeError,
-        zipfile.BadZipFile,
-        KeyError,
-        IndexError,
-        AttributeError,
-        TypeError,
-    ) as error:
+    # A damaged file can make the readers raise nearly anything, and all of it means the same.
+    except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(f"truncated or damaged ({reason})") from None
     if isinstance(value, dict):
@@ -290,10 +304,19 @@ def read_latent(path: Path, channels: int = 4) -> NDArray[Any]:
         if value is None:
             raise ValueError("expected a tensor, or a dictionary with 'latent' or 'x'; found neither key")
     if isinstance(value, Tensor):
-        if value.is_sparse or value.is_quantized:
-            raise ValueError("expected a dense tensor")
-        value = value.detach().float().numpy() if value.dtype == torch.bfloat16 else value.detach().numpy()
+        value = _as_array(value)
     return check_latent(value, channels)
+
+
+def _as_array(tensor: Tensor) -> NDArray[Any]:
+    """A dense CPU tensor as an array, bf16 as fp32; ValueError for any other tensor."""
+    if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type != "cpu":
+        raise ValueError("expected a dense tensor with data")
+    if tensor.dtype.is_floating_point and tensor.dtype not in (torch.float16, torch.float32, torch.float64):
+        if tensor.dtype != torch.bfloat16:
+            raise ValueError(f"expected float16, bfloat16 or float32 numbers, found {tensor.dtype}")
+        tensor = tensor.float()
+    return tensor.detach().resolve_conj().resolve_neg().numpy()
 
 
 def check_latent(value: Any, channels: int) -> NDArray[Any]:

@@ -92,7 +92,7 @@ def noise(seed: int, latent_dim: int) -> Tensor:
 
 
 def _check_latents(latents: Tensor, channels: int, name: str) -> None:
-    if latents.ndim != 4 or latents.shape[1] != channels or not latents.is_floating_point():
+    if latents.ndim != 4 or not len(latents) or latents.shape[1] != channels or not latents.is_floating_point():
         raise RaystarError(
             f"{name}: expected [B,{channels},H,W] floating point, found {list(latents.shape)} {latents.dtype}"
         )
@@ -145,12 +145,16 @@ def write(folder: Path, checkpoint: Mapping[str, Any], facts: Mapping[str, Any],
     tensors = {
         f"{name}.{key}": value.detach().cpu().contiguous() for name in NAMES for key, value in checkpoint[name].items()
     }
-    save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt", "made_by": "raystar"})
-    (temporary / CONFIG).write_text(to_yaml(config), encoding="utf-8")
-    (temporary / METRICS).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-    if grid is not None:
-        shutil.copyfile(grid, temporary / GRID)
-    (temporary / README).write_text(_readme(config, facts, grid is not None), encoding="utf-8")
+    try:
+        save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt", "made_by": "raystar"})
+        (temporary / CONFIG).write_text(to_yaml(config), encoding="utf-8")
+        (temporary / METRICS).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+        if grid is not None:
+            shutil.copyfile(grid, temporary / GRID)
+        (temporary / README).write_text(_readme(config, facts, grid is not None), encoding="utf-8")
+    except BaseException:
+        shutil.rmtree(temporary)
+        raise
     old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
     if folder.exists():
         os.replace(folder, old)

@@ -187,7 +187,7 @@ class Nets:
             try:
                 net.load_state_dict(states[name])
             except RuntimeError as error:
-                first = [line.strip() for line in str(error).splitlines()[1:2]]
+                first = [line.strip()[:160] for line in str(error).splitlines()[1:2]]
                 raise RaystarError(
                     f"{source}: network {name} does not fit the configuration: {''.join(first)}"
                 ) from None

@@ -92,7 +92,7 @@ def run(plan: Plan, command: list[str]) -> int:
         config, note = _settle_codec(config)
         say(note)
         return _Sweep(dataclasses.replace(plan, config=config), tracker, ruler.result).run()
-    except RaystarError:  # refused before any trial began: the name stays free
+    except RaystarError:  # refused before there was any result: the name stays free
         tracker.close()
         shutil.rmtree(plan.folder)
         raise
@@ -341,9 +341,8 @@ class _Sweep:
 
     def trial_started(self, name: str, params: dict[str, Any]) -> None:
         """A trial begins, or begins again after its process died."""
-        if not self._began:  # what started beside Ray must have worked before the first trial counts
-            self.tracker.wait_until_connected()
-            self.ruler_ready()
+        if not self._began:  # until now, the cores were busy with what the first step waits for
+            self.tracker.begin()
         record = self.summary.trials.setdefault(name, TrialRecord(name, dict(params)))
         again = name in self._began
         record.status = RUNNING
@@ -366,6 +365,9 @@ class _Sweep:
 
     def trial_reported(self, name: str, result: dict[str, Any]) -> None:
         """A trial reports an epoch, or that it cannot go on."""
+        if not self._last_report:  # what started beside Ray must have worked before the first result counts
+            self.tracker.wait_until_connected()
+            self.ruler_ready()
         record = self.summary.trials[name]
         now = time.time()
         record.wall_s = round(now - self._began[name], 3)

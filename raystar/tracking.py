@@ -86,7 +86,10 @@ def check_uri(uri: str) -> None:
     if scheme in ("http", "https"):
         _check_server(uri)
         return
-    if scheme in ("sqlite", "postgresql", "mysql", "mssql") or "+" in scheme:
+    if uri.startswith("sqlite:///"):
+        _check_sqlite(Path(uri.removeprefix("sqlite:///")))
+        return
+    if scheme in ("postgresql", "mysql", "mssql") or "+" in scheme:
         return
     raise RaystarError(
         f"--tracking-uri {uri}: expected sqlite:///FILE, a database URI or http(s)://HOST:PORT; "
@@ -99,6 +102,22 @@ def how_to_compare(uri: str) -> str:
     if uri.startswith("http"):
         return _redacted(uri)
     return f"mlflow ui --backend-store-uri {_redacted(uri)}"
+
+
+def _check_sqlite(path: Path) -> None:
+    """The file is a SQLite database or can become one."""
+    if path.is_file() and path.stat().st_size:
+        with path.open("rb") as file:
+            if file.read(16) != b"SQLite format 3\0":
+                raise RaystarError(f"--tracking-uri: {path}: expected a SQLite database, found another kind of file")
+    elif path.is_dir():
+        raise RaystarError(f"--tracking-uri: {path}: expected a SQLite database, found a folder")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RaystarError(f"--tracking-uri: {path.parent}: cannot be made: {error.strerror}") from None
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise RaystarError(f"--tracking-uri: {path}: cannot be written")
 
 
 def _check_server(uri: str) -> None:
@@ -146,7 +165,11 @@ class MlflowTracker:
         self._failure: RaystarError | None = None
         self._closing = False
         self._thread = threading.Thread(target=self._work, name="raystar-tracking", daemon=True)
-        self._thread.start()
+
+    def begin(self) -> None:
+        """Starts the thread. Calls before that wait in its queue; importing mlflow takes seconds of a core."""
+        if not self._thread.ident:
+            self._thread.start()
 
     def wait_until_connected(self) -> None:
         """Returns once the store and the experiment are there.
@@ -201,6 +224,7 @@ class MlflowTracker:
 
     def close(self) -> None:
         """See `Tracker`."""
+        self.begin()
         self._connected.wait()
         if self._failure is not None or not self._thread.is_alive():
             return
@@ -253,8 +277,6 @@ class MlflowTracker:
         os.environ.setdefault("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "15")
-        if self.uri.startswith("sqlite:///"):
-            Path(self.uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
         import mlflow
 
         for name in ("alembic", "mlflow", "urllib3"):

@@ -88,6 +88,7 @@ def main(argv: list[str] | None = None) -> int:
         "eval/score",
         lower_is_better=True,
     )
+    tracker.begin()
     try:
         codec, note = open_codec(config, device)
         say(note)

@@ -1,0 +1,300 @@
+"""Whole sweeps as a user runs them: a process of its own, real latents on disk, a real MLflow store."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from raystar import checkpoint as checkpoints
+from raystar import export
+from raystar.config import from_mapping, load_config, to_mapping
+from raystar.model import Nets
+from tests.support import ROOT, tiny_config, write_latents
+
+pytestmark = pytest.mark.slow
+
+SPACE: dict[str, Any] = {
+    "description": "a test",
+    "trials": 5,
+    "scheduler": {"type": "asha", "grace_epochs": 1, "reduction_factor": 2},
+    "space": {"loss.w_cyc": {"loguniform": [0.1, 10.0]}, "loss.w_id": {"choice": [0.0, 1.0]}},
+}
+
+
+def request(folder: Path, space: dict[str, Any], **changed: Any) -> list[str]:
+    """The command of a sweep on a few tiny latents."""
+    latents = folder / "latents"
+    if not latents.exists():
+        write_latents(latents)
+    config = tiny_config(latents, visualization__every_epochs=1, **changed)
+    (folder / "config.yaml").write_text(yaml.safe_dump(to_mapping(config)))
+    (folder / "space.yaml").write_text(yaml.safe_dump(space))
+    command = [sys.executable, "-m", "raystar.tune", "--space", str(folder / "space.yaml")]
+    return [*command, "--config", str(folder / "config.yaml"), "--out", str(folder / "runs"), "--name", "s"]
+
+
+def run(command: list[str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+
+class Store:
+    """Reads an MLflow SQLite store without MLflow."""
+
+    def __init__(self, runs: Path) -> None:
+        self.database = sqlite3.connect(runs / "mlflow.db")
+        self.artifacts = runs / "artifacts"
+
+    def rows(self, query: str, *values: Any) -> list[tuple[Any, ...]]:
+        return self.database.execute(query, values).fetchall()
+
+    def tags(self, run: str) -> dict[str, str]:
+        return dict(self.rows("select key, value from tags where run_uuid = ?", run))
+
+
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A finished sweep: its runs folder and what it printed."""
+    folder = tmp_path_factory.mktemp("sweep")
+    done = run([*request(folder, SPACE, training__epochs=4), "--trials", "6"])
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stderr == ""
+    return folder / "runs", done.stdout
+
+
+def summary_of(runs: Path) -> dict[str, Any]:
+    return json.loads((runs / "s/summary.json").read_text())
+
+
+def test_what_it_prints(sweep: tuple[Path, str]) -> None:
+    runs, shown = sweep
+    for noise in ("Traceback", "Warning", "WARNING", "INFO", "╭", "ray::", "(pid="):
+        assert noise not in shown
+    assert shown.startswith("sweep s: 6 trials of up to 4 epochs")
+    best = summary_of(runs)["best"]
+    assert re.search(rf"best {best['trial']}: score {best['score']:.4f} at epoch {best['score_epoch']}", shown)
+    assert "mlflow ui --backend-store-uri sqlite:///" in shown
+    assert re.search(r"python -m raystar\.export --sweep s --runs .* --out my_model", shown)
+
+
+def test_the_record(sweep: tuple[Path, str]) -> None:
+    runs, _ = sweep
+    summary = summary_of(runs)
+    assert summary["status"] == "finished"
+    assert [t["trial"] for t in summary["trials"]] == [f"t0{i}" for i in range(6)]
+    assert {t["status"] for t in summary["trials"]} <= {"finished", "stopped"}
+    baseline = summary["baseline"]
+    assert baseline["trial"] == "t00"
+    assert baseline["params"] == {"loss.w_cyc": 1.0, "loss.w_id": 1.0}
+    assert baseline["status"] == "finished"  # never stopped early
+    for trial in summary["trials"]:
+        assert trial["score"] >= summary["best"]["score"]
+        assert (trial["epochs"] == 4) == (trial["status"] == "finished")
+        assert trial["run_id"]
+    table = (runs / "s/summary.csv").read_text().splitlines()
+    assert len(table) == 7
+    assert table[1].startswith(summary["best"]["trial"])
+    resolved = json.loads((runs / "s/sweep.json").read_text())
+    assert resolved["config"]["training"]["epochs"] == 4
+    assert resolved["versions"]["torch"] == torch.__version__
+    assert "raystar.tune" in resolved["command"]
+    assert not list(runs.rglob("*.part"))
+
+
+def test_mlflow_has_every_trial_once(sweep: tuple[Path, str]) -> None:
+    runs, _ = sweep
+    store, summary = Store(runs), summary_of(runs)
+    found = dict(store.rows("select run_uuid, status from runs"))
+    assert len(found) == 7
+    assert set(found.values()) == {"FINISHED"}
+    (parent,) = [run for run in found if "mlflow.parentRunId" not in store.tags(run)]
+    assert store.tags(parent)["raystar.best_trial"] == summary["best"]["trial"]
+    assert store.tags(parent)["mlflow.note.content"] == "a test"
+    for trial in summary["trials"]:
+        run = trial["run_id"]
+        tags = store.tags(run)
+        assert tags["mlflow.parentRunId"] == parent
+        assert tags["raystar.trial"] == tags["mlflow.runName"] == trial["trial"]
+        assert tags["raystar.sweep"] == "s"
+        assert tags["raystar.status"] == trial["status"]
+        assert len(tags["raystar.signature"]) == 12
+        params = dict(store.rows("select key, value from params where run_uuid = ?", run))
+        assert {k: float(v) for k, v in params.items()} == trial["params"]
+        for key in ("eval/score", "train/g_loss", "perf/samples_per_s"):
+            steps = store.rows("select step, value from metrics where run_uuid = ? and key = ? order by step", run, key)
+            assert [step for step, _ in steps] == list(range(1, trial["epochs"] + 1))
+        scores = [v for (v,) in store.rows("select value from metrics where run_uuid=? and key='eval/score'", run)]
+        assert min(scores) == pytest.approx(trial["score"], rel=1e-12)
+        folder = store.artifacts / run / "artifacts"
+        assert load_config(folder / "config.yaml").loss.w_cyc == trial["params"]["loss.w_cyc"]
+        images = [p.name for p in (folder / "images").glob("*.png")]
+        for key in ("grid_ref", "grid_noise"):
+            steps = sorted(int(re.search(r"step[^0-9]*(\d+)", name)[1]) for name in images if name.startswith(key))  # type: ignore[index]
+            assert steps == list(range(1, trial["epochs"] + 1))
+    names = {p.name for p in (store.artifacts / parent / "artifacts").rglob("*") if p.is_file()}
+    assert {"summary.json", "summary.csv", "config.yaml", "sweep.json", "grid.png"} <= names
+    assert len(store.rows("select * from datasets")) == 1
+
+
+def test_the_best_model_is_what_was_trained(sweep: tuple[Path, str]) -> None:
+    runs, _ = sweep
+    best = summary_of(runs)["best"]
+    saved = checkpoints.load(runs / "s" / best["checkpoint"])
+    assert saved["epoch"] == best["score_epoch"]
+    config = from_mapping(saved["config"], "saved")
+    assert config.loss.w_cyc == best["params"]["loss.w_cyc"]
+    nets = Nets.create(config.model, 3, seed=0)
+    nets.load_state_dict({name: saved[name] for name in "GFED"}, "saved")
+    x = torch.randn(2, 4, 16, 16) * 5
+    z = export.noise(3, config.model.latent_dim)
+    scale = config.training.latent_scale
+    wanted = nets.translate(x * scale, nets.F(z.expand(2, -1), torch.tensor([1, 1]))) / scale
+    assert torch.equal(export.load(runs / "s/best", "cpu").translate(x, "b", seed=3), wanted)
+    assert {p.name for p in (runs / "s/best").iterdir()} == {
+        "model.safetensors", "config.yaml", "metrics.json", "grid.png", "README.md",
+    }  # fmt: skip
+
+
+def test_export_by_name(sweep: tuple[Path, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runs, _ = sweep
+    assert export.main(["--sweep", "s", "--runs", str(runs), "--out", str(tmp_path / "m")]) == 0
+    x = torch.randn(1, 4, 16, 16)
+    ours, theirs = export.load(tmp_path / "m", "cpu"), export.load(runs / "s/best", "cpu")
+    assert torch.equal(ours.translate(x, "c"), theirs.translate(x, "c"))
+
+
+def test_a_new_trial_starts_stepping_soon(sweep: tuple[Path, str]) -> None:
+    """The point of reused processes: a fresh one would need several seconds."""
+    idle = [t["idle_s"] for t in summary_of(sweep[0])["trials"] if t["idle_s"] is not None]
+    assert len(idle) >= 2
+    assert float(np.median(idle)) < 1.5
+
+
+def test_diverging_trials_are_told_apart_and_hold_up_nobody(tmp_path: Path) -> None:
+    space = SPACE | {
+        "search": "grid",
+        "space": {"training.lr_g": {"choice": [1e-4, 1e30]}, "training.lr_d": {"choice": [1e-4]}},
+    }
+    done = run(request(tmp_path, space))
+    assert done.returncode == 0, done.stdout + done.stderr
+    summary = summary_of(tmp_path / "runs")
+    by_rate = {t["params"]["training.lr_g"]: t for t in summary["trials"]}
+    assert by_rate[1e30]["status"] == "diverged"
+    assert "NaN or infinite" in by_rate[1e30]["reason"]
+    assert by_rate[1e-4]["status"] == "finished"
+    assert summary["best"]["params"]["training.lr_g"] == 1e-4
+    store = Store(tmp_path / "runs")
+    assert store.tags(by_rate[1e30]["run_id"])["raystar.reason"] == by_rate[1e30]["reason"]
+    assert dict(store.rows("select run_uuid, status from runs"))[by_rate[1e30]["run_id"]] == "FAILED"
+    assert "diverged" in done.stdout
+    assert "Traceback" not in done.stdout + done.stderr
+
+
+def start(command: list[str], until: str) -> subprocess.Popen[str]:
+    """Starts a sweep and returns once it has printed a line with `until`."""
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    for line in process.stdout:
+        if until in line:
+            return process
+    raise AssertionError(process.communicate())
+
+
+def test_ctrl_c(tmp_path: Path) -> None:
+    """Stops after saving: status 130, nothing left RUNNING, what was reached is kept."""
+    process = start(request(tmp_path, SPACE, training__epochs=500, training__epoch_size=400), "epoch 1/500")
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, out + err
+    assert "Traceback" not in out + err
+    summary = summary_of(tmp_path / "runs")
+    assert summary["status"] == "interrupted"
+    assert {t["status"] for t in summary["trials"]} <= {"interrupted", "pending", "stopped"}
+    assert export.load(tmp_path / "runs/s/best", "cpu").domains == ("a", "b", "c")
+    statuses = [s for (s,) in Store(tmp_path / "runs").rows("select status from runs")]
+    assert "RUNNING" not in statuses
+    assert "KILLED" in statuses
+
+
+def _trial_processes(driver: int) -> list[int]:
+    """Processes that run trials: Ray names them so, and they are descendants of the driver's raylet."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                title = (entry / "cmdline").read_bytes().decode(errors="replace")
+                environment = (entry / "environ").read_bytes().decode(errors="replace")
+            except OSError:
+                continue
+            if title.startswith("ray::") and "run_trial" in title and f"RAYSTAR_TEST_MARK={driver}" in environment:
+                found.append(int(entry.name))
+    return found
+
+
+def test_a_killed_process_costs_epochs_not_the_trial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAYSTAR_TEST_MARK", str(os.getpid()))
+    space = SPACE | {"trials": 2, "scheduler": {"type": "none"}}
+    process = start(request(tmp_path, space, training__epochs=8, training__epoch_size=160), "epoch 2/8")
+    victims = _trial_processes(os.getpid())
+    assert victims
+    os.kill(victims[0], signal.SIGKILL)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, out + err
+    assert "Traceback" not in out + err
+    summary = summary_of(tmp_path / "runs")
+    assert [t["status"] for t in summary["trials"]] == ["finished", "finished"]
+    store = Store(tmp_path / "runs")
+    assert len(store.rows("select * from runs")) == 3
+    for trial in summary["trials"]:
+        steps = store.rows(
+            "select step from metrics where run_uuid=? and key='eval/score' order by step", trial["run_id"]
+        )
+        assert [step for (step,) in steps] == list(range(1, 9))
+
+
+def test_a_single_run_is_tracked_saved_and_resumed(tmp_path: Path) -> None:
+    request(tmp_path, SPACE, training__save_interval=2)
+    command = [sys.executable, "-m", "raystar.train", "--config", str(tmp_path / "config.yaml")]
+    command += ["--out", str(tmp_path / "runs"), "--name", "one"]
+    first = run([*command, "--epochs", "3"])
+    assert first.returncode == 0, first.stdout + first.stderr
+    folder = tmp_path / "runs/one"
+    assert sorted(p.name for p in folder.glob("*.pt")) == ["epoch_0002.pt", "epoch_0003.pt", "latest.pt"]
+    assert len(list((folder / "vis").glob("grid_*.png"))) == 6
+    again = run([*command, "--epochs", "3"])
+    assert again.returncode == 2
+    assert "go on with --resume" in again.stderr
+    more = run([*command, "--epochs", "5", "--resume"])
+    assert more.returncode == 0, more.stdout + more.stderr
+    assert checkpoints.load(folder / "latest.pt")["epoch"] == 5
+    whole = run([*command[:-1], "whole", "--epochs", "5"])
+    assert whole.returncode == 0
+    resumed, undisturbed = (checkpoints.load(tmp_path / f"runs/{name}/latest.pt") for name in ("one", "whole"))
+    for net in "GFED":
+        for key, value in undisturbed[net].items():
+            assert torch.equal(value, resumed[net][key]), (net, key)
+    statuses = Store(tmp_path / "runs").rows("select status from runs")
+    assert statuses == [("FINISHED",)] * 3
+    for shown in (first, more, whole):
+        assert "Traceback" not in shown.stdout + shown.stderr
+        assert "Warning" not in shown.stdout + shown.stderr
+
+
+def test_a_started_sweep_is_quick_to_refuse(tmp_path: Path) -> None:
+    began = time.monotonic()
+    done = run([*request(tmp_path, SPACE), "--set", "loss.w_cycl=2"])
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1
+    assert time.monotonic() - began < 15

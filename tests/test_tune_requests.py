@@ -1,0 +1,194 @@
+"""Bad requests: each is one clear line and exit status 2, before Ray is even imported."""
+
+from __future__ import annotations
+
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+from raystar import tune
+from raystar.config import to_mapping
+from raystar.errors import run_cli
+from raystar.export import main as export_main
+from raystar.train import main as train_main
+from tests.support import ROOT, tiny_config, write_latents
+
+SPACE: dict[str, Any] = {"trials": 2, "space": {"loss.w_cyc": {"uniform": [0.5, 2.0]}}}
+
+
+class Files:
+    """A good request on disk, for a test to spoil."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.latents = write_latents(folder / "latents")
+        self.config = folder / "config.yaml"
+        self.config.write_text(yaml.safe_dump(to_mapping(tiny_config(self.latents))))
+        self.space = folder / "space.yaml"
+        self.space.write_text(yaml.safe_dump(SPACE))
+        self.out = folder / "runs"
+
+    def arguments(self, *more: str) -> list[str]:
+        return ["--space", str(self.space), "--config", str(self.config), "--out", str(self.out), *more]
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Files:
+    return Files(tmp_path)
+
+
+def refusal(main: Any, arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """The one error of a request that must be refused."""
+    with pytest.raises(SystemExit) as stopped:
+        run_cli(lambda: main(arguments))
+    shown = capsys.readouterr()
+    assert stopped.value.code == 2, shown
+    assert shown.err.startswith("error: ")
+    assert "Traceback" not in shown.err + shown.out
+    return shown.err
+
+
+def test_a_good_request_is_listed(files: Files, capsys: pytest.CaptureFixture[str]) -> None:
+    assert tune.main(files.arguments("--dry-run", "--trials", "5", "--epochs", "3", "--name", "n")) == 0
+    shown = capsys.readouterr().out
+    assert "sweep n: 5 trials of up to 3 epochs" in shown
+    assert "t00 (baseline): loss.w_cyc=1.0" in shown
+    assert "t04: loss.w_cyc=" in shown
+    assert not (files.out / "n").exists()
+
+
+CASES: list[tuple[list[str], list[str]]] = [
+    (["--set", "loss.w_cycl=2"], ["--set", "loss.w_cycl", "did you mean 'loss.w_cyc'"]),
+    (["--set", "loss.w_cyc"], ["expected key=value"]),
+    (["--set", "loss.w_cyc=[1"], ["cannot be read as YAML"]),
+    (["--set", "training.batch_size=-3"], ["training.batch_size", "at least 1", "-3"]),
+    (["--set", "data.domains=[a,b,d]"], ["no folder for domain 'd'", "a, b, c"]),
+    (["--set", "data.data_root=nowhere"], ["nowhere", "found nothing"]),
+    (["--set", "visualization.vae_model_name_or_path=./nowhere"], ["nowhere", "hub name"]),
+    (["--set", "data.holdout=0.01"], ["held-out", "data.holdout"]),
+    (["--set", "training.device=cuda"], ["cuda"]),
+    (["--name", "../escape"], ["--name '../escape'", "no path"]),
+    (["--name", "a/b"], ["no path"]),
+    (["--name", ".."], ["no path"]),
+    (["--name", "x" * 65], ["64"]),
+    (["--name", ""], ["--name ''"]),
+    (["--name", "cache"], ["its own files"]),
+    (["--trials", "0"], ["--trials", "at least 1"]),
+    (["--epochs", "0"], ["--epochs", "at least 1"]),
+    (["--max-concurrent", "-1"], ["--max-concurrent"]),
+    (["--time-budget", "soon"], ["--time-budget", "30m"]),
+    (["--tracking-uri", "./mlruns"], ["--tracking-uri", "sqlite"]),
+    (["--tracking-uri", "http://127.0.0.1:9"], ["nothing answers", "mlflow server"]),
+]
+
+
+@pytest.mark.parametrize(("arguments", "words"), CASES, ids=[" ".join(c[0])[:40] for c in CASES])
+def test_bad_arguments(
+    files: Files, capsys: pytest.CaptureFixture[str], arguments: list[str], words: list[str]
+) -> None:
+    error = refusal(tune.main, files.arguments(*arguments), capsys)
+    for word in words:
+        assert word in error
+    assert not (files.out / "mlflow.db").exists()
+    assert not list(files.out.glob("space-*"))
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"resources": {"gpus": 1}}, ["resources.gpus", "this machine has 0", "auto"]),
+        ({"resources": {"cpus": 4000}}, ["resources.cpus", "4000"]),
+        ({"space": {"loss.w_cyc": {"uniform": [2.0, 0.5]}}}, ["loss.w_cyc", "low < high"]),
+        ({"space": {"loss.w_cycl": {"uniform": [0.5, 2.0]}}}, ["'loss.w_cyc'"]),
+        ({"scheduler": {"grace_epochs": 50}}, ["grace_epochs 50", "2 epochs"]),
+    ],
+)
+def test_bad_spaces(
+    files: Files, capsys: pytest.CaptureFixture[str], changed: dict[str, Any], words: list[str]
+) -> None:
+    files.space.write_text(yaml.safe_dump(SPACE | changed))
+    error = refusal(tune.main, files.arguments(), capsys)
+    for word in [str(files.space), *words]:
+        assert word in error
+
+
+def test_missing_files(files: Files, capsys: pytest.CaptureFixture[str]) -> None:
+    error = refusal(tune.main, ["--space", str(files.folder / "spase.yaml"), "--out", str(files.out)], capsys)
+    assert "did you mean 'space.yaml'" in error
+    error = refusal(tune.main, files.arguments("--config", str(files.folder)), capsys)
+    assert "found a folder" in error
+    files.config.write_text("model: {base_dmi: 8}")
+    assert "did you mean 'model.base_dim'" in refusal(tune.main, files.arguments(), capsys)
+
+
+def test_an_empty_domain(files: Files, capsys: pytest.CaptureFixture[str]) -> None:
+    for file in (files.latents / "b").iterdir():
+        file.unlink()
+    assert "expected latents (*.pt or *.npy), found none" in refusal(tune.main, files.arguments(), capsys)
+
+
+class Bomb:
+    """A pickle that leaves a mark if it is opened."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.mark,)
+
+
+def test_bad_latents_are_listed_together(files: Files, capsys: pytest.CaptureFixture[str]) -> None:
+    mark = files.folder / "executed"
+    good = np.zeros((4, 16, 16), np.float16)
+    np.save(files.latents / "a/shape.npy", good[:3])
+    nan = good.copy()
+    nan[0, 0, 0] = np.nan
+    np.save(files.latents / "b/nan.npy", nan)
+    np.save(files.latents / "b/cut.npy", good)
+    cut = files.latents / "b/cut.npy"
+    cut.write_bytes(cut.read_bytes()[:200])
+    (files.latents / "c/bomb.pt").write_bytes(pickle.dumps(Bomb(mark)))
+    error = refusal(tune.main, files.arguments(), capsys)
+    assert "4 of 64 latents cannot be used" in error
+    for word in [
+        "a/shape.npy: expected shape [4,H,W], found [3, 16, 16]",
+        "b/nan.npy: holds NaN",
+        "b/cut.npy",
+        "bomb.pt",
+    ]:
+        assert word in error
+    assert not mark.exists()
+
+
+def test_a_used_name(files: Files, capsys: pytest.CaptureFixture[str]) -> None:
+    (files.out / "mine").mkdir(parents=True)
+    assert "is there already" in refusal(tune.main, files.arguments("--name", "mine"), capsys)
+
+
+def test_train_and_export_refuse_too(files: Files, capsys: pytest.CaptureFixture[str]) -> None:
+    config = ["--config", str(files.config), "--out", str(files.out)]
+    assert "no path" in refusal(train_main, [*config, "--name", "a/b"], capsys)
+    assert "--name" in refusal(train_main, [*config, "--resume"], capsys)
+    assert "holds no checkpoint" in refusal(train_main, [*config, "--name", "none", "--resume"], capsys)
+    out = ["--out", str(files.folder / "model")]
+    assert "no such sweep" in refusal(export_main, ["--sweep", "none", "--runs", str(files.out), *out], capsys)
+    missing = ["--checkpoint", str(files.folder / "none.pt"), *out]
+    assert "expected a checkpoint, found nothing" in refusal(export_main, missing, capsys)
+
+
+def test_ray_and_mlflow_are_not_even_imported(files: Files) -> None:
+    code = (
+        "import sys\nfrom raystar import tune\nfrom raystar.errors import RaystarError\n"
+        "try:\n    tune.main(sys.argv[1:])\nexcept RaystarError as error:\n    print(error)\n"
+        "print([m for m in ('ray', 'mlflow', 'diffusers') if m in sys.modules])"
+    )
+    arguments = files.arguments("--set", "loss.w_cycl=1")
+    found = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, cwd=ROOT)
+    assert found.stdout.splitlines()[-1] == "[]", found.stdout + found.stderr
+    assert found.stderr == ""
