@@ -10,6 +10,7 @@ import hashlib
 import os
 import pickle
 import sys
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -85,7 +86,9 @@ def load(path: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise RaystarError(f"{path}: expected a checkpoint, found {'a folder' if path.is_dir() else 'nothing'}")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():  # of pickle protocols, just before it refuses them
+            warnings.simplefilter("ignore")
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise RaystarError(
             f"{path}: a pickle that holds more than tensors and plain values; not opened, since it could run code"

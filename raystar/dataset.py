@@ -14,6 +14,7 @@ import pickle
 import re
 import sys
 import time
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -288,7 +289,9 @@ def read_latent(path: Path, channels: int = 4) -> NDArray[Any]:
         if path.suffix == ".npy":
             value = np.load(path, allow_pickle=False)
         else:
-            value = torch.load(path, map_location="cpu", weights_only=True)
+            with warnings.catch_warnings():  # of pickle protocols, just before it refuses them
+                warnings.simplefilter("ignore")
+                value = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise ValueError("a pickle that holds more than tensors; it was not opened, since it could run code") from None
     except ValueError as error:

@@ -376,6 +376,8 @@ class _Sweep:
             record.status, record.reason = result["status"], result["reason"]
             return
         epoch = int(result["epoch"])
+        if epoch <= record.epochs:  # its process died after this report and repeats it, bit for bit
+            return
         metrics = {key: float(value) for key, value in result.items() if "/" in key and isinstance(value, int | float)}
         if self.summary.report(name, epoch, metrics) and result.get("checkpoint_dir_name"):
             record.checkpoint = f"trials/{name}/{result['checkpoint_dir_name']}/checkpoint.pt"

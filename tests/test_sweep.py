@@ -238,7 +238,7 @@ def _trial_processes(driver: int) -> list[int]:
                 environment = (entry / "environ").read_bytes().decode(errors="replace")
             except OSError:
                 continue
-            if title.startswith("ray::") and "run_trial" in title and f"RAYSTAR_TEST_MARK={driver}" in environment:
+            if re.match(r"ray::(?!IDLE|\w+Agent)", title) and f"RAYSTAR_TEST_MARK={driver}" in environment:
                 found.append(int(entry.name))
     return found
 
