@@ -36,8 +36,10 @@ class Compiled:
     """Time spent compiling, apart from any throughput."""
 
 
-def compile_networks(state: TrainState) -> Compiled:
-    """Compiles the networks that `training` asks for and runs each once, forwards and backwards.
+def compile_networks(state: TrainState, size: tuple[int, int]) -> Compiled:
+    """Compiles the networks that `training` asks for and runs each as a step will, forwards and backwards.
+
+    `size` is (H, W) of the latents.
 
     A network whose compilation fails for any reason keeps running eager; the note says why.
     """
@@ -51,7 +53,7 @@ def compile_networks(state: TrainState) -> Compiled:
             continue
         try:
             compiled = _compile(getattr(state.nets, name), state.config)
-            _exercise(name, compiled, state)
+            _exercise(name, compiled, state, size)
         # Dynamo, Inductor, Triton and the C++ compiler each raise their own kinds, and all mean the same here.
         except Exception as error:
             reason = (str(error).strip().splitlines() or [""])[0]
@@ -71,31 +73,42 @@ def _compile(net: torch.nn.Module, config: Config) -> Callable[..., Tensor]:
     return torch.compile(net, dynamic=training.compile_dynamic, fullgraph=training.compile_fullgraph, options=options)
 
 
-def _exercise(name: str, call: Callable[..., Tensor], state: TrainState) -> None:
-    """Runs `call` in the shapes of a training step, so that failures and seconds show before the first one."""
-    config, device = state.config, state.device
-    B, model = config.training.batch_size, config.model
-    size = 32  # only compiled again, never wrong, for other latent sizes
-    layout = torch.channels_last if config.training.channels_last else torch.contiguous_format
+def _exercise(name: str, call: Callable[..., Tensor], state: TrainState, size: tuple[int, int]) -> None:
+    """Runs `call` on what a training step gives it, so that failures and seconds show before the first one.
 
-    def latents(n: int) -> Tensor:
-        return torch.zeros(n, model.latent_channels, size, size, device=device).to(memory_format=layout)
+    Shapes, types, and who needs gradients are those of `step.train_step`: another pattern is another graph.
+    """
+    config, device = state.config, state.device
+    training, model = config.training, config.model
+    B, styles = training.batch_size, 5 if config.loss.w_id > 0 else 4
+    layout = torch.channels_last if training.channels_last else torch.contiguous_format
+    with autocast(config, device):  # what networks hand on to each other is in autocast's type
+        made = torch.get_autocast_dtype(device.type) if training.use_amp else torch.float32
+
+    def latents(n: int, *, fake: bool) -> Tensor:
+        x = torch.zeros(n, model.latent_channels, *size, device=device, dtype=made if fake else torch.float32)
+        return x.to(memory_format=layout).requires_grad_(fake)
+
+    def codes(n: int) -> Tensor:
+        return torch.zeros(n, model.style_dim, device=device, dtype=made, requires_grad=True)
 
     def domains(n: int) -> Tensor:
         return torch.zeros(n, dtype=torch.long, device=device)
 
-    styles = 5 if config.loss.w_id > 0 else 4
     inputs: dict[str, list[tuple[Tensor, Tensor]]] = {
-        "G": [
-            (latents(B), torch.zeros(styles * B, model.style_dim, device=device)),
-            (latents(2 * B), torch.zeros(2 * B, model.style_dim, device=device)),
-        ],
+        "G": [(latents(B, fake=False), codes(styles * B)), (latents(2 * B, fake=True), codes(2 * B))],
         "F": [(torch.zeros(3 * B, model.latent_dim, device=device), domains(3 * B))],
-        "E": [(latents(2 * B), domains(2 * B))],
-        "D": [(latents(3 * B), domains(3 * B)), (latents(2 * B), domains(2 * B))],
+        "E": [(latents(2 * B, fake=False), domains(2 * B)), (latents(2 * B, fake=True), domains(2 * B))],
+        "D": [(latents(3 * B, fake=True).detach(), domains(3 * B)), (latents(2 * B, fake=True), domains(2 * B))],
     }
-    for first, second in inputs[name]:
-        with autocast(config, device):
-            output = call(first.requires_grad_(name in "GD"), second)
-        output.float().sum().backward()
-    getattr(state.nets, name).zero_grad(set_to_none=True)
+    net = getattr(state.nets, name)
+    for number, (first, second) in enumerate(inputs[name]):
+        frozen = name == "D" and number == 1  # D is frozen while G is updated
+        net.requires_grad_(not frozen)
+        try:
+            with autocast(config, device):
+                output = call(first, second)
+            output.float().sum().backward()
+        finally:
+            net.requires_grad_(True)
+    net.zero_grad(set_to_none=True)

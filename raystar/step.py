@@ -83,7 +83,7 @@ class TrainState:
 
     def call(self, name: str) -> Callable[..., Tensor]:
         """Network `name` as it is to be run: compiled where that was asked for and worked."""
-        return self.calls.get(name) or getattr(self.nets, name)
+        return self.calls[name] if name in self.calls else getattr(self.nets, name)
 
 
 def _adamw(groups: list[dict[str, Any]], weight_decay: float) -> torch.optim.AdamW:

@@ -92,9 +92,10 @@ def run(plan: Plan, command: list[str]) -> int:
         config, note = _settle_codec(config)
         say(note)
         return _Sweep(dataclasses.replace(plan, config=config), tracker, ruler.result).run()
-    except RaystarError:  # refused before there was any result: the name stays free
+    except RaystarError:
         tracker.close()
-        shutil.rmtree(plan.folder)
+        if not (plan.folder / "summary.json").exists():  # refused before any result: the name stays free
+            shutil.rmtree(plan.folder)
         raise
     finally:
         _stop_ray()
@@ -349,7 +350,10 @@ class _Sweep:
         self._began.setdefault(name, time.time())
         if again:
             return
-        config = override(self.plan.config, params, "trial")
+        try:
+            config = override(self.plan.config, params, "trial")
+        except RaystarError:  # a combination that the search made up as it went: the trial fails and says why
+            config = self.plan.config
         self.tracker.start(
             name,
             params=params,

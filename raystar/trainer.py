@@ -112,7 +112,9 @@ class Trainer:
             TrialDiverged: a loss became NaN or infinite; the weights have not moved on it.
             TrialOutOfMemory: more than `MAX_SKIPPED` of an epoch's batches did not fit.
         """
-        compiled = compile_networks(self.state)
+        if self.config.training.use_compile and self.config.progress != "off":
+            print("compiling the networks; minutes the first time, seconds from the cache", file=sys.stderr, flush=True)
+        compiled = compile_networks(self.state, self.data.bank.shape[1:])
         for note in compiled.notes:
             print(f"note: {note}", file=sys.stderr)
         fixed = {"perf/compile_s": compiled.seconds, "perf/compiled_modules": float(len(compiled.modules))}
