@@ -36,6 +36,7 @@ from raystar.summary import (
     FAILED,
     FINISHED,
     INTERRUPTED,
+    PENDING,
     RUNNING,
     STOPPED,
     Summary,
@@ -57,6 +58,9 @@ _RAY_ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_worker_niceness": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    # Tune gives a stopped trial's thread two seconds to leave before it reuses the process, and on a busy machine
+    # drops the next trial without a word when that is too short (LOG.md). It leaves by itself: wait for it.
+    "TUNE_FUNCTION_THREAD_TIMEOUT_S": "600",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
     "TUNE_GLOBAL_CHECKPOINT_S": "5",
@@ -435,6 +439,8 @@ class _Sweep:
                 record.status = INTERRUPTED if self.interrupts else FAILED
                 record.reason = record.reason or ("interrupted" if self.interrupts else error)
                 self.tracker.end(record.trial, record.status, record.reason)
+            elif record.status == PENDING and self._all_should_have_run():
+                record.status, record.reason = FAILED, f"Ray did not run it (see trials/{record.trial}/error.txt)"
         done = [r for r in summary.trials.values() if r.status in (FINISHED, STOPPED)]
         summary.status = INTERRUPTED if self.interrupts else FINISHED if done and not error else FAILED
         best = summary.best
@@ -454,6 +460,10 @@ class _Sweep:
         if self.interrupts:
             return 130
         return 0 if done else 1
+
+    def _all_should_have_run(self) -> bool:
+        budget = self.plan.time_budget_s
+        return not self.interrupts and (budget is None or time.time() - self.summary.started < budget)
 
     def _export(self, best: TrialRecord) -> None:
         """Writes `best/` from the best trial's best checkpoint."""
