@@ -46,7 +46,7 @@ from raystar.summary import (
     write_whole,
 )
 from raystar.table import Board, announce
-from raystar.tracking import PARENT, MlflowTracker, how_to_compare, provenance
+from raystar.tracking import PARENT, MlflowTracker, provenance
 
 _OBJECT_STORE_BYTES = 128 * 2**20  # trials exchange nothing but small results
 
@@ -88,6 +88,7 @@ def run(plan: Plan, command: list[str]) -> int:
         {**provenance(), "raystar.sweep": plan.name},
         space.metric,
         space.mode == "min",
+        columns=list(space.space),
     )
     # Made while Ray starts and the trials' processes import; a trial that comes first waits for its file.
     ruler = _Background(lambda: Ruler.build(plan.bank, config, plan.cache_dir))
@@ -389,8 +390,10 @@ class _Sweep:
         metrics = {key: float(value) for key, value in result.items() if "/" in key and isinstance(value, int | float)}
         if self.summary.report(name, epoch, metrics) and result.get("checkpoint_dir_name"):
             record.checkpoint = f"trials/{name}/{result['checkpoint_dir_name']}/checkpoint.pt"
-        images = {key: Path(path) for key, path in (result.get("images") or {}).items()}
-        self.tracker.log(name, epoch, metrics, images)
+        for step, key in ((0, "first_images"), (epoch, "images")):
+            pictures = {name: Path(path) for name, path in (result.get(key) or {}).items()}
+            if pictures or step:
+                self.tracker.log(name, step, metrics if step else {}, pictures)
         self.board.changed(record, metrics.get(self.summary.metric))
         self._write(now)
 
@@ -407,9 +410,23 @@ class _Sweep:
                 late = budget is not None and time.time() - self.summary.started >= budget
                 record.reason = "the time budget was used up" if late else f"stopped early after epoch {record.epochs}"
         record.run_id = self.tracker.run_id(name)
+        self._record_best(record)
         self.tracker.end(name, record.status, record.reason)
         self.board.changed(record)
         self._write(0.0)
+
+    def _record_best(self, record: TrialRecord) -> None:
+        """The trial's best, which the summary ranks by, where MLflow's tables can sort by it too."""
+        if record.score is None or record.score_epoch is None:
+            return
+        found = {f"best/{self._short_metric}": record.score, "best/epoch": float(record.score_epoch)}
+        note = f"{record.status}: best {self._short_metric} {record.score:.4f} at epoch {record.score_epoch}"
+        note += f" of {record.epochs}" + (f"; {record.reason}" if record.reason else "")
+        self.tracker.attach(record.trial, {}, {"mlflow.note.content": note}, found)
+
+    @property
+    def _short_metric(self) -> str:
+        return self.summary.metric.partition("/")[2]
 
     def _measure_idle(self, record: TrialRecord, result: dict[str, Any], now: float) -> None:
         """How long the trial's process trained nothing between the trial before and this one's first step."""
@@ -438,6 +455,7 @@ class _Sweep:
             if record.status == RUNNING:
                 record.status = INTERRUPTED if self.interrupts else FAILED
                 record.reason = record.reason or ("interrupted" if self.interrupts else error)
+                self._record_best(record)
                 self.tracker.end(record.trial, record.status, record.reason)
             elif record.status == PENDING and self._all_should_have_run():
                 record.status, record.reason = FAILED, f"Ray did not run it (see trials/{record.trial}/error.txt)"
@@ -451,7 +469,7 @@ class _Sweep:
         self._write(0.0)
         files |= {name: plan.folder / name for name in ("summary.json", "summary.csv")}
         tags = {"raystar.best_trial": best.trial, "raystar.best_run": best.run_id or ""} if best else {}
-        metrics = {f"best/{summary.metric.partition('/')[2]}": best.score} if best and best.score is not None else {}
+        metrics = {f"best/{self._short_metric}": best.score} if best and best.score is not None else {}
         self.tracker.attach(PARENT, {k: v for k, v in files.items() if v.is_file()}, tags, metrics)
         self.tracker.end(PARENT, summary.status, error)
         self.tracker.close()
@@ -500,8 +518,7 @@ class _Sweep:
         if best is None or best.score is None:
             announce("no trial has a score")
         else:
-            name = summary.metric.partition("/")[2]
-            line = f"best {best.trial}: {name} {best.score:.4f} at epoch {best.score_epoch}"
+            line = f"best {best.trial}: {self._short_metric} {best.score:.4f} at epoch {best.score_epoch}"
             if baseline is not None and baseline.score is not None and best is not baseline:
                 gain = abs(best.score - baseline.score) / max(abs(baseline.score), 1e-12)
                 line += f"; baseline {baseline.score:.4f}, {gain:.1%} better"
@@ -510,7 +527,10 @@ class _Sweep:
             announce(line)
             announce("  " + "  ".join(f"{key}={value}" for key, value in best.params.items()))
             announce(f"  files: {plan.folder / 'best'}")
-        announce(f"compare: {how_to_compare(plan.tracking_uri)}")
+        command, address = self.tracker.how_to_compare()
+        announce(f"compare: {command}".rstrip() if command else f"compare: {address}")
+        if command:
+            announce(f"         then open {address}")
         if best is not None:
             runs = "" if plan.out == Path("runs") else f" --runs {plan.out}"
             announce(f"export:  python -m raystar.export --sweep {plan.name}{runs} --out my_model")

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlsplit
@@ -26,6 +26,7 @@ from raystar import __version__
 from raystar.errors import RaystarError
 
 DEFAULT_EXPERIMENT = "raystar"
+_VIEW = "raystar"  # key of the saved view
 PARENT = ""
 """Name of the parent run, or of the only run, in calls that take a trial's name."""
 
@@ -97,13 +98,6 @@ def check_uri(uri: str) -> None:
     )
 
 
-def how_to_compare(uri: str) -> str:
-    """The command that opens the MLflow UI, or the address of the server that is already there."""
-    if uri.startswith("http"):
-        return _redacted(uri)
-    return f"mlflow ui --backend-store-uri {_redacted(uri)}"
-
-
 def _check_sqlite(path: Path) -> None:
     """The file is a SQLite database or can become one."""
     if path.is_file() and path.stat().st_size:
@@ -140,6 +134,8 @@ class MlflowTracker:
         artifacts: folder of a new local experiment's artifacts.
         dataset: `{"name", "digest", "source"}` shown as every run's dataset.
         common_tags: set on every run.
+        primary_metric: what the table of runs is sorted by, lower first if `lower_is_better`.
+        columns: parameters that the table of runs shows.
     """
 
     def __init__(
@@ -150,12 +146,14 @@ class MlflowTracker:
         common_tags: Mapping[str, str],
         primary_metric: str,
         lower_is_better: bool,
+        columns: Sequence[str] = (),
     ) -> None:
         self.uri = uri
         self.artifacts = artifacts
         self.dataset = dict(dataset)
         self.common_tags = dict(common_tags)
         self.primary = (primary_metric, lower_is_better)
+        self.columns = list(columns)
         self.experiment_id: str | None = None
         self._client: Any = None
         self._runs: dict[str, str] = {}
@@ -201,7 +199,8 @@ class MlflowTracker:
         """See `Tracker`."""
         at = int(time.time() * 1000)
         values, pictures = dict(metrics), dict(images)
-        self._tasks.put(lambda: self._log_metrics(trial, epoch, at, values))
+        if values:
+            self._tasks.put(lambda: self._log_metrics(trial, epoch, at, values))
         for key, path in pictures.items():
             self._tasks.put(functools.partial(self._log_image, trial, epoch, at, key, path))
 
@@ -296,7 +295,33 @@ class MlflowTracker:
         client.set_experiment_tag(self.experiment_id, "mlflow.experiment.primaryMetric.name", metric)
         greater = "false" if lower else "true"
         client.set_experiment_tag(self.experiment_id, "mlflow.experiment.primaryMetric.greaterIsBetter", greater)
+        client.set_experiment_tag(self.experiment_id, "mlflow.experimentKind", "custom_model_development")
+        client.set_experiment_tag(self.experiment_id, f"mlflow.sharedViewState.{_VIEW}", self._view())
         self._client = client
+
+    def _view(self) -> str:
+        """A saved view of the UI: every run in one table, best first, with the columns that matter.
+
+        The form is what MLflow 3.17 writes itself; another version ignores what it does not know.
+        """
+        now = int(time.time() * 1000)
+        metric, lower = self.primary
+        best = f"metrics.`best/{metric.partition('/')[2]}`"
+        shown = [best, f"metrics.`{metric}`", "tags.`raystar.status`", "tags.`raystar.sweep`"]
+        state = {
+            "orderByKey": best,
+            "orderByAsc": lower,
+            "runsHiddenMode": "SHOW_ALL",
+            "selectedColumns": [*shown, *(f"params.`{column}`" for column in self.columns)],
+        }
+        return json.dumps({"name": "raystar", "createdAt": now, "updatedAt": now, "state": json.dumps(state)})
+
+    def how_to_compare(self) -> tuple[str, str]:
+        """The command that starts the MLflow UI, empty where a server is running, and the address of the trials."""
+        page = f"#/experiments/{self.experiment_id}/runs?workflowType=machine_learning&viewStateShareKey={_VIEW}"
+        if self.uri.startswith("http"):
+            return "", f"{_redacted(self.uri).rstrip('/')}/{page}"
+        return f"mlflow ui --backend-store-uri {_redacted(self.uri)}", f"http://127.0.0.1:5000/{page}"
 
     def _start(
         self, trial: str, name: str, began: int, params: dict[str, Any], tags: dict[str, str], text: dict[str, str]
@@ -323,7 +348,9 @@ class MlflowTracker:
     def _log_metrics(self, trial: str, epoch: int, at: int, values: dict[str, float]) -> None:
         from mlflow.entities import Metric
 
-        self._client.log_batch(self._runs[trial], metrics=[Metric(k, v, at, epoch) for k, v in values.items()])
+        first = self.primary[0]  # the UI lists metrics in the order in which they came
+        ordered = sorted(values, key=lambda name: name != first)
+        self._client.log_batch(self._runs[trial], metrics=[Metric(k, values[k], at, epoch) for k in ordered])
 
     def _log_image(self, trial: str, epoch: int, at: int, key: str, path: Path) -> None:
         from PIL import Image

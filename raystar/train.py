@@ -136,6 +136,10 @@ def _run(trainer: Trainer, tracker: MlflowTracker, config: Config, folder: Path)
                 images[key] = vis / f"{key}_{progress.epoch:04d}.png"
                 image.save(images[key])
             tracker.log(PARENT, progress.epoch, progress.metrics, images)
+            first = {key: vis / f"{key}_0000.png" for key in progress.first_images}
+            for key, path in first.items():
+                progress.first_images[key].save(path)
+            tracker.log(PARENT, 0, {}, first)
             score = progress.metrics.get("eval/score")
             if score is not None and (best is None or score < best[0]):
                 best = (score, progress.epoch)

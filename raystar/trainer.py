@@ -58,6 +58,8 @@ class Progress:
     """Some of `METRICS`."""
     images: dict[str, Image.Image]
     """`grid_ref` and `grid_noise`, in epochs that draw them."""
+    first_images: dict[str, Image.Image]
+    """The same of the untrained networks, to be recorded as epoch 0; with a fresh run's first pictures."""
     checkpoint: dict[str, Any] = field(repr=False)
     """For `checkpoint.save`; its tensors are live, so save it before the next epoch is asked for."""
 
@@ -117,6 +119,8 @@ class Trainer:
         compiled = compile_networks(self.state, self.data.bank.shape[1:])
         for note in compiled.notes:
             print(f"note: {note}", file=sys.stderr)
+        # Translated now, while the networks are untrained; drawn later, so that the first step need not wait.
+        before = self._translate() if self.first_epoch == 1 else None
         fixed = {"perf/compile_s": compiled.seconds, "perf/compiled_modules": float(len(compiled.modules))}
         for epoch in range(self.first_epoch, self.config.training.epochs + 1):
             metrics = self._train_epoch(epoch) | fixed
@@ -126,18 +130,24 @@ class Trainer:
                 found = self.ruler.measure(self.state.nets, self.config)
                 metrics |= {f"eval/{name}": value for name, value in found.items()}
             metrics["perf/eval_s"] = time.perf_counter() - started
-            images = self._draw() if self._draws_in(epoch) else {}
+            images, first_images = {}, {}
+            if self._draws_in(epoch):
+                images = self._draw(self._translate())
+                before, first_images = None, self._draw(before)
             self.display.epoch_done(epoch, metrics)
-            yield Progress(epoch, metrics, images, snapshot(self.state, epoch, metrics))
+            yield Progress(epoch, metrics, images, first_images, snapshot(self.state, epoch, metrics))
 
     def _draws_in(self, epoch: int) -> bool:
         every = self.config.grid_every
         return every > 0 and (epoch % every == 0 or epoch == self.config.training.epochs)
 
-    def _draw(self) -> dict[str, Image.Image]:
-        if self.codec is None or self.grid_set is None:
+    def _translate(self) -> Tensor | None:
+        return grid.translate(self.state.nets, self.config, self.grid_set) if self.grid_set is not None else None
+
+    def _draw(self, fakes: Tensor | None) -> dict[str, Image.Image]:
+        if fakes is None or self.codec is None or self.grid_set is None:
             return {}
-        return grid.draw(self.state.nets, self.config, self.grid_set, self.codec)
+        return grid.draw(fakes, self.config, self.grid_set, self.codec)
 
     def _train_epoch(self, epoch: int) -> dict[str, float]:
         training, weights = self.config.training, self.config.loss

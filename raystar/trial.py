@@ -156,11 +156,13 @@ class _Report:
         self.epoch_number = progress.epoch
         self.last = {key: value for key, value in self.last.items() if key.startswith("eval/")} | progress.metrics
         images = {key: self._save_picture(key, image, progress.epoch) for key, image in progress.images.items()}
+        first_images = {key: self._save_picture(key, image, 0) for key, image in progress.first_images.items()}
         result = {
             **self.last,
             "epoch": progress.epoch,
             "status": RUNNING,
             "images": images,
+            "first_images": first_images,
             "first_step_at": first_step_at,
             "pid": os.getpid(),
         }

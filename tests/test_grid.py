@@ -23,6 +23,11 @@ LABEL, CELL, PITCH, LEFT = 22, 128, 132, 22 + 128 + 12
 TOP = {"grid_ref": LEFT, "grid_noise": LABEL}
 
 
+def drawn(nets: Nets, config: Config, chosen: grid.GridSet) -> dict[str, Image.Image]:
+    """Both grids of a model, decoded with the preview."""
+    return grid.draw(grid.translate(nets, config, chosen), config, chosen, PreviewCodec())
+
+
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_latents(tmp_path_factory.mktemp("data") / "latents", count=8)
@@ -95,7 +100,7 @@ def test_without_held_out_pictures_training_ones_are_shown(root: Path, config: C
 
 
 def test_both_grids_and_their_sizes(config: Config, bank: Bank, nets: Nets) -> None:
-    images = grid.draw(nets, config, grid.choose(bank, config, PreviewCodec()), PreviewCodec())
+    images = drawn(nets, config, grid.choose(bank, config, PreviewCodec()))
     assert set(images) == {"grid_ref", "grid_noise"}
     for key, image in images.items():
         assert image.mode == "RGB"
@@ -105,7 +110,7 @@ def test_both_grids_and_their_sizes(config: Config, bank: Bank, nets: Nets) -> N
 def test_every_translation_stands_in_its_place(config: Config, bank: Bank, nets: Nets) -> None:
     """Rows are sources, columns target domains: each cell against a translation made alone."""
     chosen = grid.choose(bank, config, PreviewCodec())
-    images = grid.draw(nets, config, chosen, PreviewCodec())
+    images = drawn(nets, config, chosen)
     scale, seen = config.training.latent_scale, set()
     for i in range(3):
         for j in range(3):
@@ -131,7 +136,7 @@ def test_drawing_repeats_and_changes_nothing(config: Config, bank: Bank, nets: N
     chosen = grid.choose(bank, config, PreviewCodec())
     before = copy.deepcopy(nets.state_dict())
     random_state = torch.random.get_rng_state()
-    first, second = (grid.draw(nets, config, chosen, PreviewCodec()) for _ in range(2))
+    first, second = (drawn(nets, config, chosen) for _ in range(2))
     for key in first:
         assert np.array_equal(pixels(first[key]), pixels(second[key]))
     assert torch.equal(torch.random.get_rng_state(), random_state)
@@ -157,8 +162,8 @@ def inked(area: NDArray[np.uint8]) -> NDArray[np.bool_]:
 
 def test_labels_name_the_domains_and_only_labels_change(config: Config, bank: Bank, nets: Nets) -> None:
     chosen = grid.choose(bank, config, PreviewCodec())
-    images = grid.draw(nets, config, chosen, PreviewCodec())
-    renamed = grid.draw(nets, override(config, {"data.domains": ["a", "b", "ukiyo-e"]}), chosen, PreviewCodec())
+    images = drawn(nets, config, chosen)
+    renamed = drawn(nets, override(config, {"data.domains": ["a", "b", "ukiyo-e"]}), chosen)
     for key in images:
         before, after = pixels(images[key]), pixels(renamed[key])
         changed = (before != after).any(-1)

@@ -142,7 +142,9 @@ def test_mlflow_has_every_trial_once(sweep: tuple[Path, str]) -> None:
         images = [p.name for p in (folder / "images").glob("*.png")]
         for key in ("grid_ref", "grid_noise"):
             steps = sorted(int(re.search(r"step[^0-9]*(\d+)", name)[1]) for name in images if name.startswith(key))  # type: ignore[index]
-            assert steps == list(range(1, trial["epochs"] + 1))
+            assert steps == list(range(trial["epochs"] + 1))  # the untrained networks are epoch 0
+        best = dict(store.rows("select key, value from latest_metrics where run_uuid = ? and key like 'best/%'", run))
+        assert best == {"best/score": pytest.approx(trial["score"]), "best/epoch": trial["score_epoch"]}
     names = {p.name for p in (store.artifacts / parent / "artifacts").rglob("*") if p.is_file()}
     assert {"summary.json", "summary.csv", "config.yaml", "sweep.json", "grid.png"} <= names
     assert len(store.rows("select * from datasets")) == 1
@@ -272,7 +274,7 @@ def test_a_single_run_is_tracked_saved_and_resumed(tmp_path: Path) -> None:
     assert first.returncode == 0, first.stdout + first.stderr
     folder = tmp_path / "runs/one"
     assert sorted(p.name for p in folder.glob("*.pt")) == ["epoch_0002.pt", "epoch_0003.pt", "latest.pt"]
-    assert len(list((folder / "vis").glob("grid_*.png"))) == 6
+    assert len(list((folder / "vis").glob("grid_*.png"))) == 8
     again = run([*command, "--epochs", "3"])
     assert again.returncode == 2
     assert "go on with --resume" in again.stderr
