@@ -23,9 +23,6 @@ from raystar.errors import RaystarError
 SCALE = 0.18215
 """SD1.5's scaling factor: scaled latent = unscaled latent * SCALE. Fixed, unlike `training.latent_scale`."""
 
-PIXELS = 8
-"""Pixels along one side of a latent cell."""
-
 _HUB_TIMEOUT_S = 10
 
 # RGB in [-1, 1] of a scaled latent's four channels: a least-squares fit over pictures and their SD1.5 latents.
@@ -44,19 +41,21 @@ class Codec(Protocol):
     """What the pictures were decoded with, for labels and tags."""
 
     def decode(self, latents: Tensor) -> NDArray[np.uint8]:
-        """Unscaled latents [B,4,H,W] -> RGB pictures [B,8H,8W,3], uint8."""
+        """Unscaled latents [B,4,H,W] -> RGB pictures [B,h,w,3], uint8; an autoencoder's have h = 8H, w = 8W."""
 
 
 class PreviewCodec:
     """A linear map from the four channels to RGB, enlarged: blurred, but the right colours in no time."""
 
     name = "preview"
+    pixels = 4
+    """Along one side of a latent cell; there is nothing to see in more."""
 
     def decode(self, latents: Tensor) -> NDArray[np.uint8]:
         """See `Codec.decode`."""
         matrix = torch.tensor(_PREVIEW_RGB, device=latents.device)
         rgb = torch.einsum("bchw,cr->brhw", latents.float() * SCALE, matrix)
-        rgb = functional.interpolate(rgb, scale_factor=PIXELS, mode="bicubic", align_corners=False)
+        rgb = functional.interpolate(rgb, scale_factor=self.pixels, mode="bicubic", align_corners=False)
         return _to_bytes(rgb)
 
 

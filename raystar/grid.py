@@ -51,8 +51,8 @@ def choose(bank: Bank, config: Config, codec: Codec) -> GridSet:
     return GridSet(shown[:N], shown[N:], noise, pictures[:N], pictures[N:])
 
 
-def translate(nets: Nets, config: Config, chosen: GridSet) -> Tensor:
-    """The grids' translations [2*N*N,C,H,W], unscaled: path, target domain, source domain."""
+def draw(nets: Nets, config: Config, chosen: GridSet, codec: Codec) -> dict[str, Image.Image]:
+    """`grid_ref` and `grid_noise` of a model: N x N translations, rows source domains, columns target domains."""
     device = next(nets.G.parameters()).device
     scale = config.training.latent_scale
     N = len(chosen.sources)
@@ -63,12 +63,7 @@ def translate(nets: Nets, config: Config, chosen: GridSet) -> Tensor:
         by_noise = nets.F(chosen.noise.to(device), y)
         styles = torch.cat([by_reference.float(), by_noise.float()])  # [2N,S]
         # Every content in every style: content i and style k stand in row k * N + i.
-        return nets.G(x, styles.repeat_interleave(N, dim=0)).float() / scale
-
-
-def draw(fakes: Tensor, config: Config, chosen: GridSet, codec: Codec) -> dict[str, Image.Image]:
-    """`grid_ref` and `grid_noise` of `translate`'s output: rows are source domains, columns target domains."""
-    N = len(chosen.sources)
+        fakes = nets.G(x, styles.repeat_interleave(N, dim=0)).float() / scale
     pictures = codec.decode(fakes)
     cells = pictures.reshape(2, N, N, *pictures.shape[1:]).swapaxes(1, 2)  # [path, source, target, ...]
     domains = config.data.domains

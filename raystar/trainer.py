@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import json
 import resource
@@ -24,6 +25,7 @@ from raystar.config import Config
 from raystar.dataset import Bank, LatentDataset
 from raystar.errors import RaystarError, TrialDiverged, TrialOutOfMemory
 from raystar.loss import lambda_ds
+from raystar.model import Nets
 from raystar.ruler import METRICS as RULER_METRICS
 from raystar.ruler import Ruler
 from raystar.step import LOGGED, TrainState, resolve_device, train_step
@@ -99,7 +101,7 @@ class Trainer:
             )
         self.ruler = ruler.to(self.device) if ruler is not None else None
         self.codec = codec
-        self.grid_set = grid.choose(bank, config, codec) if codec is not None and config.grid_every else None
+        self._grid_set: grid.GridSet | None = None
         self.first_epoch = 1
         if checkpoint is not None:
             self.first_epoch = restore(self.state, checkpoint, "checkpoint") + 1
@@ -119,8 +121,8 @@ class Trainer:
         compiled = compile_networks(self.state, self.data.bank.shape[1:])
         for note in compiled.notes:
             print(f"note: {note}", file=sys.stderr)
-        # Translated now, while the networks are untrained; drawn later, so that the first step need not wait.
-        before = self._translate() if self.first_epoch == 1 else None
+        # Kept as they are before the first step, which need not wait for pictures: they are drawn with the first grids.
+        untrained = copy.deepcopy(self.state.nets) if self.first_epoch == 1 and self._draws else None
         fixed = {"perf/compile_s": compiled.seconds, "perf/compiled_modules": float(len(compiled.modules))}
         for epoch in range(self.first_epoch, self.config.training.epochs + 1):
             metrics = self._train_epoch(epoch) | fixed
@@ -132,22 +134,25 @@ class Trainer:
             metrics["perf/eval_s"] = time.perf_counter() - started
             images, first_images = {}, {}
             if self._draws_in(epoch):
-                images = self._draw(self._translate())
-                before, first_images = None, self._draw(before)
+                images = self._draw(self.state.nets)
+                if untrained is not None:
+                    first_images = self._draw(untrained)
+                    untrained = None
             self.display.epoch_done(epoch, metrics)
             yield Progress(epoch, metrics, images, first_images, snapshot(self.state, epoch, metrics))
 
     def _draws_in(self, epoch: int) -> bool:
-        every = self.config.grid_every
-        return every > 0 and (epoch % every == 0 or epoch == self.config.training.epochs)
+        return self._draws and (epoch % self.config.grid_every == 0 or epoch == self.config.training.epochs)
 
-    def _translate(self) -> Tensor | None:
-        return grid.translate(self.state.nets, self.config, self.grid_set) if self.grid_set is not None else None
+    @property
+    def _draws(self) -> bool:
+        return self.codec is not None and self.config.grid_every > 0
 
-    def _draw(self, fakes: Tensor | None) -> dict[str, Image.Image]:
-        if fakes is None or self.codec is None or self.grid_set is None:
-            return {}
-        return grid.draw(fakes, self.config, self.grid_set, self.codec)
+    def _draw(self, nets: Nets) -> dict[str, Image.Image]:
+        assert self.codec is not None
+        if self._grid_set is None:
+            self._grid_set = grid.choose(self.data.bank, self.config, self.codec)
+        return grid.draw(nets, self.config, self._grid_set, self.codec)
 
     def _train_epoch(self, epoch: int) -> dict[str, float]:
         training, weights = self.config.training, self.config.loss

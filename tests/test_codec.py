@@ -70,7 +70,7 @@ def test_a_constant_latent_is_one_colour(channel: int, value: float, colour: tup
     latents = torch.zeros(2, 4, 8, 12)
     latents[:, channel] = value / SCALE
     pictures = PreviewCodec().decode(latents)
-    assert pictures.shape == (2, 64, 96, 3)
+    assert pictures.shape == (2, 32, 48, 3)
     assert pictures.dtype == np.uint8
     assert (pictures == np.array(colour, np.uint8)).all()
 
@@ -80,9 +80,9 @@ def test_channels_add_up_and_places_stay() -> None:
     latents[0, 0, :, 4:] = 1 / SCALE
     latents[0, 1, :, 4:] = 1 / SCALE
     picture = PreviewCodec().decode(latents)[0]
-    assert picture[32, 8].tolist() == [128, 128, 128]
-    assert picture[32, 56].tolist() == [214, 220, 199]
-    assert PreviewCodec().decode(latents.half())[0, 32, 56].tolist() == [214, 220, 199]
+    assert picture[16, 4].tolist() == [128, 128, 128]
+    assert picture[16, 28].tolist() == [214, 220, 199]
+    assert PreviewCodec().decode(latents.half())[0, 16, 28].tolist() == [214, 220, 199]
 
 
 def test_the_preview_shows_the_demos_colours() -> None:
@@ -92,7 +92,7 @@ def test_the_preview_shows_the_demos_colours() -> None:
     with safe_open(latents_path(), framework="pt") as stored:
         for row, domain in enumerate(DOMAINS):
             pictures = PreviewCodec().decode(stored.get_slice(domain)[:12])
-            small = pictures.reshape(12, 8, 32, 8, 32, 3).mean((2, 4))
+            small = pictures.reshape(12, 8, 16, 8, 16, 3).mean((2, 4))
             wanted = sheet[8 * row : 8 * row + 8, : 12 * 8].reshape(8, 12, 8, 3).swapaxes(0, 1)
             errors.append(((small - wanted) ** 2).mean())
             spread.append(wanted.var())
