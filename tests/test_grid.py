@@ -122,6 +122,7 @@ def test_every_translation_stands_in_its_place(config: Config, bank: Bank, nets:
                 }
                 for key, style in styles.items():
                     alone = PreviewCodec().decode(nets.G(chosen.sources[i : i + 1] * scale, style) / scale)[0]
+                    enlarged = Image.fromarray(alone).resize((CELL, CELL), Image.Resampling.LANCZOS)
                     shown = cell(images[key], key, i, j)
                     assert np.abs(shown.astype(int) - np.asarray(enlarged)).max() <= 1, (key, i, j)
                     seen.add(shown.tobytes())
