@@ -7,6 +7,7 @@ MLflow. Trials know nothing of any of these.
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 import logging
 import os
@@ -154,6 +155,8 @@ def _start_ray(plan: Plan) -> None:
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(plan.cache_dir / "inductor"))
     import ray
 
+    # Tune's imports take two seconds, most of which ray.init spends waiting for its processes.
+    imports = _Background(lambda: importlib.import_module("raystar.trial"))
     try:
         ray.init(
             num_cpus=usable_cpus(),
@@ -165,6 +168,7 @@ def _start_ray(plan: Plan) -> None:
         )
     except (RuntimeError, ConnectionError, OSError, ValueError) as error:
         raise RaystarError(f"Ray cannot be started: {(str(error).splitlines() or ['unknown reason'])[0]}") from None
+    imports.result()
     for name in ("ray", "ray.tune", "ray.train", "ray.data"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
 
