@@ -101,6 +101,12 @@ class Space:
         """
         base = [{key: get_value(config, key) for key in self.space}] if self.baseline else []
         if self.search == "tpe":
+            for key, value in base[0].items() if base else ():
+                if self.space[key].kind == "choice" and value not in self.space[key].values:
+                    raise RaystarError(
+                        f"{self.source}: space: {key}: search tpe begins with the baseline, whose value {value} is not "
+                        "among the choices; add it, or set baseline: false"
+                    )
             return None
         if self.search == "grid":
             keys = list(self.space)

@@ -19,6 +19,7 @@ import sys
 import threading
 import time
 import traceback
+import warnings
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -318,6 +319,9 @@ class _Sweep:
             from ray.tune.search import ConcurrencyLimiter
             from ray.tune.search.optuna import OptunaSearch
 
+            # It tells of every study it opens, and warns of a baseline that lies outside the searched ranges.
+            logging.getLogger("optuna").setLevel(logging.ERROR)
+            warnings.filterwarnings("ignore", module="optuna")
             start = [{key: get_value(plan.config, key) for key in space.space}] if space.baseline else None
             search = OptunaSearch(metric=space.metric, mode=space.mode, points_to_evaluate=start, seed=space.seed)
             return ConcurrencyLimiter(search, max_concurrent=plan.at_a_time)

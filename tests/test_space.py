@@ -70,6 +70,13 @@ def test_grid_runs_every_combination_once() -> None:
     assert len({tuple(p.items()) for p in points}) == 6
 
 
+def test_tpe_needs_a_baseline_that_it_can_name() -> None:
+    pytest.importorskip("optuna")
+    with pytest.raises(RaystarError, match=r"loss\.w_id.*value 1\.0 is not among the choices"):
+        space_of(search="tpe").points(Config())
+    assert space_of(search="tpe", baseline=False).points(Config()) is None
+
+
 def test_no_baseline() -> None:
     points = space_of(baseline=False).points(Config())
     assert points[0]["loss.w_id"] in (0.0, 0.5)
