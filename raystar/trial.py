@@ -24,7 +24,7 @@ from raystar import checkpoint as checkpoints
 from raystar.codec import Codec, open_codec
 from raystar.config import Config, from_mapping, override
 from raystar.dataset import Bank, open_bank
-from raystar.errors import TrialDiverged, TrialOutOfMemory
+from raystar.errors import RaystarError, TrialDiverged
 from raystar.ruler import Ruler
 from raystar.step import resolve_device
 from raystar.summary import DIVERGED, FAILED, RUNNING, trial_name
@@ -67,7 +67,7 @@ def train_loop(settings: dict[str, Any]) -> None:
         _train(override(from_mapping(request.config, "sweep"), settings["params"], "trial"), request, report)
     except TrialDiverged as error:
         report.ended(DIVERGED, str(error))
-    except TrialOutOfMemory as error:
+    except RaystarError as error:
         report.ended(FAILED, str(error))
     # Whatever a trial raises is that trial's result: the sweep goes on, and the trace is kept for the curious.
     except Exception as error:
