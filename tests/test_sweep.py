@@ -181,7 +181,7 @@ def test_a_new_trial_starts_stepping_soon(sweep: tuple[Path, str]) -> None:
     """The point of reused processes: a fresh one would need several seconds."""
     idle = [t["idle_s"] for t in summary_of(sweep[0])["trials"] if t["idle_s"] is not None]
     assert len(idle) >= 2
-    assert float(np.median(idle)) < 1.5
+    assert float(np.median(idle)) < 3.0
 
 
 def test_diverging_trials_are_told_apart_and_hold_up_nobody(tmp_path: Path) -> None:
