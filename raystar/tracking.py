@@ -31,6 +31,7 @@ PARENT = ""
 """Name of the parent run, or of the only run, in calls that take a trial's name."""
 
 _RETRY_S = (0.2, 0.5, 1.0, 2.0, 5.0)
+_LAST_ATTEMPTS = 12  # about forty seconds, once nothing else is left to do
 _ENDED = {
     "finished": "FINISHED",
     "stopped": "FINISHED",
@@ -162,6 +163,7 @@ class MlflowTracker:
         self._connected = threading.Event()
         self._failure: RaystarError | None = None
         self._closing = False
+        self._given_up = False
         self._thread = threading.Thread(target=self._work, name="raystar-tracking", daemon=True)
 
     def begin(self) -> None:
@@ -255,20 +257,27 @@ class MlflowTracker:
 
     def _persist(self, task: Callable[[], None]) -> None:
         """Runs `task` until it works; a server that is away is waited for, since nothing may be lost."""
-        for attempt in range(10_000):
+        attempt = 0
+        while not self._given_up:
             try:
                 task()
                 return
             except Exception as error:
                 reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+                if _is_final(error):
+                    print(f"error: MLflow refuses a record: {reason}", file=sys.stderr, flush=True)
+                    return
                 if attempt == 2:
+                    print(f"note: MLflow takes no records now ({reason}); trying again", file=sys.stderr, flush=True)
+                if self._closing and attempt >= _LAST_ATTEMPTS:
+                    lost = self._tasks.qsize()
                     print(
-                        f"note: MLflow does not take records now ({reason}); trying again", file=sys.stderr, flush=True
+                        f"error: MLflow is away; {lost} records are not written: {reason}", file=sys.stderr, flush=True
                     )
-                if self._closing and attempt >= 12:
-                    print(f"error: a record could not be written to MLflow: {reason}", file=sys.stderr, flush=True)
+                    self._given_up = True
                     return
                 time.sleep(_RETRY_S[min(attempt, len(_RETRY_S) - 1)])
+                attempt += 1
 
     def _connect(self) -> None:
         # Telemetry would look for the network; alembic tells of every migration of a new store.
@@ -387,6 +396,12 @@ class MlflowTracker:
         now = int(time.time() * 1000)
         for trial in sorted(self._open, reverse=True):  # the parent's name sorts first, so it is closed last
             self._end(trial, "interrupted", None, now)
+
+
+def _is_final(error: Exception) -> bool:
+    """Whether trying again cannot help: the record itself is wrong, not the way to the server."""
+    wrong = isinstance(error, KeyError | ValueError | TypeError | FileNotFoundError)
+    return wrong or getattr(error, "error_code", "") == "INVALID_PARAMETER_VALUE"
 
 
 def provenance() -> dict[str, str]:
