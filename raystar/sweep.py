@@ -206,6 +206,7 @@ class _Sweep:
         self.board = Board(self.summary, plan.config.training.epochs)
         self.pictures = plan.folder / "pictures"
         self.interrupts = 0
+        self.refused: RaystarError | None = None
         self._began: dict[str, float] = {}
         self._last_report: dict[int, tuple[str, float]] = {}  # by process: trial and time
         self._written = 0.0
@@ -226,11 +227,11 @@ class _Sweep:
         try:
             self._fit()
         except KeyboardInterrupt:
-            self.interrupts += 1
-        except RaystarError:
-            raise
+            self.interrupts = max(self.interrupts, 1)
         # Tune's own failures, not a trial's: what is done is kept and recorded, then the reason is told.
         except Exception as failure:
+            if self.refused is not None:
+                raise self.refused from None
             trace = plan.folder / "error.txt"
             trace.write_text(traceback.format_exc(), encoding="utf-8")
             error = f"{type(failure).__name__}: {(str(failure).strip().splitlines() or [''])[0]} (all of it in {trace})"
@@ -297,7 +298,6 @@ class _Sweep:
                 time_budget_s=plan.time_budget_s,
                 trial_name_creator=TrialNames(plan.trials),
                 trial_dirname_creator=str,
-                **({} if space.search == "tpe" else {"metric": None}),
             ),
             run_config=tune.RunConfig(
                 name="trials",
@@ -335,6 +335,8 @@ class _Sweep:
 
         def handle(number: int, frame: FrameType | None) -> None:
             self.interrupts += 1
+            if signal.getsignal(signal.SIGUSR1) is signal.SIG_IGN:
+                raise KeyboardInterrupt  # Tune has not begun, so there is nothing to save
             if self.interrupts == 1:
                 print("\nstopping after saving; press Ctrl-C twice more to stop at once", file=sys.stderr, flush=True)
                 signal.raise_signal(signal.SIGUSR1)  # Tune saves its state and ends the run on this one
@@ -383,8 +385,12 @@ class _Sweep:
     def trial_reported(self, name: str, result: dict[str, Any]) -> None:
         """A trial reports an epoch, or that it cannot go on."""
         if not self._last_report:  # what started beside Ray must have worked before the first result counts
-            self.tracker.wait_until_connected()
-            self.ruler_ready()
+            try:
+                self.tracker.wait_until_connected()
+                self.ruler_ready()
+            except RaystarError as refused:
+                self.refused = refused  # Tune wraps what its callbacks raise
+                raise
         record = self.summary.trials[name]
         now = time.time()
         record.wall_s = round(now - self._began[name], 3)

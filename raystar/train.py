@@ -18,7 +18,7 @@ from raystar.model import NAMES
 from raystar.ruler import Ruler, check_holdout
 from raystar.step import TrainState, resolve_device
 from raystar.summary import DIVERGED, FAILED, FINISHED, INTERRUPTED, cache_dir, check_name
-from raystar.tracking import PARENT, MlflowTracker, check_uri, default_uri, provenance
+from raystar.tracking import PARENT, MlflowTracker, Tracker, check_uri, default_uri, provenance
 from raystar.trainer import Progress, Trainer
 
 DEFAULT_CONFIG = "configs/stargan_v2_latent.yaml"
@@ -123,7 +123,7 @@ def _initial_state(config: Config, device: Any) -> TrainState:
     return state
 
 
-def _run(trainer: Trainer, tracker: MlflowTracker, config: Config, folder: Path) -> int:
+def _run(trainer: Trainer, tracker: Tracker, config: Config, folder: Path) -> int:
     vis = Path(config.visualization.save_dir) if config.visualization.save_dir else folder / "vis"
     best: tuple[float, int] | None = None
     status, reason = FAILED, None

@@ -294,6 +294,18 @@ def test_a_single_run_is_tracked_saved_and_resumed(tmp_path: Path) -> None:
         assert "Warning" not in shown.stdout + shown.stderr
 
 
+def test_a_store_that_cannot_be_opened_is_one_error_and_leaves_the_name_free(tmp_path: Path) -> None:
+    store = tmp_path / "mlflow.db"
+    with sqlite3.connect(store) as database:  # of a version that this MLflow does not know
+        database.execute("create table alembic_version (version_num varchar(32))")
+        database.execute("insert into alembic_version values ('from the future')")
+        database.execute("create table experiments (experiment_id integer primary key)")
+    done = run([*request(tmp_path, SPACE), "--tracking-uri", f"sqlite:///{store}"])
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert re.fullmatch(r"error: the MLflow store at sqlite:.* cannot be used .*--tracking-uri\n", done.stderr)
+    assert not (tmp_path / "runs/s").exists()
+
+
 def test_a_started_sweep_is_quick_to_refuse(tmp_path: Path) -> None:
     began = time.monotonic()
     done = run([*request(tmp_path, SPACE), "--set", "loss.w_cycl=2"])
