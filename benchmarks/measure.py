@@ -12,6 +12,8 @@ from pathlib import Path
 
 import torch
 
+from raystar.step import synchronize
+
 
 def parser(description: str) -> argparse.ArgumentParser:
     """A command line with `--device` and `--threads`."""
@@ -65,12 +67,6 @@ def take_turns(
             if number > warmup:
                 seconds[name].append(time.perf_counter() - started)
     return {name: statistics.median(values) for name, values in seconds.items()}
-
-
-def synchronize(device: torch.device) -> None:
-    """Waits for what was queued on a GPU; a CPU has nothing queued."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def matmul_ceiling(device: torch.device, dtype: torch.dtype) -> float:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from raystar.config import Config
+from raystar.config import Config, get_value, override
 from raystar.step import TrainState, autocast
 
 _SWITCHES = {
@@ -22,6 +22,18 @@ _SWITCHES = {
     "E": "compile_style_encoder",
     "D": "compile_discriminator",
 }
+SPEED_KEYS = tuple(
+    f"training.{name}"
+    for name in (
+        "use_compile", "compile_mode", "compile_dynamic", "compile_fullgraph", "compile_cudagraphs",
+        *_SWITCHES.values(), "channels_last", "use_amp", "amp_dtype", "tf32", "cudnn_benchmark", "deterministic",
+    )
+)  # fmt: skip
+"""Settings that change how fast a step is, and its results by rounding alone."""
+_DEFAULTS = Config()
+# compile_cudagraphs decides on CUDA graphs, whatever the mode says; without them these modes are others.
+_MODES = {"reduce-overhead": "default", "max-autotune": "max-autotune-no-cudagraphs"}
+_RECOMPILE_LIMIT = 64  # of one network in one process; torch's 8 is used up by a few trials of different sizes
 
 
 @dataclass(frozen=True)
@@ -47,6 +59,7 @@ def compile_networks(state: TrainState, size: tuple[int, int]) -> Compiled:
     if not training.use_compile:
         return Compiled((), (), 0.0)
     started = time.perf_counter()
+    torch._dynamo.config.recompile_limit = _RECOMPILE_LIMIT
     done, notes = [], []
     for name, switch in _SWITCHES.items():
         if not getattr(training, switch):
@@ -62,6 +75,31 @@ def compile_networks(state: TrainState, size: tuple[int, int]) -> Compiled:
         state.calls[name] = compiled
         done.append(name)
     return Compiled(tuple(done), tuple(notes), time.perf_counter() - started)
+
+
+def graphs() -> int:
+    """Graphs that this process has compiled so far; more of them during training are recompilations."""
+    return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+
+
+def canonical(config: Config, device: torch.device) -> Config:
+    """`config` with the settings of `training` that make no difference on `device` set to their defaults.
+
+    Two configurations that are canonically equal run the same code, so a search for speed tries only one.
+    """
+    training, same = config.training, []
+    if device.type == "cpu":
+        same += ["tf32", "cudnn_benchmark", "deterministic", "compile_cudagraphs"]
+    if not training.use_amp:
+        same.append("amp_dtype")
+    values = {f"training.{name}": get_value(_DEFAULTS, f"training.{name}") for name in same}
+    if not training.use_compile or not any(getattr(training, switch) for switch in _SWITCHES.values()):
+        names = ("mode", "dynamic", "fullgraph", "cudagraphs")
+        switches = [*(f"compile_{name}" for name in names), *_SWITCHES.values(), "use_compile"]
+        values |= {f"training.{name}": get_value(_DEFAULTS, f"training.{name}") for name in switches}
+    else:
+        values["training.compile_mode"] = _MODES.get(training.compile_mode, training.compile_mode)
+    return override(config, values, "canonical")
 
 
 def _compile(net: torch.nn.Module, config: Config) -> Callable[..., Tensor]:

@@ -13,7 +13,7 @@ import math
 import re
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -88,6 +88,9 @@ class TrainingConfig:
     amp_dtype: Literal["bf16", "fp16"] = _key("bf16", "autocast type; fp16 needs a GPU")
     device: Literal["auto", "cpu", "cuda"] = _key("auto", "where to train; auto takes a GPU when there is one")
     channels_last: bool = _key(False, "keep activations channels last in memory")
+    tf32: bool = _key(True, "float32 products in TF32 on a GPU")
+    cudnn_benchmark: bool = _key(True, "let cuDNN time its algorithms first; not with deterministic")
+    deterministic: bool = _key(False, "cuDNN algorithms that repeat bit for bit; a CPU always does")
     num_workers: int = _key(
         4, "threads that gather batches ahead when latents stay in CPU memory and training is on a GPU",
         at_least=0, result=False,
@@ -291,17 +294,25 @@ def find_shipped(path: str | Path) -> Path:
     return path
 
 
-def load_config(path: str | Path) -> Config:
-    """Reads a configuration file; keys that it leaves out keep their defaults.
+def load_config(path: str | Path, base: Config | None = None) -> Config:
+    """Reads a configuration file; keys that it leaves out keep those of `base`, by default the defaults.
 
     Raises:
         RaystarError: file, dotted key, what was found, what was expected and the nearest known key.
     """
-    return from_mapping(read_mapping(path), str(path))
+    return from_mapping(read_mapping(path), str(path), base)
 
 
-def from_mapping(mapping: Mapping[Any, Any], source: str) -> Config:
-    """A `Config` from nested sections, as read from `source` (the name that errors give)."""
+def request_config(path: str | Path, overlays: Sequence[str], assignments: Sequence[str]) -> Config:
+    """A command line's configuration: `--config`, then each `--overlay` file, then each `--set key=value`."""
+    config = load_config(find_shipped(path))
+    for overlay in overlays:
+        config = load_config(find_shipped(overlay), config)
+    return override(config, dict(parse_assignment(text) for text in assignments), "--set")
+
+
+def from_mapping(mapping: Mapping[Any, Any], source: str, base: Config | None = None) -> Config:
+    """`base` (by default the defaults) with nested sections, as read from `source`, the name that errors give."""
     flat: dict[str, Any] = {}
     for section, content in mapping.items():
         if section not in SECTIONS:
@@ -311,7 +322,7 @@ def from_mapping(mapping: Mapping[Any, Any], source: str) -> Config:
         if not isinstance(content, Mapping):
             raise RaystarError(f"{source}: {section}: expected a section of keys, found {_show(content)}")
         flat.update({f"{section}.{name}": value for name, value in content.items()})
-    return override(Config(), flat, source)
+    return override(Config() if base is None else base, flat, source)
 
 
 def override(config: Config, values: Mapping[str, Any], source: str = "override") -> Config:
@@ -466,6 +477,15 @@ def to_mapping(config: Config) -> dict[str, dict[str, Any]]:
 def to_yaml(config: Config) -> str:
     """The configuration as a YAML file that `load_config` reads back equal."""
     return yaml.safe_dump(to_mapping(config), sort_keys=False, allow_unicode=True)
+
+
+def overlay_yaml(values: Mapping[str, Any]) -> str:
+    """Dotted keys as a YAML file for `--overlay`."""
+    sections: dict[str, dict[str, Any]] = {}
+    for key, value in values.items():
+        section, _, name = key.partition(".")
+        sections.setdefault(section, {})[name] = value
+    return yaml.safe_dump(sections, sort_keys=False, allow_unicode=True)
 
 
 def get_value(config: Config, key: str) -> Any:

@@ -19,6 +19,10 @@ class TrialOutOfMemory(RaystarError):  # noqa: N818
     """More than a tenth of an epoch's batches did not fit into memory."""
 
 
+class WrongResults(RaystarError):  # noqa: N818
+    """Settings that were to change speed alone change what a training step computes."""
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """`" (did you mean 'w_cyc'?)"` for the known name closest to `name`, or an empty string."""
     known = list(known)

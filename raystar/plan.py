@@ -10,8 +10,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from raystar.codec import check_codec
-from raystar.config import Config, find_shipped, load_config, override, parse_assignment
+from raystar.config import Config, find_shipped, override, request_config
 from raystar.dataset import Bank, open_bank
 from raystar.errors import RaystarError
 from raystar.ruler import check_holdout
@@ -33,19 +35,25 @@ class Plan:
     points: list[dict[str, Any]] | None
     trials: int
     gpu_share: float
+    cpus: int
     max_concurrent: int | None
     time_budget_s: float | None
     tracking_uri: str
     bank: Bank
 
     @property
+    def speed(self) -> bool:
+        """Whether this sweep measures speed alone."""
+        return self.space.purpose == "speed"
+
+    @property
     def at_a_time(self) -> int:
         """Trials that run side by side: as many as fit on this machine, and no more than asked for."""
-        fit = usable_cpus() // self.space.resources.cpus
+        fit = usable_cpus() // self.cpus
         if self.gpu_share:
-            import torch
-
             fit = min(fit, int(torch.cuda.device_count() / self.gpu_share))
+        elif self.speed:
+            fit = 1  # two trials on one device would measure each other
         return max(1, min(fit, self.max_concurrent or fit, self.trials))
 
     @property
@@ -60,8 +68,7 @@ def make_plan(args: argparse.Namespace) -> Plan:
     Raises:
         RaystarError: the first thing that is wrong.
     """
-    config = load_config(find_shipped(args.config))
-    config = override(config, dict(parse_assignment(text) for text in args.set), "--set")
+    config = request_config(args.config, args.overlay, args.set)
     space = load_space(find_shipped(args.space), config)
     for flag, value in (
         ("--trials", args.trials),
@@ -84,7 +91,8 @@ def make_plan(args: argparse.Namespace) -> Plan:
         )
     # In a sweep the terminal belongs to the table.
     config = override(config, {"training.progress_style": "off", "training.log_json": False}, "sweep")
-    points = space.points(config)
+    gpu_share, cpus = _resources(config, space)
+    points = space.points(config, resolve_device(config))
     trials = len(points) if points is not None else space.trials
 
     name = args.name if args.name is not None else f"{Path(args.space).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
@@ -93,41 +101,43 @@ def make_plan(args: argparse.Namespace) -> Plan:
     if folder.exists():
         raise RaystarError(f"--name {name}: {folder} is there already; choose another name or remove it")
 
-    gpu_share = _gpu_share(config, space)
     uri = args.tracking_uri or default_uri(args.out)
     check_uri(uri)
     budget = _time_budget(args.time_budget) if args.time_budget else None
     bank = open_bank(config, cache_dir(config, args.out))
-    check_holdout(bank)
-    check_codec(config)
+    if space.purpose == "quality":
+        check_holdout(bank)
+        check_codec(config)
     return Plan(
-        name, folder, args.out, config, space, points, trials, gpu_share, args.max_concurrent, budget, uri, bank
+        name, folder, args.out, config, space, points, trials, gpu_share, cpus, args.max_concurrent, budget, uri, bank
     )  # fmt: skip
 
 
-def _gpu_share(config: Config, space: Space) -> float:
-    """GPUs that one trial gets; checked against this machine before anything starts."""
-    import torch
-
+def _resources(config: Config, space: Space) -> tuple[float, int]:
+    """GPUs and processors that one trial gets; checked against this machine before anything starts."""
     there = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    wanted = space.resources.gpus
-    cpus = usable_cpus()
-    if space.resources.cpus > cpus:
+    speed = space.purpose == "speed"
+    gpus, cpus = space.resources.gpus, space.resources.cpus
+    if gpus == "auto":
+        gpus = (1.0 if speed else 0.5) if there and config.training.device != "cpu" else 0.0
+    gpus = float(gpus)
+    if cpus == "auto":
+        cpus = usable_cpus() if speed and not gpus else 1
+    cpus = int(cpus)
+    if cpus > usable_cpus():
+        raise RaystarError(f"{space.source}: resources.cpus: a trial wants {cpus}, this machine has {usable_cpus()}")
+    if gpus > there:
         raise RaystarError(
-            f"{space.source}: resources.cpus: a trial wants {space.resources.cpus}, this machine has {cpus}"
+            f"{space.source}: resources.gpus: a trial wants {gpus:g}, this machine has {there}; use auto or 0"
         )
-    if wanted == "auto":
-        wanted = 0.5 if there and config.training.device != "cpu" else 0.0
-    if float(wanted) > there:
-        raise RaystarError(
-            f"{space.source}: resources.gpus: a trial wants {float(wanted):g}, this machine has {there}; use auto or 0"
-        )
-    if wanted == 0 and config.training.device == "cuda":
+    if speed and 0 < gpus < 1:
+        raise RaystarError(f"{space.source}: resources.gpus: speed is measured on a whole GPU; found {gpus:g}")
+    if gpus == 0 and config.training.device == "cuda":
         raise RaystarError(
             "training.device: cuda was asked for, but resources.gpus gives trials no GPU; set it to auto"
         )
     resolve_device(config)
-    return float(wanted)
+    return gpus, cpus
 
 
 def usable_cpus() -> int:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
+from raystar.compile import SPEED_KEYS, canonical
 from raystar.config import Config, check_value, get_value, key_field, override, read_mapping
 from raystar.errors import RaystarError, nearest
 from raystar.trainer import METRICS
@@ -23,7 +25,12 @@ _SIGNIFICANT = 4  # digits of a drawn number: enough to search with, short enoug
 _FIXED_SECTIONS = ("ruler", "data", "visualization", "checkpoint")
 _FIXED_KEYS = ("training.epochs", "training.device", "model.num_domains", "model.latent_channels")
 
-_KNOWN = ("description", "metric", "mode", "trials", "baseline", "search", "seed", "scheduler", "resources", "space")
+_KNOWN = (
+    "description", "purpose", "metric", "mode", "trials", "baseline", "search", "seed", "scheduler", "resources",
+    "space",
+)  # fmt: skip
+_PURPOSES = {"quality": ("score", "min"), "speed": ("steady_samples_per_s", "max")}  # with their metric and mode
+_DRAWS = 200  # for each trial, before a space is taken to hold no further combination
 _SEARCHES = ("random", "grid", "tpe")
 
 
@@ -73,7 +80,8 @@ class Resources:
 
     gpus: float | str = "auto"
     """A number, a fraction to share one, or `auto`: half a GPU where there is one, else none."""
-    cpus: int = 1
+    cpus: int | str = 1
+    """A number, or `auto`: all of the machine's for a speed sweep without a GPU, else 1."""
 
 
 @dataclass(frozen=True)
@@ -87,14 +95,18 @@ class Space:
     trials: int
     space: Mapping[str, Distribution]
     description: str = ""
+    purpose: str = "quality"
+    """`quality`, or `speed`: settings that must not change results, measured one trial at a time on a device."""
     baseline: bool = True
     search: str = "random"
     seed: int = 0
     scheduler: Scheduler = field(default_factory=Scheduler)
     resources: Resources = field(default_factory=Resources)
 
-    def points(self, config: Config) -> list[dict[str, Any]] | None:
+    def points(self, config: Config, device: torch.device) -> list[dict[str, Any]] | None:
         """The swept keys' values of every trial, the baseline first; None where the search decides as it goes.
+
+        No combination comes twice; for a speed sweep neither do two that run the same code on `device`.
 
         Raises:
             RaystarError: a drawn combination that no configuration may have.
@@ -109,19 +121,21 @@ class Space:
                     )
             return None
         if self.search == "grid":
-            keys = list(self.space)
-            combinations = itertools.product(*(self.space[key].values for key in keys))
-            points = [dict(zip(keys, values, strict=True)) for values in combinations]
-            points = base + [point for point in points if point not in base]
+            combinations: Iterable[tuple[Any, ...]] = itertools.product(*(d.values for d in self.space.values()))
         else:
             rng = np.random.default_rng(self.seed)
-            points = base + [
-                {key: distribution.draw(rng) for key, distribution in self.space.items()}
-                for _ in range(self.trials - len(base))
-            ]
-        for point in points:
-            override(config, point, self.source)
-        return points
+            draws = _DRAWS * self.trials
+            combinations = (tuple(d.draw(rng) for d in self.space.values()) for _ in range(draws))
+        points: dict[tuple[Any, ...], dict[str, Any]] = {}
+        for values in itertools.chain((tuple(point.values()) for point in base), combinations):
+            drawn = override(config, dict(zip(self.space, values, strict=True)), self.source)
+            if self.purpose == "speed":
+                drawn = canonical(drawn, device)
+            point = {key: get_value(drawn, key) for key in self.space}
+            points.setdefault(tuple(point.values()), point)
+            if self.search != "grid" and len(points) == self.trials:
+                break
+        return list(points.values())
 
 
 def load_space(path: str | Path, config: Config) -> Space:
@@ -149,23 +163,40 @@ def from_mapping(content: Mapping[str, Any], config: Config, source: str) -> Spa
         raise RaystarError(f"{source}: search grid needs choices, but {', '.join(ranged)} has a range")
     if search == "tpe" and importlib.util.find_spec("optuna") is None:
         raise RaystarError(f"{source}: search tpe needs the package optuna; install raystar[tpe]")
+    purpose = _one_of(content.get("purpose", "quality"), tuple(_PURPOSES), f"{source}: purpose")
+    if purpose == "speed":
+        _check_speed_keys(space, search, source)
+    metric, mode = _PURPOSES[purpose]
     baseline = _boolean(content.get("baseline", True), f"{source}: baseline")
     trials = _whole(content.get("trials", 12), f"{source}: trials", 1)
     if search == "grid":
         trials = math.prod(len(d.values) for d in space.values()) + (1 if baseline else 0)
     return Space(
         source=source,
-        metric=_metric(content.get("metric", "score"), source),
-        mode=_one_of(content.get("mode", "min"), ("min", "max"), f"{source}: mode"),
+        metric=_metric(content.get("metric", metric), source),
+        mode=_one_of(content.get("mode", mode), ("min", "max"), f"{source}: mode"),
         trials=trials,
         space=space,
         description=str(content.get("description", "")),
+        purpose=purpose,
         baseline=baseline,
         search=search,
         seed=_whole(content.get("seed", 0), f"{source}: seed", 0),
         scheduler=_scheduler(content.get("scheduler", {}), source),
         resources=_resources(content.get("resources", {}), source),
     )
+
+
+def _check_speed_keys(space: Mapping[str, Distribution], search: str, source: str) -> None:
+    """A speed sweep's best is taken over into other runs, so it may change nothing but how fast they are."""
+    for key in space:
+        if key not in SPEED_KEYS:
+            raise RaystarError(
+                f"{source}: space: {key}: purpose speed searches only what leaves the results as they are: "
+                f"{', '.join(SPEED_KEYS)}"
+            )
+    if search == "tpe":
+        raise RaystarError(f"{source}: search: expected random or grid for purpose speed, found tpe")
 
 
 def _distribution(key: str, value: Any, source: str) -> Distribution:
@@ -236,7 +267,8 @@ def _resources(content: Any, source: str) -> Resources:
     workers = _whole(content.get("workers", 1), f"{where}.workers", 1)
     if workers != 1:
         raise RaystarError(f"{where}.workers: a trial runs in one worker so far; found {workers}")
-    return Resources(gpus=gpus, cpus=_whole(content.get("cpus", 1), f"{where}.cpus", 1))
+    cpus = content.get("cpus", 1)
+    return Resources(gpus=gpus, cpus=cpus if cpus == "auto" else _whole(cpus, f"{where}.cpus", 1))
 
 
 def _section(content: Any, known: tuple[str, ...], where: str) -> None:

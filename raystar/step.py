@@ -20,7 +20,7 @@ from raystar.dataset import Batch
 from raystar.errors import RaystarError
 from raystar.model import Nets
 
-__all__ = ["LOGGED", "Batch", "TrainState", "autocast", "resolve_device", "train_step"]
+__all__ = ["LOGGED", "Batch", "TrainState", "autocast", "resolve_device", "set_backends", "synchronize", "train_step"]
 
 LOGGED = ("d_loss", "g_loss", "g_adv", "sty", "ds", "cyc", "id", "r1")
 """Keys of a step's losses, as in loss_terms.md."""
@@ -46,6 +46,23 @@ def autocast(config: Config, device: torch.device) -> AbstractContextManager[Any
     if not config.training.use_amp:
         return nullcontext()
     return torch.autocast(device.type, _AMP_DTYPES[config.training.amp_dtype])
+
+
+def set_backends(config: Config, device: torch.device) -> None:
+    """Torch's global switches as `training` wants them; all of them, since a process runs one trial after another."""
+    if device.type != "cuda":
+        return
+    training = config.training
+    torch.backends.cudnn.benchmark = training.cudnn_benchmark and not training.deterministic
+    torch.backends.cudnn.deterministic = training.deterministic
+    torch.backends.cudnn.allow_tf32 = training.tf32
+    torch.set_float32_matmul_precision("high" if training.tf32 else "highest")
+
+
+def synchronize(device: torch.device) -> None:
+    """Waits for what was queued on a GPU; a CPU has nothing queued."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 @dataclass

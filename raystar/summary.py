@@ -43,6 +43,8 @@ class TrialRecord:
     checkpoint: str | None = None
     """Of `score_epoch`, relative to the sweep's folder."""
     reason: str | None = None
+    note: str | None = None
+    """What went other than asked for without failing: a network that would not compile."""
     metrics: dict[str, float] = field(default_factory=dict)
     """At `score_epoch`."""
 

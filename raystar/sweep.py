@@ -29,7 +29,7 @@ from typing import Any
 from raystar import __version__, export
 from raystar import checkpoint as checkpoints
 from raystar.codec import open_codec, say
-from raystar.config import Config, get_value, override, signature, to_mapping, to_yaml
+from raystar.config import Config, get_value, overlay_yaml, override, signature, to_mapping, to_yaml
 from raystar.errors import RaystarError
 from raystar.plan import Plan, usable_cpus
 from raystar.ruler import Ruler
@@ -50,6 +50,8 @@ from raystar.summary import (
 from raystar.table import Board, announce
 from raystar.tracking import PARENT, MlflowTracker, provenance
 
+FASTEST = "fastest.yaml"
+"""What a speed sweep leaves behind: its best settings, for `--overlay`."""
 _OBJECT_STORE_BYTES = 128 * 2**20  # trials exchange nothing but small results
 
 # Read by Ray while it is imported; why each is needed is written down in the design's facts.
@@ -80,7 +82,8 @@ def run(plan: Plan, command: list[str]) -> int:
     plan.folder.mkdir(parents=True, exist_ok=False)
     announce(
         f"sweep {plan.name}: {plan.trials} trials of up to {config.training.epochs} epochs, "
-        f"{len(plan.bank.domains)} domains, {sum(map(len, plan.bank.train))} latents; starting Ray, MLflow, the ruler"
+        f"{len(plan.bank.domains)} domains, {sum(map(len, plan.bank.train))} latents; "
+        f"starting Ray, MLflow{'' if plan.speed else ', the ruler'}"
     )
     _write_request(plan, command)
     tracker = MlflowTracker(
@@ -93,11 +96,12 @@ def run(plan: Plan, command: list[str]) -> int:
         columns=list(space.space),
     )
     # Made while Ray starts and the trials' processes import; a trial that comes first waits for its file.
-    ruler = _Background(lambda: Ruler.build(plan.bank, config, plan.cache_dir))
+    ruler = _Background(lambda: None if plan.speed else Ruler.build(plan.bank, config, plan.cache_dir))
     try:
         _start_ray(plan)
-        config, note = _settle_codec(config)
-        say(note)
+        if not plan.speed:
+            config, note = _settle_codec(config)
+            say(note)
         return _Sweep(dataclasses.replace(plan, config=config), tracker, ruler.result).run()
     except RaystarError:
         tracker.close()
@@ -271,9 +275,10 @@ class _Sweep:
             cache_dir=str(plan.cache_dir),
             pictures_dir=str(self.pictures.resolve()),
             gpu_share=plan.gpu_share,
-            cpus=space.resources.cpus,
+            cpus=plan.cpus,
+            speed=plan.speed,
         )
-        resources: dict[str, float] = {"cpu": space.resources.cpus}
+        resources: dict[str, float] = {"cpu": plan.cpus}
         if plan.gpu_share:
             resources["gpu"] = plan.gpu_share
         scheduler: Any = FIFOScheduler()
@@ -294,7 +299,8 @@ class _Sweep:
                 search_alg=self._search(),
                 scheduler=scheduler,
                 num_samples=plan.trials,
-                reuse_actors=True,
+                # What one setting compiled would be in the next one's way, and in its memory.
+                reuse_actors=not plan.speed,
                 time_budget_s=plan.time_budget_s,
                 trial_name_creator=TrialNames(plan.trials),
                 trial_dirname_creator=str,
@@ -404,6 +410,10 @@ class _Sweep:
         metrics = {key: float(value) for key, value in result.items() if "/" in key and isinstance(value, int | float)}
         if self.summary.report(name, epoch, metrics) and result.get("checkpoint_dir_name"):
             record.checkpoint = f"trials/{name}/{result['checkpoint_dir_name']}/checkpoint.pt"
+        labels = result.get("labels")
+        if labels and epoch == 1:
+            record.note = labels.get("raystar.compile_note")
+            self.tracker.attach(name, {}, labels, {})
         for step, key in ((0, "first_images"), (epoch, "images")):
             pictures = {name: Path(path) for name, path in (result.get(key) or {}).items()}
             if pictures or step:
@@ -477,7 +487,9 @@ class _Sweep:
         summary.status = INTERRUPTED if self.interrupts else FINISHED if done and not error else FAILED
         best = summary.best
         files: dict[str, Path] = {}
-        if best is not None:
+        if best is not None and plan.speed:
+            files[FASTEST] = self._write_fastest(best)
+        elif best is not None:
             self._export(best)
             files["best/grid.png"] = plan.folder / "best" / export.GRID
         self._write(0.0)
@@ -519,6 +531,21 @@ class _Sweep:
         }
         export.write(plan.folder / "best", checkpoints.load(path), facts, grid if grid.is_file() else None)
 
+    def _write_fastest(self, best: TrialRecord) -> Path:
+        """The best trial's settings as an overlay for `--overlay`."""
+        baseline = self.summary.baseline
+        against = ""
+        if baseline is not None and baseline.score and best.score:
+            against = f", {best.score / baseline.score:.2f} times the baseline"
+        text = (
+            f"# The fastest of {len(self.summary.trials)} settings in sweep {self.plan.name} ({best.trial}): "
+            f"{self._short_metric} {best.score:.4g}{against}.\n"
+            f"# Measured on {platform.machine()} with torch {version('torch')}; use it with --overlay.\n"
+        )
+        path = self.plan.folder / FASTEST
+        write_whole(path, text + overlay_yaml(best.params))
+        return path
+
     def _tell(self, error: str | None) -> None:
         summary, plan = self.summary, self.plan
         counts = ", ".join(f"{n} {status}" for status, n in summary.counts().items())
@@ -528,6 +555,8 @@ class _Sweep:
         for record in summary.trials.values():
             if record.status in (FAILED, DIVERGED):
                 announce(f"  {record.trial} {record.status}: {record.reason}")
+            if record.note is not None:
+                announce(f"  {record.trial}: {record.note}")
         best, baseline = summary.best, summary.baseline
         if best is None or best.score is None:
             announce("no trial has a score")
@@ -540,12 +569,14 @@ class _Sweep:
                 line += "; it is the baseline: no other trial beats it"
             announce(line)
             announce("  " + "  ".join(f"{key}={value}" for key, value in best.params.items()))
-            announce(f"  files: {plan.folder / 'best'}")
+            announce(f"  {'overlay' if plan.speed else 'files'}: {plan.folder / (FASTEST if plan.speed else 'best')}")
         command, address = self.tracker.how_to_compare()
         announce(f"compare: {command}".rstrip() if command else f"compare: {address}")
         if command:
             announce(f"         then open {address}")
-        if best is not None:
+        if best is not None and plan.speed:
+            announce(f"use it:  python -m raystar.tune --overlay {plan.folder / FASTEST} --space ...")
+        elif best is not None:
             runs = "" if plan.out == Path("runs") else f" --runs {plan.out}"
             announce(f"export:  python -m raystar.export --sweep {plan.name}{runs} --out my_model")
 

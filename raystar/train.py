@@ -11,7 +11,7 @@ from typing import Any
 
 from raystar import checkpoint as checkpoints
 from raystar.codec import check_codec, open_codec, say
-from raystar.config import Config, find_shipped, load_config, override, parse_assignment, signature, to_yaml
+from raystar.config import Config, override, request_config, signature, to_yaml
 from raystar.dataset import open_bank
 from raystar.errors import RaystarError, TrialDiverged, TrialOutOfMemory, run_cli
 from raystar.model import NAMES
@@ -31,6 +31,10 @@ def parser() -> argparse.ArgumentParser:
         description="Trains one configuration, with checkpoints, picture grids, the ruler's score and MLflow.",
     )
     p.add_argument("--config", metavar="FILE", required=True, help=f"for example {DEFAULT_CONFIG} or configs/demo.yaml")
+    p.add_argument(
+        "--overlay", metavar="FILE", action="append", default=[],
+        help="configuration keys that replace those of --config, for example a speed sweep's fastest.yaml; repeatable",
+    )  # fmt: skip
     p.add_argument("--name", metavar="NAME", help="the run's name (the configuration's with the time)")
     p.add_argument("--epochs", metavar="N", type=int, help="epochs to train, instead of training.epochs")
     p.add_argument(
@@ -47,8 +51,7 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """`python -m raystar.train`."""
     args = parser().parse_args(argv)
-    config = load_config(find_shipped(args.config))
-    config = override(config, dict(parse_assignment(text) for text in args.set), "--set")
+    config = request_config(args.config, args.overlay, args.set)
     if args.epochs is not None:
         config = override(config, {"training.epochs": args.epochs}, "--epochs")
     if args.resume and args.name is None:

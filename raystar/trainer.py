@@ -20,15 +20,16 @@ from tqdm import tqdm
 from raystar import grid
 from raystar.checkpoint import restore, snapshot
 from raystar.codec import Codec
-from raystar.compile import compile_networks
+from raystar.compile import compile_networks, graphs
 from raystar.config import Config
 from raystar.dataset import Bank, LatentDataset
 from raystar.errors import RaystarError, TrialDiverged, TrialOutOfMemory
 from raystar.loss import lambda_ds
 from raystar.model import Nets
+from raystar.parity import check_parity
 from raystar.ruler import METRICS as RULER_METRICS
 from raystar.ruler import Ruler
-from raystar.step import LOGGED, TrainState, resolve_device, train_step
+from raystar.step import LOGGED, TrainState, resolve_device, set_backends, synchronize, train_step
 
 METRICS = (
     *(f"train/{name}" for name in LOGGED),
@@ -38,14 +39,19 @@ METRICS = (
     "train/lr_mapping",
     *(f"eval/{name}" for name in RULER_METRICS),
     "perf/samples_per_s",
+    "perf/steady_samples_per_s",
     "perf/train_s",
     "perf/eval_s",
     "perf/peak_memory_gib",
     "perf/skipped_batches",
     "perf/compile_s",
     "perf/compiled_modules",
+    "perf/recompilations",
 )
 """Every metric that a run can report."""
+
+_UNSTEADY_STEPS = 2
+"""Steps at an epoch's start that `perf/steady_samples_per_s` leaves out: memory, caches and clocks settle."""
 
 MAX_SKIPPED = 0.1
 """Share of an epoch's batches that may be left out for want of memory before the run fails."""
@@ -62,6 +68,8 @@ class Progress:
     """`grid_ref` and `grid_noise`, in epochs that draw them."""
     first_images: dict[str, Image.Image]
     """The same of the untrained networks, to be recorded as epoch 0; with a fresh run's first pictures."""
+    labels: dict[str, str]
+    """Facts about the run in words, for the record's tags: what runs compiled, and why something does not."""
     checkpoint: dict[str, Any] = field(repr=False)
     """For `checkpoint.save`; its tensors are live, so save it before the next epoch is asked for."""
 
@@ -76,6 +84,7 @@ class Trainer:
         codec: decodes the grids; None draws none.
         state: networks and optimisers; fresh ones from `training.seed` by default.
         checkpoint: goes on after this checkpoint's epoch, bitwise as if never stopped.
+        gate: first compare a few steps with eager float32 (`parity.check_parity`).
         name: shown in the terminal.
     """
 
@@ -88,11 +97,13 @@ class Trainer:
         state: TrainState | None = None,
         *,
         checkpoint: Mapping[str, Any] | None = None,
+        gate: bool = False,
         name: str = "",
     ) -> None:
         self.config = config
         self.device = state.device if state is not None else resolve_device(config)
         self.state = state if state is not None else TrainState.create(config, self.device)
+        set_backends(config, self.device)
         self.data = LatentDataset(bank, config, self.device)
         if self.data.steps < 1:
             raise RaystarError(
@@ -101,6 +112,7 @@ class Trainer:
             )
         self.ruler = ruler.to(self.device) if ruler is not None else None
         self.codec = codec
+        self.gate = gate
         self._grid_set: grid.GridSet | None = None
         self.first_epoch = 1
         if checkpoint is not None:
@@ -115,17 +127,27 @@ class Trainer:
         Raises:
             TrialDiverged: a loss became NaN or infinite; the weights have not moved on it.
             TrialOutOfMemory: more than `MAX_SKIPPED` of an epoch's batches did not fit.
+            WrongResults: the gate was asked for, and found them.
         """
         if self.config.training.use_compile and self.config.progress != "off":
             print("compiling the networks; minutes the first time, seconds from the cache", file=sys.stderr, flush=True)
         compiled = compile_networks(self.state, self.data.bank.shape[1:])
         for note in compiled.notes:
             print(f"note: {note}", file=sys.stderr)
+        labels = {}
+        if self.config.training.use_compile:
+            labels["raystar.compiled_modules"] = " ".join(compiled.modules) or "none"
+        if compiled.notes:
+            labels["raystar.compile_note"] = "; ".join(compiled.notes)
+        if self.gate:
+            check_parity(self.state, self.data)
         # Kept as they are before the first step, which need not wait for pictures: they are drawn with the first grids.
         untrained = copy.deepcopy(self.state.nets) if self.first_epoch == 1 and self._draws else None
         fixed = {"perf/compile_s": compiled.seconds, "perf/compiled_modules": float(len(compiled.modules))}
         for epoch in range(self.first_epoch, self.config.training.epochs + 1):
+            graphs_before = graphs()
             metrics = self._train_epoch(epoch) | fixed
+            metrics["perf/recompilations"] = float(graphs() - graphs_before)
             started = time.perf_counter()
             last = epoch == self.config.training.epochs
             if self.ruler is not None and (last or epoch == 1 or epoch % self.config.ruler.every_epochs == 0):
@@ -139,7 +161,7 @@ class Trainer:
                     first_images = self._draw(untrained)
                     untrained = None
             self.display.epoch_done(epoch, metrics)
-            yield Progress(epoch, metrics, images, first_images, snapshot(self.state, epoch, metrics))
+            yield Progress(epoch, metrics, images, first_images, labels, snapshot(self.state, epoch, metrics))
 
     def _draws_in(self, epoch: int) -> bool:
         return self._draws and (epoch % self.config.grid_every == 0 or epoch == self.config.training.epochs)
@@ -168,7 +190,8 @@ class Trainer:
             "lr_d": training.lr_d,
             "lr_mapping": training.lr_mapping,
         }
-        started = time.perf_counter()
+        started = steady_from = time.perf_counter()
+        unsteady = 0
         for step, batch in enumerate(self.data.batches(), start=1):
             if training.compile_cudagraphs and training.use_compile:
                 torch.compiler.cudagraph_mark_step_begin()
@@ -186,6 +209,9 @@ class Trainer:
             sums += values
             done += 1
             samples += len(batch.content)
+            if done == _UNSTEADY_STEPS < self.data.steps:
+                synchronize(self.device)
+                steady_from, unsteady = time.perf_counter(), samples
             if self.first_step_at is None:
                 self.first_step_at = time.time()
             shown = step % training.display_interval == 0
@@ -200,10 +226,12 @@ class Trainer:
                     print(json.dumps(line), flush=True)
         means = dict(zip(LOGGED, (sums / max(done, 1)).tolist(), strict=True))
         _check_finite(means, means.values(), epoch, self.data.steps)
-        seconds = time.perf_counter() - started
+        now_s = time.perf_counter()  # after the sums were read, so all steps are done
+        seconds = now_s - started
         metrics = {f"train/{name}": value for name, value in (means | now).items()}
         metrics |= {
             "perf/samples_per_s": samples / seconds,
+            "perf/steady_samples_per_s": (samples - unsteady) / (now_s - steady_from),
             "perf/train_s": seconds,
             "perf/peak_memory_gib": self._peak_memory_gib(),
             "perf/skipped_batches": float(skipped),

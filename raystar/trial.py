@@ -46,6 +46,8 @@ class Request:
     pictures_dir: str
     gpu_share: float
     cpus: int
+    speed: bool = False
+    """Measure speed only: no ruler, no pictures, no checkpoints; the parity gate comes first."""
 
 
 def run_trial(params: dict[str, Any], request: Request) -> None:
@@ -94,9 +96,9 @@ def _train(config: Config, request: Request, report: _Report) -> None:
         # A trial that shares its GPU fails on its own share instead of taking its neighbour's.
         torch.cuda.set_per_process_memory_fraction(request.gpu_share)
     bank = _bank(config, request.cache_dir)
-    ruler = _ruler(config, request.cache_dir)
-    codec = _codec(config) if config.grid_every else None
-    trainer = Trainer(config, bank, ruler, codec, checkpoint=_restored())
+    ruler = None if request.speed else _ruler(config, request.cache_dir)
+    codec = _codec(config) if config.grid_every and not request.speed else None
+    trainer = Trainer(config, bank, ruler, codec, checkpoint=_restored(), gate=request.speed)
     for progress in trainer.run():
         report.epoch(progress, trainer.first_step_at)
 
@@ -171,9 +173,13 @@ class _Report:
             "status": RUNNING,
             "images": images,
             "first_images": first_images,
+            "labels": progress.labels,
             "first_step_at": first_step_at,
             "pid": os.getpid(),
         }
+        if self.request.speed:
+            tune.report(result)
+            return
         with tempfile.TemporaryDirectory(prefix="raystar-") as folder:
             checkpoints.save(Path(folder) / CHECKPOINT, progress.checkpoint)
             meta = {"epoch": progress.epoch, self.request.metric: self.last[self.request.metric]}

@@ -23,6 +23,10 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--space", metavar="FILE", required=True, help="what to search, for example search_spaces/loss.yaml")
     p.add_argument("--config", metavar="FILE", default=DEFAULT_CONFIG, help=f"the configuration ({DEFAULT_CONFIG})")
+    p.add_argument(
+        "--overlay", metavar="FILE", action="append", default=[],
+        help="configuration keys that replace those of --config, for example a speed sweep's fastest.yaml; repeatable",
+    )  # fmt: skip
     p.add_argument("--name", metavar="NAME", help="the sweep's name (the space file's with the time)")
     p.add_argument("--trials", metavar="N", type=int, help="number of trials, the baseline among them")
     p.add_argument("--epochs", metavar="N", type=int, help="epochs of a trial that is not stopped early")
@@ -58,7 +62,7 @@ def print_plan(plan: Plan) -> None:
     print(f"sweep {plan.name}: {plan.trials} trials of up to {epochs} epochs; {space.metric} ({space.mode})")
     for domain, train, held in zip(bank.domains, bank.train, bank.held, strict=True):
         print(f"  {domain}: {len(train)} latents to train on, {len(held)} held out")
-    print(f"  a trial takes {space.resources.cpus} cpu and {plan.gpu_share:g} gpu; records go to {plan.tracking_uri}")
+    print(f"  a trial takes {plan.cpus} cpu and {plan.gpu_share:g} gpu; records go to {plan.tracking_uri}")
     if plan.points is None:
         print(f"  {space.search} chooses the trials as it goes, from {', '.join(space.space)}")
         return

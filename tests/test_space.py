@@ -6,12 +6,14 @@ import math
 from typing import Any
 
 import pytest
+import torch
 
 from raystar.config import Config, override
 from raystar.errors import RaystarError
 from raystar.space import Distribution, from_mapping, load_space
 from tests.support import ROOT
 
+CPU = torch.device("cpu")
 GOOD: dict[str, Any] = {
     "trials": 40,
     "space": {
@@ -31,15 +33,15 @@ def test_the_shipped_space() -> None:
     space = load_space(ROOT / "search_spaces/loss.yaml", Config())
     assert space.metric == "eval/score"
     assert space.trials == 12
-    points = space.points(Config())
+    points = space.points(Config(), CPU)
     assert points is not None
     assert len(points) == 12
     assert all(key.startswith("loss.") for key in points[0])
 
 
 def test_points_are_inside_distinct_and_reproducible() -> None:
-    points = space_of().points(Config())
-    assert points == space_of().points(Config()) != space_of(seed=1).points(Config())
+    points = space_of().points(Config(), CPU)
+    assert points == space_of().points(Config(), CPU) != space_of(seed=1).points(Config(), CPU)
     assert len(points) == 40
     assert points[0] == {"loss.w_cyc": 1.0, "loss.w_id": 1.0, "loss.r1_interval": 16, "training.lr_g": 1e-4}
     drawn = points[1:]
@@ -64,7 +66,7 @@ def test_loguniform_is_uniform_in_the_logarithm() -> None:
 
 def test_grid_runs_every_combination_once() -> None:
     space = space_of(search="grid", space={"loss.w_id": {"choice": [0.0, 1.0]}, "loss.w_cyc": {"choice": [1, 2, 3]}})
-    points = space.points(Config())
+    points = space.points(Config(), CPU)
     assert len(points) == 6  # the baseline is one of them
     assert points[0] == {"loss.w_id": 1.0, "loss.w_cyc": 1.0}
     assert len({tuple(p.items()) for p in points}) == 6
@@ -73,12 +75,12 @@ def test_grid_runs_every_combination_once() -> None:
 def test_tpe_needs_a_baseline_that_it_can_name() -> None:
     pytest.importorskip("optuna")
     with pytest.raises(RaystarError, match=r"loss\.w_id.*value 1\.0 is not among the choices"):
-        space_of(search="tpe").points(Config())
-    assert space_of(search="tpe", baseline=False).points(Config()) is None
+        space_of(search="tpe").points(Config(), CPU)
+    assert space_of(search="tpe", baseline=False).points(Config(), CPU) is None
 
 
 def test_no_baseline() -> None:
-    points = space_of(baseline=False).points(Config())
+    points = space_of(baseline=False).points(Config(), CPU)
     assert points[0]["loss.w_id"] in (0.0, 0.5)
     assert len(points) == 40
 
@@ -120,7 +122,7 @@ def test_no_baseline() -> None:
 )
 def test_refusals(changed: dict[str, Any], words: list[str]) -> None:
     with pytest.raises(RaystarError) as caught:
-        space_of(**changed).points(Config())
+        space_of(**changed).points(Config(), CPU)
     assert "s.yaml" in str(caught.value)
     for word in words:
         assert word in str(caught.value)
@@ -129,4 +131,4 @@ def test_refusals(changed: dict[str, Any], words: list[str]) -> None:
 def test_combinations_that_no_configuration_may_have() -> None:
     space = space_of(space={"training.batch_size": {"choice": [64]}}, baseline=False)
     with pytest.raises(RaystarError, match=r"epoch_size 32.*batch_size 64"):
-        space.points(override(Config(), {"training.epoch_size": 32}))
+        space.points(override(Config(), {"training.epoch_size": 32}), CPU)
