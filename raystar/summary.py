@@ -93,6 +93,23 @@ class Summary:
         """The trial that ran the configuration as it stands, if the sweep has one."""
         return self.trials.get(self.baseline_trial) if self.baseline_trial else None
 
+    @property
+    def short_metric(self) -> str:
+        """The metric's name without its group: `score` for `eval/score`."""
+        return self.metric.rpartition("/")[2]
+
+    def changed(self, record: TrialRecord) -> dict[str, Any]:
+        """The swept values of `record` that are not the baseline's; all of them where there is none to compare."""
+        baseline = self.baseline
+        if baseline is None or baseline is record:
+            return record.params
+        return {key: value for key, value in record.params.items() if value != baseline.params.get(key)}
+
+    def ranked(self) -> list[TrialRecord]:
+        """The comparable trials that have a score, best first."""
+        found = [r for r in self.trials.values() if r.status in COMPARABLE and r.score is not None]
+        return sorted(found, key=lambda r: (r.score or 0.0) * (1 if self.mode == "min" else -1))
+
     def counts(self) -> dict[str, int]:
         """Trials by status."""
         found: dict[str, int] = {}

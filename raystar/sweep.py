@@ -47,7 +47,7 @@ from raystar.summary import (
     trial_name,
     write_whole,
 )
-from raystar.table import Board, announce
+from raystar.table import Board, announce, ranking
 from raystar.tracking import PARENT, MlflowTracker, provenance
 
 FASTEST = "fastest.yaml"
@@ -443,14 +443,10 @@ class _Sweep:
         """The trial's best, which the summary ranks by, where MLflow's tables can sort by it too."""
         if record.score is None or record.score_epoch is None:
             return
-        found = {f"best/{self._short_metric}": record.score, "best/epoch": float(record.score_epoch)}
-        note = f"{record.status}: best {self._short_metric} {record.score:.4f} at epoch {record.score_epoch}"
+        found = {f"best/{self.summary.short_metric}": record.score, "best/epoch": float(record.score_epoch)}
+        note = f"{record.status}: best {self.summary.short_metric} {record.score:.4f} at epoch {record.score_epoch}"
         note += f" of {record.epochs}" + (f"; {record.reason}" if record.reason else "")
         self.tracker.attach(record.trial, {}, {"mlflow.note.content": note}, found)
-
-    @property
-    def _short_metric(self) -> str:
-        return self.summary.metric.partition("/")[2]
 
     def _measure_idle(self, record: TrialRecord, result: dict[str, Any], now: float) -> None:
         """How long the trial's process trained nothing between the trial before and this one's first step."""
@@ -495,7 +491,7 @@ class _Sweep:
         self._write(0.0)
         files |= {name: plan.folder / name for name in ("summary.json", "summary.csv")}
         tags = {"raystar.best_trial": best.trial, "raystar.best_run": best.run_id or ""} if best else {}
-        metrics = {f"best/{self._short_metric}": best.score} if best and best.score is not None else {}
+        metrics = {f"best/{self.summary.short_metric}": best.score} if best and best.score is not None else {}
         self.tracker.attach(PARENT, {k: v for k, v in files.items() if v.is_file()}, tags, metrics)
         self.tracker.end(PARENT, summary.status, error)
         self.tracker.close()
@@ -539,7 +535,7 @@ class _Sweep:
             against = f", {best.score / baseline.score:.2f} times the baseline"
         text = (
             f"# The fastest of {len(self.summary.trials)} settings in sweep {self.plan.name} ({best.trial}): "
-            f"{self._short_metric} {best.score:.4g}{against}.\n"
+            f"{self.summary.short_metric} {best.score:.4g}{against}.\n"
             f"# Measured on {platform.machine()} with torch {version('torch')}; use it with --overlay.\n"
         )
         path = self.plan.folder / FASTEST
@@ -557,18 +553,21 @@ class _Sweep:
                 announce(f"  {record.trial} {record.status}: {record.reason}")
             if record.note is not None:
                 announce(f"  {record.trial}: {record.note}")
+        if plan.speed:
+            for line in ranking(summary):
+                announce(line)
         best, baseline = summary.best, summary.baseline
         if best is None or best.score is None:
             announce("no trial has a score")
         else:
-            line = f"best {best.trial}: {self._short_metric} {best.score:.4f} at epoch {best.score_epoch}"
+            line = f"best {best.trial}: {self.summary.short_metric} {best.score:.4f} at epoch {best.score_epoch}"
             if baseline is not None and baseline.score is not None and best is not baseline:
                 gain = abs(best.score - baseline.score) / max(abs(baseline.score), 1e-12)
                 line += f"; baseline {baseline.score:.4f}, {gain:.1%} better"
             elif baseline is not None and best is baseline:
                 line += "; it is the baseline: no other trial beats it"
             announce(line)
-            announce("  " + "  ".join(f"{key}={value}" for key, value in best.params.items()))
+            announce("  " + "  ".join(f"{key}={value}" for key, value in summary.changed(best).items()))
             announce(f"  {'overlay' if plan.speed else 'files'}: {plan.folder / (FASTEST if plan.speed else 'best')}")
         command, address = self.tracker.how_to_compare()
         announce(f"compare: {command}".rstrip() if command else f"compare: {address}")

@@ -54,7 +54,7 @@ class Board:
         if self.live is not None:
             return
         best = self.summary.best
-        score = f"score {value:.4f}  " if value is not None else ""
+        score = f"{self.summary.short_metric} {value:.4f}  " if value is not None else ""
         leader = f"best {best.score:.4f} ({best.trial})  " if best is not None and best.score is not None else ""
         reason = f"  {record.reason}" if record.reason and record.status not in (RUNNING, "stopped") else ""
         print(
@@ -84,7 +84,12 @@ class Board:
 
     def _render(self) -> Group:
         table = Table(box=None, pad_edge=False, header_style="bold")
-        for column, justify in (("trial", "left"), ("status", "left"), ("epoch", "right"), ("score", "right")):
+        for column, justify in (
+            ("trial", "left"),
+            ("status", "left"),
+            ("epoch", "right"),
+            (self.summary.short_metric, "right"),
+        ):
             table.add_column(column, justify=justify)  # type: ignore[arg-type]
         table.add_column("changed", overflow="ellipsis", no_wrap=True, max_width=90)
         best = self.summary.best
@@ -93,7 +98,9 @@ class Board:
             style = _STYLES.get(record.status, "")
             score = "" if record.score is None else f"{record.score:.4f}"
             mark = " *" if record is best else ""
-            values = record.reason if record.reason and record.status != "stopped" else _values(record.params)
+            values = (
+                record.reason if record.reason and record.status != "stopped" else _values(self.summary.changed(record))
+            )
             table.add_row(
                 record.trial + mark, Text(record.status, style), f"{record.epochs}/{self.epochs}", score, values
             )  # fmt: skip
@@ -112,6 +119,20 @@ class Board:
         sign = 1 if self.summary.mode == "min" else -1
         order = sorted(records, key=lambda r: (r.status != RUNNING, r.score is None, sign * (r.score or 0.0)))
         return order[:_ROWS]
+
+
+def ranking(summary: Summary) -> list[str]:
+    """The lines of a speed sweep's end: each setting's speed, what compiling it took, and how it differs."""
+    baseline = summary.baseline
+    against = baseline.score if baseline is not None and baseline.score else None
+    lines = [f"  {'trial':6}{summary.short_metric:>22}{'x baseline':>12}{'compiling':>11}  changed"]
+    for record in summary.ranked():
+        assert record.score is not None
+        ratio = f"{record.score / against:.2f}" if against else ""
+        seconds = f"{record.metrics.get('perf/compile_s', 0.0):.0f} s"
+        changed = "baseline" if record is baseline else _values(summary.changed(record))
+        lines.append(f"  {record.trial:6}{record.score:22.4g}{ratio:>12}{seconds:>11}  {changed}")
+    return lines
 
 
 def _values(params: dict[str, Any]) -> str:

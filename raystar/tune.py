@@ -67,7 +67,13 @@ def print_plan(plan: Plan) -> None:
         print(f"  {space.search} chooses the trials as it goes, from {', '.join(space.space)}")
         return
     for number, point in enumerate(plan.points):
-        values = "  ".join(f"{key}={value}" for key, value in point.items())
+        # Of many switches, few differ from the baseline: those are what a reader looks for.
+        shown = (
+            point
+            if number == 0 or not (plan.speed and space.baseline)
+            else {k: v for k, v in point.items() if v != plan.points[0][k]}
+        )
+        values = "  ".join(f"{key}={value}" for key, value in shown.items())
         print(f"  {trial_name(number, plan.trials)}{' (baseline)' if number == 0 and space.baseline else ''}: {values}")
 
 

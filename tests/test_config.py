@@ -12,8 +12,10 @@ from raystar.config import (
     from_mapping,
     known_keys,
     load_config,
+    overlay_yaml,
     override,
     parse_assignment,
+    request_config,
     signature,
     to_mapping,
     to_yaml,
@@ -127,6 +129,23 @@ def test_missing_binary_and_huge_files(tmp_path: Path) -> None:
     (tmp_path / "huge.yaml").write_text("#" * 1_000_001)
     with pytest.raises(RaystarError, match="no configuration"):
         load_config(tmp_path / "huge.yaml")
+
+
+def test_overlays_come_after_the_configuration_and_before_set(tmp_path: Path) -> None:
+    for name, text in {
+        "base.yaml": "loss: {w_cyc: 2, w_id: 2, w_adv: 2}",
+        "first.yaml": "loss: {w_id: 3, w_adv: 3}",
+        "second.yaml": overlay_yaml({"loss.w_adv": 4, "training.use_amp": False}),
+    }.items():
+        (tmp_path / name).write_text(text)
+    overlays = [str(tmp_path / "first.yaml"), str(tmp_path / "second.yaml")]
+    config = request_config(tmp_path / "base.yaml", overlays, ["training.seed=5"])
+    assert (config.loss.w_cyc, config.loss.w_id, config.loss.w_adv) == (2, 3, 4)
+    assert (config.training.use_amp, config.training.seed) == (False, 5)
+    assert request_config(tmp_path / "base.yaml", overlays, ["loss.w_adv=5"]).loss.w_adv == 5
+    (tmp_path / "second.yaml").write_text("loss: {w_advv: 4}")
+    with pytest.raises(RaystarError, match=r"second\.yaml: unknown key 'loss\.w_advv' \(did you mean 'loss\.w_adv'"):
+        request_config(tmp_path / "base.yaml", overlays, [])
 
 
 def test_the_signature_follows_results_only() -> None:

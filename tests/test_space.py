@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from raystar.compile import canonical
 from raystar.config import Config, override
 from raystar.errors import RaystarError
 from raystar.space import Distribution, from_mapping, load_space
@@ -118,6 +119,12 @@ def test_no_baseline() -> None:
         ({"resources": {"gpus": 2}}, ["one device"]),
         ({"resources": {"cpu": 1}}, ["unknown key 'cpu'"]),
         ({"resources": {"workers": 2}}, ["one worker"]),
+        ({"purpose": "sped"}, ["quality, speed"]),
+        ({"purpose": "speed"}, ["loss.w_cyc", "purpose speed searches only", "training.use_compile"]),
+        (
+            {"purpose": "speed", "search": "tpe", "space": {"training.use_amp": {"choice": [True]}}},
+            ["random or grid", "tpe"],
+        ),
     ],
 )
 def test_refusals(changed: dict[str, Any], words: list[str]) -> None:
@@ -132,3 +139,51 @@ def test_combinations_that_no_configuration_may_have() -> None:
     space = space_of(space={"training.batch_size": {"choice": [64]}}, baseline=False)
     with pytest.raises(RaystarError, match=r"epoch_size 32.*batch_size 64"):
         space.points(override(Config(), {"training.epoch_size": 32}), CPU)
+
+
+def test_the_shipped_compile_space_tries_every_code_path_once() -> None:
+    space = load_space(ROOT / "search_spaces/compile.yaml", Config())
+    assert (space.purpose, space.metric, space.mode) == ("speed", "perf/steady_samples_per_s", "max")
+    points = space.points(Config(), CPU)
+    assert points is not None
+    assert len(points) == 12
+    seen = set()
+    for point in points:
+        assert point["training.compile_cudagraphs"] is False  # there is no GPU
+        seen.add(canonical(override(Config(), point), CPU))
+    assert len(seen) == 12
+    assert len({point["training.compile_cudagraphs"] for point in space.points(Config(), torch.device("cuda"))}) == 2
+
+
+@pytest.mark.parametrize(
+    ("device", "settings", "same"),
+    [
+        ("cpu", {"compile_mode": "max-autotune", "compile_dynamic": True}, {}),  # nothing is compiled
+        ("cpu", {"use_compile": True, "compile_cudagraphs": True}, {"use_compile": True}),
+        ("cuda", {"use_compile": True, "compile_mode": "reduce-overhead"}, {"use_compile": True}),
+        ("cpu", {"tf32": False, "cudnn_benchmark": False}, {}),
+        (
+            "cpu",
+            {"use_compile": True, "compile_generator": False, "compile_mapping_network": False,
+             "compile_style_encoder": False, "compile_discriminator": False},
+            {},
+        ),
+    ],
+)  # fmt: skip
+def test_settings_that_run_the_same_code(device: str, settings: dict[str, Any], same: dict[str, Any]) -> None:
+    left, right = (
+        canonical(override(Config(), {f"training.{key}": value for key, value in values.items()}), torch.device(device))
+        for values in (settings, same)
+    )
+    assert left == right
+
+
+@pytest.mark.parametrize("settings", [{"use_compile": True}, {"channels_last": True}, {"use_amp": False}], ids=str)
+def test_settings_that_run_other_code(settings: dict[str, Any]) -> None:
+    changed = override(Config(), {f"training.{key}": value for key, value in settings.items()})
+    assert canonical(changed, CPU) != canonical(Config(), CPU)
+
+
+def test_a_small_space_runs_out_of_combinations() -> None:
+    space = space_of(space={"loss.w_id": {"choice": [0.0, 1.0]}}, trials=40)
+    assert space.points(Config(), CPU) == [{"loss.w_id": 1.0}, {"loss.w_id": 0.0}]
