@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from raystar import compile as compile_module
-from raystar.compile import compile_networks
-from raystar.config import Config
+from raystar.compile import compile_networks, graphs
+from raystar.config import Config, override
 from raystar.dataset import open_bank
 from raystar.step import TrainState, train_step
 from raystar.trainer import Trainer
@@ -61,6 +61,29 @@ def test_a_network_that_does_not_compile_runs_eager_and_says_so(
     monkeypatch.setattr(compile_module, "_compile", broken)
     (progress,) = Trainer(config, open_bank(config, tmp_path / "cache")).run()
     assert progress.metrics["perf/compiled_modules"] == 0
+    assert progress.labels["raystar.compiled_modules"] == "none"
+    assert progress.labels["raystar.compile_note"].startswith("F runs eager, its compilation failed: AssertionError")
     shown = capsys.readouterr().err
     assert shown.count("note: F runs eager, its compilation failed: AssertionError: no kernel for this") == 1
     assert "and more lines" not in shown
+
+
+@pytest.mark.slow
+def test_swept_numbers_are_no_constants_of_the_graphs(config: Config, tmp_path: Path) -> None:
+    """A second trial in the process compiles nothing; a batch of another size does once, and is counted."""
+    bank = open_bank(config, tmp_path / "cache")
+    (first,) = Trainer(config, bank).run()
+    assert first.metrics["perf/recompilations"] == 0
+    assert first.labels == {"raystar.compiled_modules": "F"}
+    compiled = graphs()
+    swept = {
+        "loss.w_adv": 3.0, "loss.w_ds": 0.1, "loss.r1_interval": 2, "loss.ds_margin": 0.5, "training.lr_g": 1e-3,
+        "training.seed": 9, "training.latent_scale": 0.2,
+    }  # fmt: skip
+    (second,) = Trainer(override(config, swept), bank).run()
+    assert second.metrics["train/g_loss"] != first.metrics["train/g_loss"]
+    assert graphs() == compiled
+    odd = {"training.drop_last": False, "training.epoch_size": 18, "training.epochs": 2}
+    recompiled = [p.metrics["perf/recompilations"] for p in Trainer(override(config, odd), bank).run()]
+    assert recompiled[0] >= 1
+    assert recompiled[1] == 0
