@@ -14,12 +14,15 @@ import torch
 from torch import Tensor, distributed
 from torch.nn import Parameter
 
+from raystar.errors import WorkerLost
+
 
 @dataclass(frozen=True)
 class Group:
     """The workers of one model. A group of one, the default, changes nothing, costs nothing and waits for nobody.
 
-    Every method of a larger group is a collective: all workers call it, in the same order, or all wait for ever.
+    Every method of a larger group is a collective: all workers call it, in the same order, or all wait. It raises
+    `WorkerLost` where another worker's process is gone.
     """
 
     rank: int = 0
@@ -37,7 +40,7 @@ class Group:
         if self.size == 1:
             return values
         total = values.detach().clone()
-        distributed.all_reduce(total)
+        _all_reduce(total)
         return total
 
     def mean(self, value: Tensor, rows: int) -> Tensor:
@@ -68,12 +71,19 @@ class Group:
         # What weighs the sum and what forbids its use travel with it: nothing needs a second message.
         told = torch.stack([torch.ones_like(failed), failed]).to(own[0].dtype)
         flat = torch.cat([*(gradient.flatten() for gradient in own), told]) * rows
-        distributed.all_reduce(flat)
+        _all_reduce(flat)
         means, all_rows, failures = flat[:-2], flat[-2], flat[-1]
         means /= all_rows
         for gradient, mean in zip(own, means.split([gradient.numel() for gradient in own]), strict=True):
             gradient.copy_(mean.view(gradient.shape))
         return (failures > 0).to(failed.dtype)
+
+
+def _all_reduce(values: Tensor) -> None:
+    try:
+        distributed.all_reduce(values)
+    except RuntimeError as error:  # gloo raises nothing narrower when a connection ends
+        raise WorkerLost(f"the workers lost touch: {(str(error).splitlines() or [''])[0]}") from error
 
 
 ALONE = Group()

@@ -19,6 +19,10 @@ class TrialOutOfMemory(RaystarError):  # noqa: N818
     """More than a tenth of an epoch's batches did not fit into memory."""
 
 
+class WorkerLost(RaystarError):  # noqa: N818
+    """Another worker of the same model is gone, so this one cannot go on."""
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """`" (did you mean 'w_cyc'?)"` for the known name closest to `name`, or an empty string."""
     known = list(known)

@@ -33,6 +33,7 @@ class Plan:
     points: list[dict[str, Any]] | None
     trials: int
     gpu_share: float
+    """GPUs of each of a trial's workers."""
     max_concurrent: int | None
     time_budget_s: float | None
     tracking_uri: str
@@ -41,11 +42,12 @@ class Plan:
     @property
     def at_a_time(self) -> int:
         """Trials that run side by side: as many as fit on this machine, and no more than asked for."""
-        fit = usable_cpus() // self.space.resources.cpus
+        workers = self.space.resources.workers
+        fit = usable_cpus() // (self.space.resources.cpus * workers)
         if self.gpu_share:
             import torch
 
-            fit = min(fit, int(torch.cuda.device_count() / self.gpu_share))
+            fit = min(fit, int(torch.cuda.device_count() / (self.gpu_share * workers)))
         return max(1, min(fit, self.max_concurrent or fit, self.trials))
 
     @property
@@ -106,21 +108,24 @@ def make_plan(args: argparse.Namespace) -> Plan:
 
 
 def _gpu_share(config: Config, space: Space) -> float:
-    """GPUs that one trial gets; checked against this machine before anything starts."""
+    """GPUs that each worker of a trial gets; checked against this machine before anything starts."""
     import torch
 
     there = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    wanted = space.resources.gpus
+    wanted, workers = space.resources.gpus, space.resources.workers
+    trial = "a trial wants" if workers == 1 else f"{workers} workers want"
     cpus = usable_cpus()
-    if space.resources.cpus > cpus:
+    if space.resources.cpus * workers > cpus:
         raise RaystarError(
-            f"{space.source}: resources.cpus: a trial wants {space.resources.cpus}, this machine has {cpus}"
+            f"{space.source}: resources.cpus: {trial} {space.resources.cpus * workers}, this machine has {cpus}"
         )
+    _check_shares(config, space)
     if wanted == "auto":
-        wanted = 0.5 if there and config.training.device != "cpu" else 0.0
-    if float(wanted) > there:
+        wanted = (0.5 if workers == 1 else 1.0) if there and config.training.device != "cpu" else 0.0
+    if float(wanted) * workers > there:
         raise RaystarError(
-            f"{space.source}: resources.gpus: a trial wants {float(wanted):g}, this machine has {there}; use auto or 0"
+            f"{space.source}: resources.gpus: {trial} {float(wanted) * workers:g}, this machine has {there}; "
+            + ("use auto or 0" if workers == 1 else "lower resources.workers, or set gpus: 0")
         )
     if wanted == 0 and config.training.device == "cuda":
         raise RaystarError(
@@ -128,6 +133,19 @@ def _gpu_share(config: Config, space: Space) -> float:
         )
     resolve_device(config)
     return float(wanted)
+
+
+def _check_shares(config: Config, space: Space) -> None:
+    """Every batch size that a trial may have leaves each worker something to do."""
+    workers = space.resources.workers
+    swept = space.space.get("training.batch_size")
+    sizes = [config.training.batch_size] if swept is None or space.baseline else []
+    smallest = min([*sizes, *(swept.values if swept is not None else ())])
+    if smallest < workers:
+        raise RaystarError(
+            f"{space.source}: resources.workers: {workers} workers share every batch, and training.batch_size can be "
+            f"{smallest}; lower workers or raise it"
+        )
 
 
 def usable_cpus() -> int:

@@ -69,11 +69,14 @@ class Scheduler:
 
 @dataclass(frozen=True)
 class Resources:
-    """What one trial occupies."""
+    """What one trial occupies: `workers` processes that share its batches, each on a device of its own."""
 
     gpus: float | str = "auto"
-    """A number, a fraction to share one, or `auto`: half a GPU where there is one, else none."""
+    """Of a worker: a number, a fraction to share one, or `auto`: half a GPU (with several workers a whole one) where
+    there is one, else none."""
     cpus: int = 1
+    """Of a worker."""
+    workers: int = 1
 
 
 @dataclass(frozen=True)
@@ -231,12 +234,13 @@ def _resources(content: Any, source: str) -> Resources:
         gpus = _number(gpus, f"{where}.gpus")
         if not 0 <= gpus <= 1:
             raise RaystarError(
-                f"{where}.gpus: expected auto, 0, 1 or a fraction: a trial trains on one device; found {gpus:g}"
+                f"{where}.gpus: expected auto, 0, 1 or a fraction: a worker trains on one device; found {gpus:g} "
+                f"(for a trial on several, set resources.workers)"
             )
     workers = _whole(content.get("workers", 1), f"{where}.workers", 1)
-    if workers != 1:
-        raise RaystarError(f"{where}.workers: a trial runs in one worker so far; found {workers}")
-    return Resources(gpus=gpus, cpus=_whole(content.get("cpus", 1), f"{where}.cpus", 1))
+    if workers > 1 and gpus not in ("auto", 0, 1):
+        raise RaystarError(f"{where}.gpus: {workers} workers take a whole GPU each, auto, 0 or 1; found {gpus:g}")
+    return Resources(gpus=gpus, cpus=_whole(content.get("cpus", 1), f"{where}.cpus", 1), workers=workers)
 
 
 def _section(content: Any, known: tuple[str, ...], where: str) -> None:
