@@ -1,4 +1,7 @@
-"""Two real workers against one process with the whole batch: every loss, every gradient, every weight, in float64."""
+"""Two real workers against one process with the whole batch: every loss, every gradient, every weight, in float64.
+
+Last a whole sweep whose trials are groups of two workers.
+"""
 
 from __future__ import annotations
 
@@ -11,15 +14,19 @@ import torch
 from torch import multiprocessing
 
 from raystar import checkpoint as checkpoints
+from raystar import export
 from raystar import trainer as trainer_module
-from raystar.config import Config, override
+from raystar.config import Config, from_mapping, override
 from raystar.dataset import Bank, Batch, LatentDataset, open_bank, share
 from raystar.distributed import ALONE, Group
-from raystar.errors import TrialDiverged, TrialOutOfMemory
+from raystar.errors import TrialDiverged, TrialOutOfMemory, WorkerLost
+from raystar.model import Nets
+from raystar.plan import usable_cpus
 from raystar.step import LOGGED, TrainState, train_step
 from raystar.trainer import Trainer
 from tests.support import tiny_config, write_latents
 from tests.test_step import make_batch, make_state
+from tests.test_sweep import Store, request, run, summary_of
 
 WORKERS = 2
 STEPS = 3
@@ -155,6 +162,9 @@ def worker(rank: int, folder: Path, cases: dict[str, tuple[Config, int]], config
     parameter.grad = torch.ones(2) if rank else None
     failed = group.average_gradients([parameter], 3 if rank else 1, torch.zeros(()))
     found["absent"] = (parameter.grad, failed)
+    if rank == 0:  # the other is gone
+        with pytest.raises(WorkerLost, match="lost touch"):
+            group.sum(torch.zeros(()))
     torch.save(found, folder / f"{rank}.pt")
     torch.distributed.destroy_process_group()
 
@@ -310,3 +320,53 @@ def test_one_process_is_left_alone() -> None:
     value = torch.ones(())
     assert Group.current() == ALONE
     assert ALONE.sum(value) is ALONE.mean(value, 3) is ALONE.average_gradients([], 3, value) is value
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(usable_cpus() < WORKERS, reason="needs two processors, one for each worker")
+def test_a_sweep_whose_trials_have_two_workers_each(tmp_path: Path) -> None:
+    """Three trials one after the other: a stopped one must make room for the next, or the sweep never ends.
+
+    The metric is the weight of the diversity term, which the trials differ in and which falls from epoch to epoch:
+    the second trial is the one that ASHA stops, and the third one's best is not its last epoch.
+    """
+    space = {
+        "metric": "lambda_ds",
+        "mode": "max",
+        "search": "grid",
+        "scheduler": {"type": "asha", "grace_epochs": 1, "reduction_factor": 2},
+        "resources": {"workers": 2},
+        "space": {"loss.w_ds": {"choice": [1.0, 0.5, 2.0]}},
+    }
+    done = run(request(tmp_path, space, training__epochs=2, training__batch_size=5, training__drop_last=False))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stderr == ""
+    assert "Traceback" not in done.stdout
+    summary = summary_of(tmp_path / "runs")
+    found = [(t["params"]["loss.w_ds"], t["status"], t["epochs"], t["score_epoch"]) for t in summary["trials"]]
+    assert found == [(1.0, "finished", 2, 1), (0.5, "stopped", 1, 1), (2.0, "finished", 2, 1)]
+
+    store = Store(tmp_path / "runs")
+    assert [status for (status,) in store.rows("select status from runs")] == ["FINISHED"] * 4
+    query = "select step, value from metrics where run_uuid = ? and key = ? order by step"
+    for trial in summary["trials"]:
+        wanted = [trial["params"]["loss.w_ds"] * factor for factor in (1.0, 0.95)][: trial["epochs"]]
+        assert store.rows(query, trial["run_id"], "train/lambda_ds") == [
+            (epoch, pytest.approx(value)) for epoch, value in enumerate(wanted, start=1)
+        ]
+        assert len(store.rows(query, trial["run_id"], "eval/score")) == trial["epochs"]
+        images = list((store.artifacts / trial["run_id"] / "artifacts/images").glob("grid_ref*.png"))
+        assert len(images) == trial["epochs"] + 1
+
+    best = summary["best"]
+    saved = checkpoints.load(tmp_path / "runs/s" / best["checkpoint"])
+    assert (best["trial"], saved["epoch"]) == ("t02", 1)
+    assert export.load(tmp_path / "runs/s/best", "cpu").domains == ("a", "b", "c")
+    # What two workers trained is what one process trains.
+    config = from_mapping(saved["config"], "saved")
+    alone = next(iter(Trainer(config, open_bank(config, tmp_path / "cache")).run()))
+    nets = Nets.create(config.model, 3, seed=0)
+    nets.load_state_dict({name: saved[name] for name in "GFED"}, "saved")
+    for name, net in nets.items():
+        for key, value in net.state_dict().items():
+            torch.testing.assert_close(value, alone.checkpoint[name][key], rtol=1e-3, atol=1e-4, msg=f"{name}.{key}")
