@@ -124,6 +124,13 @@ def _train(settings: dict[str, Any], report: _Report, group: Group) -> None:
 
 # -- several workers -------------------------------------------------------------------------------
 
+_AHEAD = 3
+"""Epochs that a group may have saved and the driver not yet heard of: one on its way, one in the queue, one before it.
+
+They may be better than the best that the driver knows, whose checkpoint must outlast them: it is the one to export
+should the trial be stopped here.
+"""
+
 
 class _GroupTrainer(TorchTrainer):  # type: ignore[misc]
     """A `TorchTrainer` without two actors that a trial has no use for, each a process of 100 MB and more.
@@ -175,7 +182,7 @@ def _run_group(settings: dict[str, Any]) -> None:
             callbacks=[delivery],
             failure_config=ray.train.FailureConfig(max_failures=0, controller_failure_limit=0),
             checkpoint_config=ray.train.CheckpointConfig(
-                num_to_keep=1, checkpoint_score_attribute=request.metric, checkpoint_score_order=request.mode
+                num_to_keep=1 + _AHEAD, checkpoint_score_attribute=request.metric, checkpoint_score_order=request.mode
             ),
         ),
     )
