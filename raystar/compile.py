@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from raystar.config import Config, get_value, override
+from raystar.dataset import share
 from raystar.step import TrainState, autocast
 
 _SWITCHES = {
@@ -118,7 +119,8 @@ def _exercise(name: str, call: Callable[..., Tensor], state: TrainState, size: t
     """
     config, device = state.config, state.device
     training, model = config.training, config.model
-    B, styles = training.batch_size, 5 if config.loss.w_id > 0 else 4
+    own = share(training.batch_size, state.group.rank, state.group.size)
+    B, styles = own.stop - own.start, 5 if config.loss.w_id > 0 else 4
     layout = torch.channels_last if training.channels_last else torch.contiguous_format
     with autocast(config, device):  # what networks hand on to each other is in autocast's type
         made = torch.get_autocast_dtype(device.type) if training.use_amp else torch.float32

@@ -407,17 +407,30 @@ def _hold_out(domain: str, rows: list[int], items: list[_Item], share: float) ->
 # -- drawing batches -------------------------------------------------------------------------------
 
 
+def share(rows: int, rank: int, workers: int) -> slice:
+    """The contiguous part of a batch of `rows` that worker `rank` takes; parts differ by one row at most.
+
+    With fewer rows than workers everyone takes all of them: averaged over all workers' rows the losses and gradients
+    are the same, and no worker is left with nothing to run.
+    """
+    if rows < workers:
+        return slice(0, rows)
+    return slice(rank * rows // workers, (rank + 1) * rows // workers)
+
+
 class LatentDataset(torch.utils.data.Dataset[dict[str, Any]]):
     """Two uniform stages (source domain, another target domain, then a latent in each), batched by index.
 
-    Every draw is a pure function of (`training.seed`, epoch, step), so a resumed run sees the same batches.
+    Every draw is a pure function of (`training.seed`, epoch, step), so a resumed run sees the same batches, and
+    several workers (`rank` of `workers`) see the shares of the batches that one process would see.
     """
 
-    def __init__(self, bank: Bank, config: Config, device: torch.device) -> None:
+    def __init__(self, bank: Bank, config: Config, device: torch.device, rank: int = 0, workers: int = 1) -> None:
         self.bank = bank
         self.device = device
         self.training = config.training
         self.latent_dim = config.model.latent_dim
+        self.rank, self.workers = rank, workers
         self.size = config.training.epoch_size or max(map(len, bank.train)) * len(bank.domains)
         self.storage, self.preloaded = _place(bank, config.data.preload_to_gpu, device)
         self._starts = np.cumsum([0, *map(len, bank.train)])
@@ -464,13 +477,26 @@ class LatentDataset(torch.utils.data.Dataset[dict[str, Any]]):
             "source_style_id": int(plan["y_src"][index]),
         }
 
+    def rows(self, step: int) -> int:
+        """Rows of the whole batch of `step` (from 1): `training.batch_size`, or less in an incomplete last one."""
+        return min(self.training.batch_size, self.size - (step - 1) * self.training.batch_size)
+
+    def weight(self, step: int) -> float:
+        """What this worker's means over its rows of `step` count for in the means over all workers' rows."""
+        counts = [
+            part.stop - part.start for part in (share(self.rows(step), r, self.workers) for r in range(self.workers))
+        ]
+        return counts[self.rank] / sum(counts)
+
     def batch(self, step: int) -> Batch:
-        """The batch of `step` (from 1) of the current epoch, on the storage's device, float32."""
-        size = self.training.batch_size
-        chosen = slice((step - 1) * size, min(step * size, self.size))
+        """This worker's share of the batch of `step` (from 1), on the storage's device, float32."""
+        first, rows = (step - 1) * self.training.batch_size, self.rows(step)
+        own = share(rows, self.rank, self.workers)
+        chosen = slice(first + own.start, first + own.stop)
         plan = {name: torch.from_numpy(values[chosen]) for name, values in self._plan.items()}
         rng = np.random.default_rng([self.training.seed, self.epoch, step])
-        noise = rng.standard_normal((3, len(plan["y_src"]), self.latent_dim), dtype=np.float32)
+        # Drawn for the whole batch, whoever asks: a row's noise does not depend on the number of workers.
+        noise = rng.standard_normal((3, rows, self.latent_dim), dtype=np.float32)[:, own]
         where = self.storage.device
         return Batch(
             self.storage[plan["content"].to(where)].float(),

@@ -23,6 +23,10 @@ class WrongResults(RaystarError):  # noqa: N818
     """Settings that were to change speed alone change what a training step computes."""
 
 
+class WorkerLost(RaystarError):  # noqa: N818
+    """Another worker of the same model is gone, so this one cannot go on."""
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """`" (did you mean 'w_cyc'?)"` for the known name closest to `name`, or an empty string."""
     known = list(known)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -27,10 +29,20 @@ def style_reconstruction_loss(pred_style: Tensor, target_style: Tensor) -> Tenso
     return functional.l1_loss(_wide(pred_style), _wide(target_style))
 
 
-def diversity_sensitive_loss(fake_1: Tensor, fake_2: Tensor, margin: float | None = None) -> Tensor:
-    """Mean absolute difference of two translations [B, C, H, W], at most `margin`. Training maximises it."""
+def diversity_sensitive_loss(
+    fake_1: Tensor, fake_2: Tensor, margin: float | None = None, mean: Callable[[Tensor], Tensor] | None = None
+) -> Tensor:
+    """Mean absolute difference of two translations [B, C, H, W], at most `margin`. Training maximises it.
+
+    `mean` turns the difference over these B, a worker's share, into that over the whole batch, which the margin is for.
+    """
     distance = functional.l1_loss(_wide(fake_1), _wide(fake_2))
-    return distance if margin is None else distance.clamp(max=margin)
+    if margin is None:
+        return distance
+    if mean is None:
+        return distance.clamp(max=margin)
+    # Clamped by themselves, some shares would be cut off and others not. NaN is above nothing and stays NaN.
+    return torch.where(mean(distance) > margin, torch.full_like(distance, margin), distance)
 
 
 def cycle_consistency_loss(reconstructed: Tensor, original: Tensor) -> Tensor:

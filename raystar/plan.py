@@ -35,7 +35,9 @@ class Plan:
     points: list[dict[str, Any]] | None
     trials: int
     gpu_share: float
+    """GPUs of each of a trial's workers."""
     cpus: int
+    """Processors of each."""
     max_concurrent: int | None
     time_budget_s: float | None
     tracking_uri: str
@@ -49,9 +51,10 @@ class Plan:
     @property
     def at_a_time(self) -> int:
         """Trials that run side by side: as many as fit on this machine, and no more than asked for."""
-        fit = usable_cpus() // self.cpus
+        workers = self.space.resources.workers
+        fit = usable_cpus() // (self.cpus * workers)
         if self.gpu_share:
-            fit = min(fit, int(torch.cuda.device_count() / self.gpu_share))
+            fit = min(fit, int(torch.cuda.device_count() / (self.gpu_share * workers)))
         elif self.speed:
             fit = 1  # two trials on one device would measure each other
         return max(1, min(fit, self.max_concurrent or fit, self.trials))
@@ -114,21 +117,26 @@ def make_plan(args: argparse.Namespace) -> Plan:
 
 
 def _resources(config: Config, space: Space) -> tuple[float, int]:
-    """GPUs and processors that one trial gets; checked against this machine before anything starts."""
+    """GPUs and processors that each worker of a trial gets; checked against this machine before anything starts."""
     there = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    speed = space.purpose == "speed"
+    speed, workers = space.purpose == "speed", space.resources.workers
+    trial = "a trial wants" if workers == 1 else f"{workers} workers want"
     gpus, cpus = space.resources.gpus, space.resources.cpus
     if gpus == "auto":
-        gpus = (1.0 if speed else 0.5) if there and config.training.device != "cpu" else 0.0
+        gpus = (1.0 if speed or workers > 1 else 0.5) if there and config.training.device != "cpu" else 0.0
     gpus = float(gpus)
     if cpus == "auto":
-        cpus = usable_cpus() if speed and not gpus else 1
-    cpus = int(cpus)
-    if cpus > usable_cpus():
-        raise RaystarError(f"{space.source}: resources.cpus: a trial wants {cpus}, this machine has {usable_cpus()}")
-    if gpus > there:
+        cpus = usable_cpus() // workers if speed and not gpus else 1
+    cpus = max(1, int(cpus))
+    if cpus * workers > usable_cpus():
         raise RaystarError(
-            f"{space.source}: resources.gpus: a trial wants {gpus:g}, this machine has {there}; use auto or 0"
+            f"{space.source}: resources.cpus: {trial} {cpus * workers}, this machine has {usable_cpus()}"
+        )
+    _check_shares(config, space)
+    if gpus * workers > there:
+        raise RaystarError(
+            f"{space.source}: resources.gpus: {trial} {gpus * workers:g}, this machine has {there}; "
+            + ("use auto or 0" if workers == 1 else "lower resources.workers, or set gpus: 0")
         )
     if speed and 0 < gpus < 1:
         raise RaystarError(f"{space.source}: resources.gpus: speed is measured on a whole GPU; found {gpus:g}")
@@ -138,6 +146,19 @@ def _resources(config: Config, space: Space) -> tuple[float, int]:
         )
     resolve_device(config)
     return gpus, cpus
+
+
+def _check_shares(config: Config, space: Space) -> None:
+    """Every batch size that a trial may have leaves each worker something to do."""
+    workers = space.resources.workers
+    swept = space.space.get("training.batch_size")
+    sizes = [config.training.batch_size] if swept is None or space.baseline else []
+    smallest = min([*sizes, *(swept.values if swept is not None else ())])
+    if smallest < workers:
+        raise RaystarError(
+            f"{space.source}: resources.workers: {workers} workers share every batch, and training.batch_size can be "
+            f"{smallest}; lower workers or raise it"
+        )
 
 
 def usable_cpus() -> int:

@@ -76,12 +76,14 @@ class Scheduler:
 
 @dataclass(frozen=True)
 class Resources:
-    """What one trial occupies."""
+    """What one trial occupies: `workers` processes that share its batches, each on a device of its own."""
 
     gpus: float | str = "auto"
-    """A number, a fraction to share one, or `auto`: half a GPU where there is one, else none."""
+    """Of a worker: a number, a fraction to share one, or `auto`: half a GPU (with several workers a whole one) where
+    there is one, else none."""
     cpus: int | str = 1
-    """A number, or `auto`: all of the machine's for a speed sweep without a GPU, else 1."""
+    """Of a worker: a number, or `auto`: all of the machine's for a speed sweep without a GPU, else 1."""
+    workers: int = 1
 
 
 @dataclass(frozen=True)
@@ -164,8 +166,9 @@ def from_mapping(content: Mapping[str, Any], config: Config, source: str) -> Spa
     if search == "tpe" and importlib.util.find_spec("optuna") is None:
         raise RaystarError(f"{source}: search tpe needs the package optuna; install raystar[tpe]")
     purpose = _one_of(content.get("purpose", "quality"), tuple(_PURPOSES), f"{source}: purpose")
+    resources = _resources(content.get("resources", {}), source)
     if purpose == "speed":
-        _check_speed_keys(space, search, source)
+        _check_speed(space, search, resources, source)
     metric, mode = _PURPOSES[purpose]
     baseline = _boolean(content.get("baseline", True), f"{source}: baseline")
     trials = _whole(content.get("trials", 12), f"{source}: trials", 1)
@@ -183,11 +186,11 @@ def from_mapping(content: Mapping[str, Any], config: Config, source: str) -> Spa
         search=search,
         seed=_whole(content.get("seed", 0), f"{source}: seed", 0),
         scheduler=_scheduler(content.get("scheduler", {}), source),
-        resources=_resources(content.get("resources", {}), source),
+        resources=resources,
     )
 
 
-def _check_speed_keys(space: Mapping[str, Distribution], search: str, source: str) -> None:
+def _check_speed(space: Mapping[str, Distribution], search: str, resources: Resources, source: str) -> None:
     """A speed sweep's best is taken over into other runs, so it may change nothing but how fast they are."""
     for key in space:
         if key not in SPEED_KEYS:
@@ -197,6 +200,10 @@ def _check_speed_keys(space: Mapping[str, Distribution], search: str, source: st
             )
     if search == "tpe":
         raise RaystarError(f"{source}: search: expected random or grid for purpose speed, found tpe")
+    if resources.workers != 1:
+        raise RaystarError(
+            f"{source}: resources.workers: purpose speed measures one worker on one device, found {resources.workers}"
+        )
 
 
 def _distribution(key: str, value: Any, source: str) -> Distribution:
@@ -262,13 +269,15 @@ def _resources(content: Any, source: str) -> Resources:
         gpus = _number(gpus, f"{where}.gpus")
         if not 0 <= gpus <= 1:
             raise RaystarError(
-                f"{where}.gpus: expected auto, 0, 1 or a fraction: a trial trains on one device; found {gpus:g}"
+                f"{where}.gpus: expected auto, 0, 1 or a fraction: a worker trains on one device; found {gpus:g} "
+                f"(for a trial on several, set resources.workers)"
             )
     workers = _whole(content.get("workers", 1), f"{where}.workers", 1)
-    if workers != 1:
-        raise RaystarError(f"{where}.workers: a trial runs in one worker so far; found {workers}")
+    if workers > 1 and gpus not in ("auto", 0, 1):
+        raise RaystarError(f"{where}.gpus: {workers} workers take a whole GPU each, auto, 0 or 1; found {gpus:g}")
     cpus = content.get("cpus", 1)
-    return Resources(gpus=gpus, cpus=cpus if cpus == "auto" else _whole(cpus, f"{where}.cpus", 1))
+    cpus = cpus if cpus == "auto" else _whole(cpus, f"{where}.cpus", 1)
+    return Resources(gpus=gpus, cpus=cpus, workers=workers)
 
 
 def _section(content: Any, known: tuple[str, ...], where: str) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 from raystar import loss as losses
 from raystar.config import Config
 from raystar.dataset import Batch
+from raystar.distributed import ALONE, Group
 from raystar.errors import RaystarError
 from raystar.model import Nets
 
@@ -77,9 +79,11 @@ class TrainState:
     device: torch.device
     calls: dict[str, Callable[..., Tensor]] = field(default_factory=dict)
     """Compiled stand-ins by network name; a network that has none is called itself."""
+    group: Group = ALONE
+    """The workers that share every batch; a batch given to `train_step` is this worker's part of it."""
 
     @classmethod
-    def create(cls, config: Config, device: torch.device | str) -> TrainState:
+    def create(cls, config: Config, device: torch.device | str, group: Group = ALONE) -> TrainState:
         """Networks freshly initialised from `training.seed`, with their optimisers, on `device`."""
         device = torch.device(device)
         training = config.training
@@ -96,7 +100,8 @@ class TrainState:
             training.weight_decay,
         )
         opt_d = _adamw([{"params": list(nets.D.parameters()), "lr": training.lr_d}], training.weight_decay)
-        return cls(nets, opt_g, opt_d, torch.amp.GradScaler(device.type, enabled=fp16), config, device)
+        scaler = torch.amp.GradScaler(device.type, enabled=fp16)
+        return cls(nets, opt_g, opt_d, scaler, config, device, group=group)
 
     def call(self, name: str) -> Callable[..., Tensor]:
         """Network `name` as it is to be run: compiled where that was asked for and worked."""
@@ -112,13 +117,14 @@ def train_step(state: TrainState, batch: Batch, *, epoch: int, step: int) -> dic
     """One update of D, then one of G, E and F, on the updated D (loss_terms.md).
 
     Args:
-        batch: unscaled latents, domains and noise; on the state's device.
+        batch: unscaled latents, domains and noise; on the state's device. With several workers, this one's share.
         epoch: from 1; sets the weight of the diversity term.
         step: from 1 within the epoch; R1 runs when `step % r1_interval == 0`.
 
     Returns:
-        The losses `LOGGED`, 0-d tensors on the device. A loss that is not finite shows here, and the
-        optimisers have not moved on it: check before the next step's result is used.
+        The losses `LOGGED`, 0-d tensors on the device, of this batch. A loss that is not finite shows here (with
+        several workers, on those whose share it is), and the optimisers have not moved on it: check before the next
+        step's result is used.
     """
     nets, weights = state.nets, state.config.loss
     G, F, E, D = (state.call(name) for name in ("G", "F", "E", "D"))
@@ -155,7 +161,7 @@ def train_step(state: TrainState, batch: Batch, *, epoch: int, step: int) -> dic
         with torch.autocast(state.device.type, enabled=False):
             r1 = losses.r1_penalty(nets.D(x_real, y_trg), x_real)
         d_loss = d_loss + (weights.w_r1 * weights.r1_interval) * r1
-    _update(state, state.opt_d, d_loss)
+    _update(state, state.opt_d, d_loss, B)
 
     # G, E, F. D is frozen: its gradients here would be computed for nothing.
     nets.D.requires_grad_(False)
@@ -168,14 +174,15 @@ def train_step(state: TrainState, batch: Batch, *, epoch: int, step: int) -> dic
         adv = 2 * losses.g_adversarial_loss(fake_logits)
         sty = 2 * losses.style_reconstruction_loss(s_hat, torch.cat([s_ref, s_noise[:B].to(s_ref.dtype)]))
         cyc = 2 * losses.cycle_consistency_loss(rec, content.repeat(2, 1, 1, 1))
-        ds = losses.diversity_sensitive_loss(fake_1, fake_2, weights.ds_margin)
+        whole = partial(state.group.mean, rows=B) if state.group.size > 1 else None
+        ds = losses.diversity_sensitive_loss(fake_1, fake_2, weights.ds_margin, whole)
         w_ds = losses.lambda_ds(epoch, weights.w_ds, weights.ds_decay_epochs)
         g_loss = weights.w_adv * adv + weights.w_sty * sty + weights.w_cyc * cyc - w_ds * ds
         identity = g_loss.new_zeros(())
         if use_id:
             identity = losses.cycle_consistency_loss(fakes[4 * B :], content)
             g_loss = g_loss + weights.w_id * identity
-        _update(state, state.opt_g, g_loss)
+        _update(state, state.opt_g, g_loss, B)
     finally:
         nets.D.requires_grad_(True)
 
@@ -183,15 +190,20 @@ def train_step(state: TrainState, batch: Batch, *, epoch: int, step: int) -> dic
     return {name: value.detach() for name, value in zip(LOGGED, values, strict=True)}
 
 
-def _update(state: TrainState, optimizer: torch.optim.AdamW, loss: Tensor) -> None:
-    """Gradients of `loss` and one optimiser step, left out on the device itself if the loss is not finite."""
+def _update(state: TrainState, optimizer: torch.optim.AdamW, loss: Tensor, rows: int) -> None:
+    """Gradients of `loss` and one optimiser step, left out on the device itself if the loss is not finite.
+
+    `loss` is the mean over `rows` rows; with several workers the step is that of all their rows, the same on each.
+    """
     optimizer.zero_grad(set_to_none=True)
-    if state.scaler.is_enabled():
-        state.scaler.scale(loss).backward()
+    state.scaler.scale(loss).backward()
+    parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
+    failed = 1 - loss.detach().isfinite().to(torch.float32)
+    failed = state.group.average_gradients(parameters, rows, failed)
+    if state.scaler.is_enabled():  # it looks for what is not finite in the gradients, by now the same on all workers
         state.scaler.step(optimizer)
         state.scaler.update()
         return
-    loss.backward()
     # Read by the fused kernel: a non-finite loss never moves the weights, and nobody waits for the answer.
-    optimizer.found_inf = 1 - loss.detach().isfinite().to(torch.float32)  # type: ignore[attr-defined]
+    optimizer.found_inf = failed  # type: ignore[attr-defined]
     optimizer.step()

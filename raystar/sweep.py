@@ -68,6 +68,11 @@ _RAY_ENVIRONMENT = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
     "TUNE_GLOBAL_CHECKPOINT_S": "5",
+    # For trials of several workers: reports are passed on five times a second, a group waits as long as it must for
+    # its processors, and nobody watches for a cloud that takes machines back (one more process a trial).
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "86400",
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
 }
 
@@ -119,7 +124,7 @@ def _write_request(plan: Plan, command: list[str]) -> None:
         "config": to_mapping(plan.config),
         "space": dataclasses.asdict(plan.space),
         "trials": plan.trials,
-        "gpus_per_trial": plan.gpu_share,
+        "gpus_per_trial": plan.gpu_share * plan.space.resources.workers,
         "signature": signature(plan.config),
         "data": {"root": plan.bank.root, "digest": plan.bank.digest, "latents": len(plan.bank.names)},
         "git_commit": provenance().get("mlflow.source.git.commit"),
@@ -164,7 +169,8 @@ def _start_ray(plan: Plan) -> None:
     imports = _Background(lambda: importlib.import_module("raystar.trial"))
     try:
         ray.init(
-            num_cpus=usable_cpus(),
+            # What steers a group of workers takes a hundredth beside them; how many groups fit, Plan.at_a_time says.
+            num_cpus=usable_cpus() + (1 if plan.space.resources.workers > 1 else 0),
             include_dashboard=False,
             log_to_driver=False,
             logging_level=logging.ERROR,
@@ -265,7 +271,7 @@ class _Sweep:
         from ray import tune
         from ray.tune.schedulers import FIFOScheduler
 
-        from raystar.trial import Asha, Recorder, Request, TrialNames, run_trial
+        from raystar.trial import Asha, Recorder, Release, Request, TrialNames, run_trial
 
         plan, space = self.plan, self.plan.space
         request = Request(
@@ -274,12 +280,16 @@ class _Sweep:
             mode=space.mode,
             cache_dir=str(plan.cache_dir),
             pictures_dir=str(self.pictures.resolve()),
+            trials_dir=str(plan.folder.resolve() / "trials"),
             gpu_share=plan.gpu_share,
             cpus=plan.cpus,
+            workers=space.resources.workers,
             speed=plan.speed,
         )
-        resources: dict[str, float] = {"cpu": plan.cpus}
-        if plan.gpu_share:
+        grouped = space.resources.workers > 1
+        # A group of workers asks for its own; the function that steers it must ask for something, or Tune refuses it.
+        resources: dict[str, float] = {"cpu": 0.01 if grouped else plan.cpus}
+        if plan.gpu_share and not grouped:
             resources["gpu"] = plan.gpu_share
         scheduler: Any = FIFOScheduler()
         if space.scheduler.type == "asha":
@@ -299,8 +309,9 @@ class _Sweep:
                 search_alg=self._search(),
                 scheduler=scheduler,
                 num_samples=plan.trials,
-                # What one setting compiled would be in the next one's way, and in its memory.
-                reuse_actors=not plan.speed,
+                # The function of a stopped trial still waits for its group of workers: it ends with its process.
+                # And what one setting compiled would be in the next one's way, and in its memory.
+                reuse_actors=not grouped and not plan.speed,
                 time_budget_s=plan.time_budget_s,
                 trial_name_creator=TrialNames(plan.trials),
                 trial_dirname_creator=str,
@@ -309,7 +320,7 @@ class _Sweep:
                 name="trials",
                 storage_path=str(plan.folder.resolve()),
                 verbose=0,
-                callbacks=[Recorder(self)],
+                callbacks=[Release(), Recorder(self)],
                 # A process that dies starts again from its trial's last checkpoint; exceptions never come here.
                 failure_config=tune.FailureConfig(max_failures=2),
                 checkpoint_config=tune.CheckpointConfig(
@@ -408,12 +419,14 @@ class _Sweep:
         if epoch <= record.epochs:  # its process died after this report and repeats it, bit for bit
             return
         metrics = {key: float(value) for key, value in result.items() if "/" in key and isinstance(value, int | float)}
-        if self.summary.report(name, epoch, metrics) and result.get("checkpoint_dir_name"):
-            record.checkpoint = f"trials/{name}/{result['checkpoint_dir_name']}/checkpoint.pt"
         labels = result.get("labels")
         if labels and epoch == 1:
             record.note = labels.get("raystar.compile_note")
             self.tracker.attach(name, {}, labels, {})
+        # Tune names what it keeps itself; of what a group of workers has saved, Ray Train gives the path.
+        kept = result.get("checkpoint_dir_name") or Path(result.get("checkpoint_path", "")).name
+        if self.summary.report(name, epoch, metrics) and kept:
+            record.checkpoint = f"trials/{name}/{kept}/checkpoint.pt"
         for step, key in ((0, "first_images"), (epoch, "images")):
             pictures = {name: Path(path) for name, path in (result.get(key) or {}).items()}
             if pictures or step:

@@ -23,6 +23,7 @@ from raystar.codec import Codec
 from raystar.compile import compile_networks, graphs
 from raystar.config import Config
 from raystar.dataset import Bank, LatentDataset
+from raystar.distributed import ALONE, Group
 from raystar.errors import RaystarError, TrialDiverged, TrialOutOfMemory
 from raystar.loss import lambda_ds
 from raystar.model import Nets
@@ -75,7 +76,9 @@ class Progress:
 
 
 class Trainer:
-    """Trains one configuration.
+    """Trains one configuration, alone or as one of several workers that share every batch.
+
+    All workers train, report the same losses and stop together; only the first measures, draws and shows anything.
 
     Args:
         config: the whole configuration.
@@ -86,6 +89,7 @@ class Trainer:
         checkpoint: goes on after this checkpoint's epoch, bitwise as if never stopped.
         gate: first compare a few steps with eager float32 (`parity.check_parity`).
         name: shown in the terminal.
+        group: the workers of this run; of `state`, where one is given.
     """
 
     def __init__(
@@ -99,19 +103,22 @@ class Trainer:
         checkpoint: Mapping[str, Any] | None = None,
         gate: bool = False,
         name: str = "",
+        group: Group = ALONE,
     ) -> None:
         self.config = config
         self.device = state.device if state is not None else resolve_device(config)
-        self.state = state if state is not None else TrainState.create(config, self.device)
+        self.state = state if state is not None else TrainState.create(config, self.device, group)
+        self.group = self.state.group
+        first = self.group.rank == 0
         set_backends(config, self.device)
-        self.data = LatentDataset(bank, config, self.device)
+        self.data = LatentDataset(bank, config, self.device, self.group.rank, self.group.size)
         if self.data.steps < 1:
             raise RaystarError(
                 f"training.batch_size {config.training.batch_size} is more than an epoch's {len(self.data)} samples; "
                 "lower it or set training.drop_last=false"
             )
-        self.ruler = ruler.to(self.device) if ruler is not None else None
-        self.codec = codec
+        self.ruler = ruler.to(self.device) if ruler is not None and first else None
+        self.codec = codec if first else None
         self.gate = gate
         self._grid_set: grid.GridSet | None = None
         self.first_epoch = 1
@@ -126,7 +133,7 @@ class Trainer:
 
         Raises:
             TrialDiverged: a loss became NaN or infinite; the weights have not moved on it.
-            TrialOutOfMemory: more than `MAX_SKIPPED` of an epoch's batches did not fit.
+            TrialOutOfMemory: more than `MAX_SKIPPED` of an epoch's batches did not fit; with several workers, one.
             WrongResults: the gate was asked for, and found them.
         """
         if self.config.training.use_compile and self.config.progress != "off":
@@ -160,7 +167,8 @@ class Trainer:
                 if untrained is not None:
                     first_images = self._draw(untrained)
                     untrained = None
-            self.display.epoch_done(epoch, metrics)
+            if self.group.rank == 0:
+                self.display.epoch_done(epoch, metrics)
             yield Progress(epoch, metrics, images, first_images, labels, snapshot(self.state, epoch, metrics))
 
     def _draws_in(self, epoch: int) -> bool:
@@ -201,14 +209,22 @@ class Trainer:
             except RuntimeError as error:
                 if not _out_of_memory(error):
                     raise
+            if logs is None and self.group.size > 1:
+                # The others wait for this worker's gradients, of which it has none; only its end can free them.
+                raise TrialOutOfMemory(
+                    f"worker {self.group.rank} was out of memory in step {step} of epoch {epoch} (peak "
+                    f"{self._peak_memory_gib():.1f} GiB), and several workers cannot skip a batch; "
+                    "lower training.batch_size or model.base_dim"
+                )
             if logs is None:  # only here, where the exception no longer holds the step's activations
                 skipped += 1
                 self._recover_memory(epoch, skipped)
                 continue
             values = torch.stack([logs[name].double() for name in LOGGED])
-            sums += values
+            weight = self.data.weight(step)
+            sums.add_(values, alpha=weight)
             done += 1
-            samples += len(batch.content)
+            samples += self.data.rows(step)
             if done == _UNSTEADY_STEPS < self.data.steps:
                 synchronize(self.device)
                 steady_from, unsteady = time.perf_counter(), samples
@@ -217,13 +233,15 @@ class Trainer:
             shown = step % training.display_interval == 0
             logged = training.log_json and step % training.log_interval == 0
             if shown or logged:
-                current = dict(zip(LOGGED, values.tolist(), strict=True))
-                _check_finite(current, sums.tolist(), epoch, step)
-                if shown:
+                everywhere = self.group.sum(torch.stack([values * weight, sums])).tolist()
+                current = dict(zip(LOGGED, everywhere[0], strict=True))
+                _check_finite(current, everywhere[1], epoch, step)
+                if shown and self.group.rank == 0:
                     self.display.step(epoch, step, current)
-                if logged:
+                if logged and self.group.rank == 0:
                     line = {"epoch": epoch, "step": step, **current, **now}
                     print(json.dumps(line), flush=True)
+        sums = self.group.sum(sums)
         means = dict(zip(LOGGED, (sums / max(done, 1)).tolist(), strict=True))
         _check_finite(means, means.values(), epoch, self.data.steps)
         now_s = time.perf_counter()  # after the sums were read, so all steps are done
@@ -251,7 +269,7 @@ class Trainer:
             )
 
     def _peak_memory_gib(self) -> float:
-        """Of this epoch's GPU memory; on a CPU of the whole process since its start."""
+        """Of this worker: this epoch's GPU memory; on a CPU of the whole process since its start."""
         if self.device.type == "cuda":
             return float(torch.cuda.max_memory_allocated(self.device)) / 2**30
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -62,7 +62,9 @@ def print_plan(plan: Plan) -> None:
     print(f"sweep {plan.name}: {plan.trials} trials of up to {epochs} epochs; {space.metric} ({space.mode})")
     for domain, train, held in zip(bank.domains, bank.train, bank.held, strict=True):
         print(f"  {domain}: {len(train)} latents to train on, {len(held)} held out")
-    print(f"  a trial takes {plan.cpus} cpu and {plan.gpu_share:g} gpu; records go to {plan.tracking_uri}")
+    workers = space.resources.workers
+    takes = f"{plan.cpus} cpu and {plan.gpu_share:g} gpu" + (f" for each of {workers} workers" if workers > 1 else "")
+    print(f"  a trial takes {takes}; records go to {plan.tracking_uri}")
     if plan.points is None:
         print(f"  {space.search} chooses the trials as it goes, from {', '.join(space.space)}")
         return

@@ -118,12 +118,17 @@ def test_no_baseline() -> None:
         ({"scheduler": {"grace_epochs": 9, "max_epochs": 8}}, ["at most max_epochs 8"]),
         ({"resources": {"gpus": 2}}, ["one device"]),
         ({"resources": {"cpu": 1}}, ["unknown key 'cpu'"]),
-        ({"resources": {"workers": 2}}, ["one worker"]),
+        ({"resources": {"workers": 0}}, ["workers", "at least 1"]),
+        ({"resources": {"workers": 2, "gpus": 0.5}}, ["gpus", "2 workers take a whole GPU each", "0.5"]),
         ({"purpose": "sped"}, ["quality, speed"]),
         ({"purpose": "speed"}, ["loss.w_cyc", "purpose speed searches only", "training.use_compile"]),
         (
             {"purpose": "speed", "search": "tpe", "space": {"training.use_amp": {"choice": [True]}}},
             ["random or grid", "tpe"],
+        ),
+        (
+            {"purpose": "speed", "resources": {"workers": 2}, "space": {"training.use_amp": {"choice": [True]}}},
+            ["resources.workers", "one worker", "2"],
         ),
     ],
 )
@@ -133,6 +138,11 @@ def test_refusals(changed: dict[str, Any], words: list[str]) -> None:
     assert "s.yaml" in str(caught.value)
     for word in words:
         assert word in str(caught.value)
+
+
+def test_workers() -> None:
+    assert space_of().resources.workers == 1
+    assert space_of(resources={"workers": 4, "gpus": 1}).resources.workers == 4
 
 
 def test_combinations_that_no_configuration_may_have() -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import yaml
 
-from raystar import tune
+from raystar import plan, tune
 from raystar.config import to_mapping
 from raystar.errors import run_cli
 from raystar.export import main as export_main
@@ -63,6 +63,16 @@ def test_a_good_request_is_listed(files: Files, capsys: pytest.CaptureFixture[st
     assert not (files.out / "n").exists()
 
 
+def test_workers_are_listed_and_counted(
+    files: Files, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plan, "usable_cpus", lambda: 13)
+    files.space.write_text(yaml.safe_dump(SPACE | {"trials": 9, "resources": {"workers": 3, "cpus": 2}}))
+    assert tune.main(files.arguments("--dry-run")) == 0
+    assert "a trial takes 2 cpu and 0 gpu for each of 3 workers" in capsys.readouterr().out
+    assert plan.make_plan(tune.parser().parse_args(files.arguments())).at_a_time == 2
+
+
 CASES: list[tuple[list[str], list[str]]] = [
     (["--set", "loss.w_cycl=2"], ["--set", "loss.w_cycl", "did you mean 'loss.w_cyc'"]),
     (["--set", "loss.w_cyc"], ["expected key=value"]),
@@ -104,14 +114,25 @@ def test_bad_arguments(
     [
         ({"resources": {"gpus": 1}}, ["resources.gpus", "this machine has 0", "auto"]),
         ({"resources": {"cpus": 4000}}, ["resources.cpus", "4000"]),
+        ({"resources": {"cpus": 2, "workers": 2000}}, ["resources.cpus", "2000 workers want 4000"]),
+        ({"resources": {"workers": 2, "gpus": 1}}, ["resources.gpus", "2 workers want 2", "this machine has 0"]),
+        (
+            {"resources": {"workers": 2}, "space": {"training.batch_size": {"choice": [8, 1]}}},
+            ["resources.workers", "2 workers share every batch", "can be 1"],
+        ),
         ({"space": {"loss.w_cyc": {"uniform": [2.0, 0.5]}}}, ["loss.w_cyc", "low < high"]),
         ({"space": {"loss.w_cycl": {"uniform": [0.5, 2.0]}}}, ["'loss.w_cyc'"]),
         ({"scheduler": {"grace_epochs": 50}}, ["grace_epochs 50", "2 epochs"]),
     ],
 )
 def test_bad_spaces(
-    files: Files, capsys: pytest.CaptureFixture[str], changed: dict[str, Any], words: list[str]
+    files: Files,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    changed: dict[str, Any],
+    words: list[str],
 ) -> None:
+    monkeypatch.setattr(plan, "usable_cpus", lambda: 8)
     files.space.write_text(yaml.safe_dump(SPACE | changed))
     error = refusal(tune.main, files.arguments(), capsys)
     for word in [str(files.space), *words]:
