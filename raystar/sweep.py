@@ -26,10 +26,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from raystar import __version__, export
-from raystar import checkpoint as checkpoints
+from raystar import __version__, outcome
 from raystar.codec import open_codec, say
-from raystar.config import Config, get_value, overlay_yaml, override, signature, to_mapping, to_yaml
+from raystar.config import Config, get_value, override, signature, to_mapping, to_yaml
 from raystar.errors import RaystarError
 from raystar.plan import Plan, usable_cpus
 from raystar.ruler import Ruler
@@ -43,15 +42,12 @@ from raystar.summary import (
     STOPPED,
     Summary,
     TrialRecord,
-    duration,
     trial_name,
     write_whole,
 )
-from raystar.table import Board, announce, ranking
+from raystar.table import Board, announce
 from raystar.tracking import PARENT, MlflowTracker, provenance
 
-FASTEST = "fastest.yaml"
-"""What a speed sweep leaves behind: its best settings, for `--overlay`."""
 _OBJECT_STORE_BYTES = 128 * 2**20  # trials exchange nothing but small results
 
 # Read by Ray while it is imported; why each is needed is written down in the design's facts.
@@ -496,11 +492,8 @@ class _Sweep:
         summary.status = INTERRUPTED if self.interrupts else FINISHED if done and not error else FAILED
         best = summary.best
         files: dict[str, Path] = {}
-        if best is not None and plan.speed:
-            files[FASTEST] = self._write_fastest(best)
-        elif best is not None:
-            self._export(best)
-            files["best/grid.png"] = plan.folder / "best" / export.GRID
+        if best is not None:
+            files = outcome.leave(plan, summary, best, self.pictures)
         self._write(0.0)
         files |= {name: plan.folder / name for name in ("summary.json", "summary.csv")}
         tags = {"raystar.best_trial": best.trial, "raystar.best_run": best.run_id or ""} if best else {}
@@ -509,7 +502,7 @@ class _Sweep:
         self.tracker.end(PARENT, summary.status, error)
         self.tracker.close()
         self._write(0.0)
-        self._tell(error)
+        outcome.tell(plan, summary, self.tracker.how_to_compare(), error)
         if self.interrupts:
             return 130
         return 0 if done else 1
@@ -517,85 +510,3 @@ class _Sweep:
     def _all_should_have_run(self) -> bool:
         budget = self.plan.time_budget_s
         return not self.interrupts and (budget is None or time.time() - self.summary.started < budget)
-
-    def _export(self, best: TrialRecord) -> None:
-        """Writes `best/` from the best trial's best checkpoint."""
-        plan = self.plan
-        folder = plan.folder / "trials" / best.trial
-        path = _checkpoint_of(folder, best.score_epoch)
-        if path is None:
-            best.checkpoint = None
-            return
-        best.checkpoint = str(path.relative_to(plan.folder))
-        grid = self.pictures / best.trial / f"grid_ref_{best.score_epoch:04d}.png"
-        facts = {
-            "sweep": plan.name,
-            "trial": best.trial,
-            "epoch": best.score_epoch,
-            "metric": self.summary.metric,
-            "score": best.score,
-            "metrics": best.metrics,
-            "params": best.params,
-            "run_id": best.run_id,
-        }
-        export.write(plan.folder / "best", checkpoints.load(path), facts, grid if grid.is_file() else None)
-
-    def _write_fastest(self, best: TrialRecord) -> Path:
-        """The best trial's settings as an overlay for `--overlay`."""
-        baseline = self.summary.baseline
-        against = ""
-        if baseline is not None and baseline.score and best.score:
-            against = f", {best.score / baseline.score:.2f} times the baseline"
-        text = (
-            f"# The fastest of {len(self.summary.trials)} settings in sweep {self.plan.name} ({best.trial}): "
-            f"{self.summary.short_metric} {best.score:.4g}{against}.\n"
-            f"# Measured on {platform.machine()} with torch {version('torch')}; use it with --overlay.\n"
-        )
-        path = self.plan.folder / FASTEST
-        write_whole(path, text + overlay_yaml(best.params))
-        return path
-
-    def _tell(self, error: str | None) -> None:
-        summary, plan = self.summary, self.plan
-        counts = ", ".join(f"{n} {status}" for status, n in summary.counts().items())
-        announce(f"\nsweep {summary.status} in {duration(time.time() - summary.started)}: {counts}")
-        if error is not None:
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        for record in summary.trials.values():
-            if record.status in (FAILED, DIVERGED):
-                announce(f"  {record.trial} {record.status}: {record.reason}")
-            if record.note is not None:
-                announce(f"  {record.trial}: {record.note}")
-        if plan.speed:
-            for line in ranking(summary):
-                announce(line)
-        best, baseline = summary.best, summary.baseline
-        if best is None or best.score is None:
-            announce("no trial has a score")
-        else:
-            line = f"best {best.trial}: {self.summary.short_metric} {best.score:.4f} at epoch {best.score_epoch}"
-            if baseline is not None and baseline.score is not None and best is not baseline:
-                gain = abs(best.score - baseline.score) / max(abs(baseline.score), 1e-12)
-                line += f"; baseline {baseline.score:.4f}, {gain:.1%} better"
-            elif baseline is not None and best is baseline:
-                line += "; it is the baseline: no other trial beats it"
-            announce(line)
-            announce("  " + "  ".join(f"{key}={value}" for key, value in summary.changed(best).items()))
-            announce(f"  {'overlay' if plan.speed else 'files'}: {plan.folder / (FASTEST if plan.speed else 'best')}")
-        command, address = self.tracker.how_to_compare()
-        announce(f"compare: {command}".rstrip() if command else f"compare: {address}")
-        if command:
-            announce(f"         then open {address}")
-        if best is not None and plan.speed:
-            announce(f"use it:  python -m raystar.tune --overlay {plan.folder / FASTEST} --space ...")
-        elif best is not None:
-            runs = "" if plan.out == Path("runs") else f" --runs {plan.out}"
-            announce(f"export:  python -m raystar.export --sweep {plan.name}{runs} --out my_model")
-
-
-def _checkpoint_of(folder: Path, epoch: int | None) -> Path | None:
-    """The checkpoint of `epoch` below a trial's folder."""
-    for meta in sorted(folder.glob("checkpoint_*/meta.json")):
-        if json.loads(meta.read_text(encoding="utf-8"))["epoch"] == epoch:
-            return meta.with_name("checkpoint.pt")
-    return None

@@ -1,0 +1,116 @@
+"""What a sweep leaves behind: the exported best, or the fastest settings as an overlay, and its last lines."""
+
+from __future__ import annotations
+
+import json
+import platform
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+from raystar import checkpoint as checkpoints
+from raystar import export
+from raystar.config import overlay_yaml
+from raystar.plan import Plan
+from raystar.summary import DIVERGED, FAILED, Summary, TrialRecord, duration, write_whole
+from raystar.table import announce, ranking
+
+BEST, FASTEST = "best", "fastest.yaml"
+
+
+def leave(plan: Plan, summary: Summary, best: TrialRecord, pictures: Path) -> dict[str, Path]:
+    """Writes `best/`, or a speed sweep's `fastest.yaml`; returns what belongs to the record, by artifact name."""
+    if plan.speed:
+        return {FASTEST: _write_fastest(plan, summary, best)}
+    _export(plan, summary, best, pictures)
+    return {f"{BEST}/{export.GRID}": plan.folder / BEST / export.GRID}
+
+
+def _export(plan: Plan, summary: Summary, best: TrialRecord, pictures: Path) -> None:
+    """Writes `best/` from the best trial's best checkpoint."""
+    path = _checkpoint_of(plan.folder / "trials" / best.trial, best.score_epoch)
+    if path is None:
+        best.checkpoint = None
+        return
+    best.checkpoint = str(path.relative_to(plan.folder))
+    grid = pictures / best.trial / f"grid_ref_{best.score_epoch:04d}.png"
+    facts = {
+        "sweep": plan.name,
+        "trial": best.trial,
+        "epoch": best.score_epoch,
+        "metric": summary.metric,
+        "score": best.score,
+        "metrics": best.metrics,
+        "params": best.params,
+        "run_id": best.run_id,
+    }
+    export.write(plan.folder / BEST, checkpoints.load(path), facts, grid if grid.is_file() else None)
+
+
+def _checkpoint_of(folder: Path, epoch: int | None) -> Path | None:
+    """The checkpoint of `epoch` below a trial's folder."""
+    for meta in sorted(folder.glob("checkpoint_*/meta.json")):
+        if json.loads(meta.read_text(encoding="utf-8"))["epoch"] == epoch:
+            return meta.with_name("checkpoint.pt")
+    return None
+
+
+def _write_fastest(plan: Plan, summary: Summary, best: TrialRecord) -> Path:
+    """The best trial's settings as an overlay for `--overlay`."""
+    baseline, against = summary.baseline, ""
+    if baseline is not None and baseline.score and best.score:
+        against = f", {best.score / baseline.score:.2f} times the baseline"
+    text = (
+        f"# The fastest of {len(summary.trials)} settings in sweep {plan.name} ({best.trial}): "
+        f"{summary.short_metric} {best.score:.4g}{against}.\n"
+        f"# Measured on {platform.machine()} with torch {version('torch')}; use it with --overlay.\n"
+    )
+    path = plan.folder / FASTEST
+    write_whole(path, text + overlay_yaml(best.params))
+    return path
+
+
+def tell(plan: Plan, summary: Summary, how_to_compare: tuple[str, str], error: str | None) -> None:
+    """The last lines: what happened to the trials, which is best and by how much, and what to do next."""
+    counts = ", ".join(f"{n} {status}" for status, n in summary.counts().items())
+    announce(f"\nsweep {summary.status} in {duration(time.time() - summary.started)}: {counts}")
+    if error is not None:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+    for record in summary.trials.values():
+        if record.status in (FAILED, DIVERGED):
+            announce(f"  {record.trial} {record.status}: {record.reason}")
+        if record.note is not None:
+            announce(f"  {record.trial}: {record.note}")
+    if plan.speed:
+        for line in ranking(summary):
+            announce(line)
+    best = summary.best
+    left = plan.folder / (FASTEST if plan.speed else BEST)
+    if best is None or best.score is None:
+        announce("no trial has a score")
+    else:
+        announce(_in_a_line(summary, best, best.score))
+        announce("  " + "  ".join(f"{key}={value}" for key, value in summary.changed(best).items()))
+        if left.exists():
+            announce(f"  {'overlay' if plan.speed else 'files'}: {left}")
+    command, address = how_to_compare
+    announce(f"compare: {command}".rstrip() if command else f"compare: {address}")
+    if command:
+        announce(f"         then open {address}")
+    if plan.speed and left.exists():
+        announce(f"use it:  python -m raystar.tune --overlay {left} --space ...")
+    elif left.exists():
+        runs = "" if plan.out == Path("runs") else f" --runs {plan.out}"
+        announce(f"export:  python -m raystar.export --sweep {plan.name}{runs} --out my_model")
+
+
+def _in_a_line(summary: Summary, best: TrialRecord, score: float) -> str:
+    line = f"best {best.trial}: {summary.short_metric} {score:.4f} at epoch {best.score_epoch}"
+    baseline = summary.baseline
+    if baseline is None or baseline.score is None:
+        return line
+    if best is baseline:
+        return line + "; it is the baseline: no other trial beats it"
+    gain = abs(score - baseline.score) / max(abs(baseline.score), 1e-12)
+    return line + f"; baseline {baseline.score:.4f}, {gain:.1%} better"
