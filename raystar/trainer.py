@@ -76,6 +76,7 @@ class Trainer:
         codec: decodes the grids; None draws none.
         state: networks and optimisers; fresh ones from `training.seed` by default.
         checkpoint: goes on after this checkpoint's epoch, bitwise as if never stopped.
+        source: where the checkpoint comes from, for errors.
         name: shown in the terminal.
     """
 
@@ -88,6 +89,7 @@ class Trainer:
         state: TrainState | None = None,
         *,
         checkpoint: Mapping[str, Any] | None = None,
+        source: str = "checkpoint",
         name: str = "",
     ) -> None:
         self.config = config
@@ -104,7 +106,7 @@ class Trainer:
         self._grid_set: grid.GridSet | None = None
         self.first_epoch = 1
         if checkpoint is not None:
-            self.first_epoch = restore(self.state, checkpoint, "checkpoint") + 1
+            self.first_epoch = restore(self.state, checkpoint, source) + 1
         self.display = Display(config, name, self.data.steps)
         self.first_step_at: float | None = None
         """Unix time at which the first step was done; None before."""
