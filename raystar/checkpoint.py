@@ -1,7 +1,8 @@
 """Checkpoints: written whole or not at all, checked when read, in the form that users already have.
 
 A checkpoint is a dictionary with `epoch`, `G`, `F`, `E`, `D` (state dictionaries), `opt_g`, `opt_d`, `config`
-and, from raystar, `scaler`, `metrics`, `raystar` and a `digest` over all tensors.
+and, from raystar, `scaler`, `metrics`, `raystar` and a `digest` over all tensors. Files without raystar's keys,
+as users have them from other trainers, are gone on from just as well (networks.md, last paragraph).
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import os
 import pickle
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from raystar.model import NAMES
 from raystar.step import TrainState
 
 _COMPILED_PREFIX = "_orig_mod."
+_MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 
 def snapshot(state: TrainState, epoch: int, metrics: Mapping[str, float]) -> dict[str, Any]:
@@ -42,23 +44,73 @@ def snapshot(state: TrainState, epoch: int, metrics: Mapping[str, float]) -> dic
 
 
 def restore(state: TrainState, checkpoint: Mapping[str, Any], source: str) -> int:
-    """Puts networks and optimisers of `checkpoint` into `state`; returns its epoch.
+    """Puts networks and optimisers of `checkpoint` into `state`; returns its epoch, the last that was finished.
+
+    Of the optimisers only the moments and step counts are taken over. Learning rates, betas and weight decay
+    are those of the configuration, so one that was changed takes effect, with a note on stderr; how the update
+    is computed (`fused`, `foreach`) belongs to the process, not to the file.
 
     Raises:
         RaystarError: weights or optimisers that do not fit the configuration.
     """
     state.nets.load_state_dict({name: checkpoint.get(name) for name in NAMES}, source)  # type: ignore[misc]
+    notes: list[str] = []
     for name in ("opt_g", "opt_d"):
         try:
-            getattr(state, name).load_state_dict(checkpoint[name])
-        except (KeyError, ValueError) as error:
-            raise RaystarError(f"{source}: optimiser {name} cannot be restored: {error}") from None
+            notes += _restore_optimizer(getattr(state, name), checkpoint.get(name))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise RaystarError(
+                f"{source}: optimiser {name} cannot be restored: {error}; "
+                "checkpoint.init_from starts from its networks alone"
+            ) from None
     if checkpoint.get("scaler"):
         state.scaler.load_state_dict(checkpoint["scaler"])
     epoch = checkpoint.get("epoch")
     if not isinstance(epoch, int) or epoch < 0:
         raise RaystarError(f"{source}: expected the number of its epoch, found {epoch!r}")
+    if notes:
+        print(f"note: {source}: {', '.join(notes)}; the configuration counts", file=sys.stderr)
     return epoch
+
+
+def _restore_optimizer(optimizer: torch.optim.AdamW, found: Any) -> list[str]:
+    """Takes over moments and step counts; returns what else differs. ValueError if they are of other parameters."""
+    if not isinstance(found, Mapping) or not {"state", "param_groups"} <= found.keys():
+        raise ValueError("it is not there" if found is None else "it has no state and param_groups")
+    groups, moments = found["param_groups"], found["state"]
+    sizes, expected = ([len(group["params"]) for group in g] for g in (groups, optimizer.param_groups))
+    if sizes != expected:
+        raise ValueError(f"its groups have {_listed(sizes)} parameters, expected {_listed(expected)}")
+    merged, notes = [], []
+    for group, own in zip(groups, optimizer.param_groups, strict=True):
+        for number, parameter in zip(group["params"], own["params"], strict=True):
+            _check_moments(number, moments.get(number, {}), parameter)
+        merged.append({**own, "params": group["params"]})
+        notes += [
+            f"{key} {group[key]} there, {own[key]} now"
+            for key in ("lr", "betas", "weight_decay")
+            if key in group and group[key] != own[key]
+        ]
+    kept = {n: {key: moment[key] for key in _MOMENTS} for n, moment in moments.items() if moment}
+    optimizer.load_state_dict({"state": kept, "param_groups": merged})
+    return list(dict.fromkeys(notes))
+
+
+def _check_moments(number: Any, moments: Mapping[str, Any], parameter: Tensor) -> None:
+    if not moments:  # saved before this parameter's first step
+        return
+    if not moments.keys() >= set(_MOMENTS):
+        raise ValueError(f"expected {_listed(_MOMENTS)} of AdamW, found {_listed(sorted(moments))}")
+    for key in _MOMENTS[1:]:
+        if moments[key].shape != parameter.shape:
+            raise ValueError(
+                f"its parameters come in another order: {key} of number {number} is {list(moments[key].shape)}, "
+                f"expected {list(parameter.shape)}"
+            )
+
+
+def _listed(values: Sequence[Any]) -> str:
+    return ", ".join(map(str, values)) or "none"
 
 
 def save(path: str | Path, checkpoint: Mapping[str, Any]) -> None:

@@ -7,8 +7,11 @@ packed into a single memory-mapped file below the cache folder, which every proc
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import hashlib
 import json
+import math
 import os
 import pickle
 import re
@@ -16,11 +19,14 @@ import sys
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
+from itertools import repeat
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -30,13 +36,16 @@ from torch import Tensor
 from raystar.config import Config, DataConfig
 from raystar.errors import RaystarError, nearest
 
-SUFFIXES = (".npy", ".pt")
+_SUFFIXES = (b".npy", b".pt")
+_DOT = ord(".")
 DEMO_ROOT = "raystar:demo"
 """`data.data_root` of the painted demo latents that ship with the package."""
 
 _CROP = re.compile(r"_\d+$")
 _MAX_LISTED = 10
 _PROGRESS_AFTER_S = 2.0
+_TEMPORARY = ".latents-"
+_ABANDONED_AFTER_S = 3600.0
 
 
 class Batch(NamedTuple):
@@ -97,12 +106,23 @@ class Bank:
 # -- opening ---------------------------------------------------------------------------------------
 
 
-class _Item(NamedTuple):
+class _Part(NamedTuple):
+    """The latents of one domain from one place; the parts' latents follow each other in the bank."""
+
     domain: int
+    domain_name: str
     held: bool  # from data.eval_data_root
-    name: str
-    path: Path
-    row: int  # row of a packed file, -1 for a file of one latent
+    place: Path  # folder of the files, or the packed file
+    files: list[bytes]  # sorted; empty for a packed file. Bytes, as the system has them: cheaper by the thousand
+    size: int  # latents
+
+    @property
+    def names(self) -> list[str]:
+        """`<domain>/<file>`, or `<domain>/<row>` of a packed file."""
+        prefix = f"{self.domain_name}/"
+        if not self.files:
+            return [f"{prefix}{row:03d}" for row in range(self.size)]
+        return [prefix + name for name in os.fsdecode(b"\0".join(self.files)).split("\0")]
 
 
 def data_root(root: str) -> Path:
@@ -125,35 +145,45 @@ def open_bank(config: Config, cache_dir: str | Path, *, verbose: bool = True) ->
         RaystarError: a missing or empty folder, or all bad files with their reasons.
     """
     data = config.data
-    items = _list_items(data.data_root, data.domains, "data.data_root", held=False)
+    parts = _list(data.data_root, data.domains, "data.data_root", held=False)
     if data.eval_data_root is not None:
         if data_root(data.eval_data_root).resolve() == data_root(data.data_root).resolve():
             raise RaystarError("data.eval_data_root: is data.data_root itself; held-out latents must be others")
-        items += _list_items(data.eval_data_root, data.domains, "data.eval_data_root", held=True)
-    key = _stat_digest(items, data.domains, config.model.latent_channels)
+        parts += _list(data.eval_data_root, data.domains, "data.eval_data_root", held=True)
+    key = _stat_digest(parts, data.domains, config.model.latent_channels)
     cache = Path(cache_dir)
     array_path, index_path = cache / f"latents-{key}.npy", cache / f"latents-{key}.json"
-    packed = _open_packed(array_path, index_path)
+    packed = _open_packed(parts, array_path, index_path)
     if packed is None:
-        _pack(items, config.model.latent_channels, array_path, index_path, verbose)
-        packed = _open_packed(array_path, index_path)
+        _pack(parts, config.model.latent_channels, array_path, index_path, verbose)
+        packed = _open_packed(parts, array_path, index_path)
     if packed is None:
         raise RaystarError(f"{array_path}: cannot be read back after it was written; is the disk sound?")
-    latents, digest = packed
-    return _split(torch.from_numpy(latents), items, digest, data)
+    return _split(packed, parts, data)
 
 
-def _open_packed(array_path: Path, index_path: Path) -> tuple[NDArray[Any], str] | None:
-    """The packed latents and their digest; None if they are not there, or damaged and to be made again."""
+class _Packed(NamedTuple):
+    latents: Tensor  # [n,C,H,W], memory-mapped
+    digest: str
+    turns: list[NDArray[np.int64]]  # of each part: the turn in which each latent's picture would be held out
+
+
+def _open_packed(parts: Sequence[_Part], array_path: Path, index_path: Path) -> _Packed | None:
+    """The packed latents; None if they are not there, or damaged and to be made again."""
     try:
-        digest = str(json.loads(index_path.read_text())["digest"])
+        index = json.loads(index_path.read_text())
+        turns = [np.array(turns, np.int64) for turns in index["turns"]]
         # Copy-on-write: pages stay shared between processes, and torch wants memory that may be written to.
-        return np.load(array_path, mmap_mode="c", allow_pickle=False), digest
+        latents = np.load(array_path, mmap_mode="c", allow_pickle=False)
+        counts = [part.size for part in parts]
+        if [len(t) for t in turns] != counts or len(latents) != sum(counts):
+            return None
+        return _Packed(torch.from_numpy(latents), str(index["digest"]), turns)
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
-def _list_items(root: str, domains: Sequence[str], key: str, held: bool) -> list[_Item]:
+def _list(root: str, domains: Sequence[str], key: str, held: bool) -> list[_Part]:
     path = data_root(root)
     if path.is_file():
         return _list_packed(path, domains, key, held)
@@ -161,7 +191,7 @@ def _list_items(root: str, domains: Sequence[str], key: str, held: bool) -> list
         raise RaystarError(
             f"{key}: {path}: expected a folder with one folder per domain ({', '.join(domains)}), found nothing"
         )
-    items = []
+    parts = []
     for number, domain in enumerate(domains):
         folder = path / domain
         if not folder.is_dir():
@@ -170,14 +200,14 @@ def _list_items(root: str, domains: Sequence[str], key: str, held: bool) -> list
                 f"{key}: {path}: no folder for domain '{domain}'{nearest(domain, present)}; "
                 f"folders there: {', '.join(present) or 'none'}; choose with --set data.domains=[...]"
             )
-        files = sorted(p for p in folder.iterdir() if p.suffix in SUFFIXES and not p.name.startswith("."))
+        files = sorted([f for f in os.listdir(os.fsencode(folder)) if f.endswith(_SUFFIXES) and f[0] != _DOT])
         if not files:
             raise RaystarError(f"{key}: {folder}: expected latents (*.pt or *.npy), found none")
-        items += [_Item(number, held, f"{domain}/{p.name}", p, -1) for p in files]
-    return items
+        parts.append(_Part(number, domain, held, folder, files, len(files)))
+    return parts
 
 
-def _list_packed(path: Path, domains: Sequence[str], key: str, held: bool) -> list[_Item]:
+def _list_packed(path: Path, domains: Sequence[str], key: str, held: bool) -> list[_Part]:
     import safetensors
 
     if path.suffix != ".safetensors":
@@ -193,100 +223,234 @@ def _list_packed(path: Path, domains: Sequence[str], key: str, held: bool) -> li
             raise RaystarError(
                 f"{key}: {path}: holds no domain '{domain}'{nearest(domain, present)}; it has {', '.join(present)}"
             )
-    return [
-        _Item(number, held, f"{domain}/{row:03d}", path, row)
-        for number, domain in enumerate(domains)
-        for row in range(counts[domain])
-    ]
+    return [_Part(number, domain, held, path, [], counts[domain]) for number, domain in enumerate(domains)]
 
 
-def _stat_digest(items: Iterable[_Item], domains: Sequence[str], channels: int) -> str:
+# -- what the packed file is named by --------------------------------------------------------------
+
+
+def _stat_digest(parts: Iterable[_Part], domains: Sequence[str], channels: int) -> str:
     """Names the packed file: any added, removed, resized or rewritten latent makes another one."""
-    digest = hashlib.sha256(json.dumps([list(domains), channels, "raystar-bank-1"]).encode())
-    stats: dict[Path, os.stat_result] = {}
-    for item in items:
-        stat = stats.get(item.path) or stats.setdefault(item.path, _stat(item.path))
-        digest.update(f"{item.held}|{item.name}|{item.path}|{stat.st_size}|{stat.st_mtime_ns}\n".encode())
+    digest = hashlib.sha256(json.dumps([list(domains), channels, "raystar-bank-2"]).encode())
+    for part in parts:
+        digest.update(json.dumps([part.domain, part.held, str(part.place), part.size]).encode())
+        folder, files = (part.place, part.files) if part.files else (part.place.parent, [os.fsencode(part.place.name)])
+        digest.update(b"\0".join(files))  # no file's name holds a NUL
+        digest.update(_stats(folder, files).tobytes())
     return digest.hexdigest()[:16]
 
 
-def _stat(path: Path) -> os.stat_result:
-    """Of the link itself where it points nowhere: reading it will say so, together with all other bad files."""
-    return path.stat() if path.exists() else path.lstat()
+_STATX_BYTES = 256
+_STATX_FIELDS = [5, 14, 15]
+"""Size, and seconds and nanoseconds of the last change, as 64-bit words of `struct statx` (linux/stat.h)."""
+_STATX_SIZE_AND_MTIME = 0x240
 
 
-def _pack(items: list[_Item], channels: int, array_path: Path, index_path: Path, verbose: bool) -> None:
-    """Reads and checks every latent, then writes the packed array and, last, its index."""
-    good: list[tuple[_Item, NDArray[Any]]] = []
-    bad: list[str] = []
-    packed_files: dict[tuple[Path, str], NDArray[Any]] = {}
-    started = shown = time.monotonic()
-    for number, item in enumerate(items):
+def _stats(folder: Path, names: list[bytes]) -> NDArray[np.int64]:
+    """[n,3] size, and seconds and nanoseconds of the last change, of each file; -1 if it is gone.
+
+    Of the link itself where it points nowhere: reading it will say so, together with all other bad files.
+    """
+    found = np.zeros((len(names), _STATX_BYTES // 8), np.int64)
+    statx = _statx()
+    if statx is not None:
+        # os.stat makes twenty Python objects of every answer: for 20,000 files twice as slow as the files themselves.
+        at = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         try:
-            good.append((item, _read(item, channels, packed_files)))
+            places = range(found.ctypes.data, found.ctypes.data + found.nbytes, _STATX_BYTES)
+            failed = list(map(statx, repeat(at), names, repeat(0), repeat(_STATX_SIZE_AND_MTIME), places))
+        finally:
+            os.close(at)
+        stats = found[:, _STATX_FIELDS]
+        stats[:, 2] &= 0xFFFFFFFF  # the upper half is padding
+    else:
+        failed, stats = [1] * len(names), found[:, :3]
+    for number in np.flatnonzero(failed):
+        stats[number] = _stat(os.path.join(os.fsencode(folder), names[number]))
+    return stats
+
+
+def _stat(path: bytes) -> tuple[int, int, int]:
+    for look in (os.stat, os.lstat):
+        try:
+            found = look(path)
+        except OSError:
+            continue
+        return found.st_size, *divmod(found.st_mtime_ns, 1_000_000_000)
+    return -1, -1, -1
+
+
+@functools.cache
+def _statx() -> Callable[..., int] | None:
+    """Linux's statx(2), whose answer has one layout on every processor; None where there is none."""
+    if sys.platform != "linux" or sys.byteorder != "little":
+        return None
+    try:
+        statx = ctypes.CDLL(None).statx
+    except (AttributeError, OSError):
+        return None
+    statx.argtypes = [ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_uint, ctypes.c_void_p]
+    return statx
+
+
+# -- packing ---------------------------------------------------------------------------------------
+
+
+class _Writer:
+    """A [n,C,H,W] `.npy` file written row by row, so that a bank larger than the memory can be packed.
+
+    It is fp16 until the first row that is not; from there on, and from its beginning, fp32.
+    """
+
+    def __init__(self, path: Path, rows: int) -> None:
+        self.path = path
+        self.rows = rows
+        self.shape: tuple[int, ...] | None = None
+        self.dtype: np.dtype[Any] = np.dtype(np.float16)
+        self.written = 0
+        self.digest = hashlib.sha256()
+        self._file: IO[bytes] | None = None
+
+    def append(self, latent: NDArray[Any]) -> None:
+        """Takes the next row, [C,H,W] fp16 or fp32; every row has the shape of the first."""
+        if self._file is None:
+            self.shape, self.dtype = latent.shape, latent.dtype
+            self._open()
+        elif latent.dtype != np.float16 and self.dtype == np.float16:
+            self._widen()
+        self._write(latent.astype(self.dtype, copy=False))
+        self.written += 1
+
+    def close(self) -> None:
+        """Ends the file."""
+        if self._file is not None:
+            self._file.close()
+
+    def _open(self) -> None:
+        self._file = self.path.open("wb", buffering=1 << 20)
+        header = {"descr": self.dtype.str, "fortran_order": False, "shape": (self.rows, *(self.shape or ()))}
+        np.lib.format.write_array_header_1_0(self._file, header)
+        self.digest = hashlib.sha256()
+
+    def _write(self, array: NDArray[Any]) -> None:
+        assert self._file is not None
+        content = np.ascontiguousarray(array).data
+        self._file.write(content)
+        self.digest.update(content)
+
+    def _widen(self) -> None:
+        self.close()
+        narrow = self.path.with_suffix(".fp16")
+        os.replace(self.path, narrow)
+        try:
+            with narrow.open("rb") as source:
+                np.lib.format.read_magic(source)
+                np.lib.format.read_array_header_1_0(source)
+                self.dtype = np.dtype(np.float32)
+                self._open()
+                for _ in range(self.written):
+                    row = np.frombuffer(source.read(2 * math.prod(self.shape or ())), np.float16)
+                    self._write(row.astype(np.float32))
+        finally:
+            narrow.unlink()
+
+
+def _pack(parts: list[_Part], channels: int, array_path: Path, index_path: Path, verbose: bool) -> None:
+    """Reads and checks every latent on its way into the packed array; writes, last, the array's index."""
+    array_path.parent.mkdir(parents=True, exist_ok=True)
+    _remove_abandoned(array_path.parent)
+    # Both are written beside their final names and renamed, the index last: a half-written bank is never opened.
+    mark = f"{os.getpid()}-{os.urandom(4).hex()}"
+    temporary = array_path.with_name(f"{_TEMPORARY}{mark}.npy")
+    temporary_index = index_path.with_name(f"{_TEMPORARY}{mark}.json")
+    writer = _Writer(temporary, sum(part.size for part in parts))
+    try:
+        try:
+            _read_all(parts, channels, writer, verbose)
+        finally:
+            writer.close()
+        _warn_if_scaled(np.load(temporary, mmap_mode="r", allow_pickle=False), verbose)
+        index = {"digest": writer.digest.hexdigest(), "turns": [_turns(part).tolist() for part in parts]}
+        temporary_index.write_text(json.dumps(index))
+        os.replace(temporary, array_path)
+        os.replace(temporary_index, index_path)
+    finally:
+        temporary.unlink(missing_ok=True)
+        temporary_index.unlink(missing_ok=True)
+
+
+def _remove_abandoned(cache: Path) -> None:
+    """Removes what killed processes left half-written; a file that is being written changes every few seconds."""
+    for path in cache.glob(f"{_TEMPORARY}*"):
+        with suppress(OSError):
+            if time.time() - path.stat().st_mtime > _ABANDONED_AFTER_S:
+                path.unlink()
+
+
+def _read_all(parts: list[_Part], channels: int, writer: _Writer, verbose: bool) -> None:
+    """Hands all latents to `writer`; RaystarError with all bad ones."""
+    total = writer.rows
+    shapes: dict[tuple[int, ...], list[str]] = {}
+    bad: list[str] = []
+    started = shown = time.monotonic()
+    for number, (where, read) in enumerate(_readers(parts, channels), start=1):
+        try:
+            latent = read()
         except ValueError as error:
-            bad.append(f"{_where(item)}: {error}")
+            bad.append(f"{where}: {error}")
+        else:
+            shapes.setdefault(latent.shape, []).append(where)
+            # Once one is bad nothing is packed, but the others are still read: all bad ones are named together.
+            if not bad and len(shapes) == 1:
+                writer.append(latent)
         now = time.monotonic()
         if verbose and now - started > _PROGRESS_AFTER_S and now - shown > 1.0:
-            print(f"\rreading latents {number + 1}/{len(items)}", end="", file=sys.stderr, flush=True)
+            print(f"\rreading latents {number}/{total}", end="", file=sys.stderr, flush=True)
             shown = now
     if shown != started:
-        print(f"\rread {len(items)} latents in {time.monotonic() - started:.0f} s", file=sys.stderr)
-    sizes = Counter(latent.shape for _, latent in good)
-    if len(sizes) > 1:
-        usual, _ = sizes.most_common(1)[0]
-        bad += [
-            f"{_where(item)}: expected {list(usual)} like most of the others, found {list(latent.shape)}"
-            for item, latent in good
-            if latent.shape != usual
-        ]
+        print(f"\rread {total} latents in {time.monotonic() - started:.0f} s", file=sys.stderr)
+    usual = max(shapes, key=lambda shape: len(shapes[shape]), default=())
+    bad += [
+        f"{where}: expected {list(usual)} like most of the others, found {list(shape)}"
+        for shape, places in shapes.items()
+        if shape != usual
+        for where in places
+    ]
     if bad:
         more = f"\n  ... and {len(bad) - _MAX_LISTED} more" if len(bad) > _MAX_LISTED else ""
         listed = "\n  ".join(bad[:_MAX_LISTED])
-        raise RaystarError(f"{len(bad)} of {len(items)} latents cannot be used; mend or remove them:\n  {listed}{more}")
-
-    latents = [latent for _, latent in good]
-    dtype = np.float16 if all(latent.dtype == np.float16 for latent in latents) else np.float32
-    array = np.stack([latent.astype(dtype, copy=False) for latent in latents])
-    _warn_if_scaled(array, verbose)
-    array_path.parent.mkdir(parents=True, exist_ok=True)
-    # Both are written beside their final names and renamed, the index last: a half-written bank is never opened.
-    temporary = array_path.with_name(f".{array_path.name}.{os.getpid()}.npy")
-    try:
-        np.save(temporary, array)
-        os.replace(temporary, array_path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    temporary = index_path.with_name(f".{index_path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps({"digest": hashlib.sha256(array.tobytes()).hexdigest()}))
-    os.replace(temporary, index_path)
+        raise RaystarError(f"{len(bad)} of {total} latents cannot be used; mend or remove them:\n  {listed}{more}")
 
 
-def _where(item: _Item) -> str:
-    return str(item.path) if item.row < 0 else f"{item.path}[{item.name}]"
+def _readers(parts: list[_Part], channels: int) -> Iterator[tuple[str, Callable[[], NDArray[Any]]]]:
+    """Where each latent lies, and what reads it: [C,H,W] as fp16 or fp32, or ValueError with the reason."""
+    for part in parts:
+        if part.files:
+            folder = str(part.place)
+            for file in part.files:
+                path = f"{folder}{os.sep}{os.fsdecode(file)}"
+                yield path, partial(read_latent, path, channels)
+            continue
+        import safetensors
+
+        with safetensors.safe_open(part.place, framework="pt") as source:
+            rows = source.get_tensor(part.domain_name)
+        for row, name in zip(rows, part.names, strict=True):
+            yield f"{part.place}[{name}]", partial(_check_row, row, channels)
 
 
-def _read(item: _Item, channels: int, packed_files: dict[tuple[Path, str], NDArray[Any]]) -> NDArray[Any]:
-    """One latent [C,H,W] as fp16 or fp32; ValueError with the reason if it cannot be used."""
-    if item.row >= 0:
-        domain = item.name.partition("/")[0]
-        if (item.path, domain) not in packed_files:
-            import safetensors
-
-            with safetensors.safe_open(item.path, framework="pt") as file:
-                packed_files[item.path, domain] = _as_array(file.get_tensor(domain))
-        return check_latent(packed_files[item.path, domain][item.row], channels)
-    return read_latent(item.path, channels)
+def _check_row(row: Tensor, channels: int) -> NDArray[Any]:
+    return check_latent(_as_array(row), channels)
 
 
-def read_latent(path: Path, channels: int = 4) -> NDArray[Any]:
+def read_latent(path: str, channels: int) -> NDArray[Any]:
     """Reads one latent file [C,H,W], unscaled, without ever running code from it.
 
     Raises:
         ValueError: why the file cannot be used.
     """
     try:
-        if path.suffix == ".npy":
+        if path.endswith(".npy"):
             value = np.load(path, allow_pickle=False)
         else:
             with warnings.catch_warnings():  # of pickle protocols, just before it refuses them
@@ -366,42 +530,43 @@ def picture_of(stems: Sequence[str]) -> list[str]:
     return groups if largest <= max(2, len(stems) // 5) else list(stems)
 
 
-def _split(latents: Tensor, items: list[_Item], content: str, data: DataConfig) -> Bank:
+def _turns(part: _Part) -> NDArray[np.int64]:
+    """[n] the turn in which each latent's picture would be held out: depends on names alone, never on a seed."""
+    stems = [Path(name).stem for name in part.names]
+    groups = picture_of(stems)
+    # Hashing spreads the choice evenly over any naming scheme, and adding files moves few others.
+    digests = {g: hashlib.sha256(os.fsencode(f"{part.domain_name}/{g}")).digest() for g in set(groups)}
+    turn = {group: number for number, group in enumerate(sorted(digests, key=digests.__getitem__))}
+    return np.array([turn[group] for group in groups], np.int64)
+
+
+def _split(packed: _Packed, parts: list[_Part], data: DataConfig) -> Bank:
     train: list[NDArray[np.int64]] = []
     held: list[NDArray[np.int64]] = []
-    for number, domain in enumerate(data.domains):
-        rows = [i for i, item in enumerate(items) if item.domain == number]
-        if data.eval_data_root is not None:
-            held_rows = [i for i in rows if items[i].held]
-        else:
-            held_rows = _hold_out(domain, rows, items, data.holdout)
-        kept = set(held_rows)
-        train.append(np.array([i for i in rows if i not in kept], np.int64))
-        held.append(np.array(held_rows, np.int64))
+    names: list[str] = []
+    for part, turns in zip(parts, packed.turns, strict=True):
+        rows = np.arange(part.size) + len(names)
+        names += part.names
+        if part.held:
+            held.append(rows)
+            continue
+        kept = turns < (0 if data.eval_data_root is not None else _pictures_held(turns, data.holdout))
+        train.append(rows[~kept])
+        if data.eval_data_root is None:
+            held.append(rows[kept])
         if not len(train[-1]):
-            raise RaystarError(f"data: domain '{domain}' has {len(rows)} latents, and none is left for training")
-    digest = hashlib.sha256(json.dumps([content, [h.tolist() for h in held]]).encode()).hexdigest()[:16]
-    names = tuple(item.name for item in items)
-    return Bank(latents, data.domains, names, tuple(train), tuple(held), digest, data.data_root)
+            raise RaystarError(f"data: domain '{part.domain_name}' has {part.size} latents, none left for training")
+    digest = hashlib.sha256(json.dumps([packed.digest, [h.tolist() for h in held]]).encode()).hexdigest()[:16]
+    return Bank(packed.latents, data.domains, tuple(names), tuple(train), tuple(held), digest, data.data_root)
 
 
-def _hold_out(domain: str, rows: list[int], items: list[_Item], share: float) -> list[int]:
-    """About `share` of a domain's rows, whole pictures only; depends on names alone, never on a seed."""
+def _pictures_held(turns: NDArray[np.int64], share: float) -> int:
+    """How many pictures make about `share` of a domain's latents; one at least stays for training."""
     if share == 0:
-        return []
-    groups = picture_of([Path(items[i].name).stem for i in rows])
-    # Hashing spreads the choice evenly over any naming scheme, and adding files moves few others.
-    order = sorted(set(groups), key=lambda g: hashlib.sha256(f"{domain}/{g}".encode()).digest())
-    members: dict[str, list[int]] = {}
-    for group, row in zip(groups, rows, strict=True):
-        members.setdefault(group, []).append(row)
-    wanted = max(1, round(share * len(rows)))
-    held: list[int] = []
-    for group in order[:-1]:  # one picture at least stays for training
-        if len(held) >= wanted:
-            break
-        held += members[group]
-    return sorted(held)
+        return 0
+    wanted = max(1, round(share * len(turns)))
+    latents = np.cumsum(np.bincount(turns))  # of the first picture, the first two, ...
+    return min(int(np.searchsorted(latents, wanted)) + 1, len(latents) - 1)
 
 
 # -- drawing batches -------------------------------------------------------------------------------

@@ -73,7 +73,7 @@ def main(argv: list[str] | None = None) -> int:
     cache = cache_dir(config, args.out)
     bank = open_bank(config, cache)
     check_holdout(bank)
-    checkpoint = checkpoints.load_latest([latest, *saved])[0] if args.resume else None
+    checkpoint, source = checkpoints.load_latest([latest, *saved]) if args.resume else (None, folder)
     state = _initial_state(config, device)
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -97,7 +97,7 @@ def main(argv: list[str] | None = None) -> int:
         say(note)
         ruler = Ruler.build(bank, config, cache)
         tracker.wait_until_connected()
-        trainer = Trainer(config, bank, ruler, codec, state, checkpoint=checkpoint)
+        trainer = Trainer(config, bank, ruler, codec, state, checkpoint=checkpoint, source=str(source))
     except BaseException:
         tracker.close()
         raise

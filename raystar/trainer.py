@@ -88,6 +88,7 @@ class Trainer:
         state: networks and optimisers; fresh ones from `training.seed` by default.
         checkpoint: goes on after this checkpoint's epoch, bitwise as if never stopped.
         gate: first compare a few steps with eager float32 (`parity.check_parity`).
+        source: where the checkpoint comes from, for errors.
         name: shown in the terminal.
         group: the workers of this run; of `state`, where one is given.
     """
@@ -102,6 +103,7 @@ class Trainer:
         *,
         checkpoint: Mapping[str, Any] | None = None,
         gate: bool = False,
+        source: str = "checkpoint",
         name: str = "",
         group: Group = ALONE,
     ) -> None:
@@ -123,7 +125,7 @@ class Trainer:
         self._grid_set: grid.GridSet | None = None
         self.first_epoch = 1
         if checkpoint is not None:
-            self.first_epoch = restore(self.state, checkpoint, "checkpoint") + 1
+            self.first_epoch = restore(self.state, checkpoint, source) + 1
         self.display = Display(config, name, self.data.steps)
         self.first_step_at: float | None = None
         """Unix time at which the first step was done; None before."""

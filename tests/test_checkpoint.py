@@ -5,6 +5,10 @@ from __future__ import annotations
 import errno
 import os
 import pickle
+import re
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,12 +17,13 @@ import pytest
 import torch
 
 from raystar import checkpoint as checkpoints
-from raystar.config import from_mapping
-from raystar.dataset import Batch
+from raystar.config import from_mapping, override, to_yaml
+from raystar.dataset import Bank, Batch, open_bank
 from raystar.errors import RaystarError
-from raystar.model import NAMES
-from raystar.step import TrainState, train_step
-from tests.support import tiny_config
+from raystar.model import NAMES, Nets
+from raystar.step import LOGGED, TrainState, train_step
+from raystar.trainer import Trainer
+from tests.support import ROOT, tiny_config, write_latents
 
 CONFIG = tiny_config("unused", loss__r1_interval=2)
 METRICS = {"eval/score": 1.625, "train/g_loss": 0.1}
@@ -239,6 +244,168 @@ def test_a_checkpoint_of_compiled_networks_loads(tmp_path: Path) -> None:
     assert checkpoints.restore(fresh, loaded, "latest.pt") == 7
     assert_equal(fresh.nets.state_dict(), state.nets.state_dict())
     assert_equal(fresh.opt_g.state_dict(), state.opt_g.state_dict())
+
+
+USERS_CONFIG = {"model": {"base_dim": 8, "style_dim": 6}, "training": {"lr_g": 1e-4, "betas": [0.0, 0.99]}, "tag": None}
+
+
+def plain_adamw(groups: list[dict[str, Any]], **form: Any) -> torch.optim.AdamW:
+    return torch.optim.AdamW(groups, betas=(0.0, 0.99), weight_decay=1e-4, **form)
+
+
+def users_file(path: Path, prefix: str = "", **form: Any) -> tuple[Nets, torch.optim.AdamW, torch.optim.AdamW]:
+    """What a trainer written in plain torch leaves after two updates of each network: `form` is AdamW's."""
+    nets = Nets.create(CONFIG.model, CONFIG.num_domains, 5)
+    opt_g = plain_adamw(
+        [
+            {"params": [*nets.G.parameters(), *nets.E.parameters()], "lr": 1e-4},
+            {"params": list(nets.F.parameters()), "lr": 1e-6},
+        ],
+        **form,
+    )
+    opt_d = plain_adamw([{"params": list(nets.D.parameters()), "lr": 1e-4}], **form)
+    for seed in (1, 2):
+        batch = make_batch(seed)
+        styles = nets.E(batch.x_ref, batch.y_trg) + nets.F(batch.z_trg, batch.y_trg)
+        loss = nets.D(nets.G(batch.content, styles), batch.y_trg).square().mean() + styles.square().mean()
+        for optimizer in (opt_g, opt_d):
+            optimizer.zero_grad()
+        loss.backward()
+        for optimizer in (opt_g, opt_d):
+            optimizer.step()
+    torch.save(
+        {
+            "epoch": 1,
+            **{name: {f"{prefix}{k}": v for k, v in net.state_dict().items()} for name, net in nets.items()},
+            "opt_g": opt_g.state_dict(),
+            "opt_d": opt_d.state_dict(),
+            "config": USERS_CONFIG,
+        },
+        path,
+    )
+    return nets, opt_g, opt_d
+
+
+@pytest.fixture(scope="module")
+def bank(tmp_path_factory: pytest.TempPathFactory) -> Bank:
+    folder = tmp_path_factory.mktemp("bank")
+    return open_bank(tiny_config(write_latents(folder / "latents")), folder / "cache")
+
+
+@pytest.mark.parametrize("prefix", ["", "_orig_mod."])
+@pytest.mark.parametrize("form", [{"foreach": True}, {"foreach": False}, {"fused": True}], ids=str)
+def test_training_goes_on_from_a_users_checkpoint(
+    tmp_path: Path, bank: Bank, capsys: pytest.CaptureFixture[str], prefix: str, form: dict[str, Any]
+) -> None:
+    """Bitwise as from the same networks and moments that raystar itself saved."""
+    nets, opt_g, opt_d = users_file(tmp_path / "latest.pt", prefix, **form)
+    twin = TrainState.create(CONFIG, "cpu")
+    for (_, own), (_, theirs) in zip(twin.nets.items(), nets.items(), strict=True):
+        own.load_state_dict(theirs.state_dict())
+    for own, theirs in ((twin.opt_g, opt_g), (twin.opt_d, opt_d)):
+        for group, other in zip(own.param_groups, theirs.param_groups, strict=True):
+            for parameter, source in zip(group["params"], other["params"], strict=True):
+                own.state[parameter] = {key: value.clone() for key, value in theirs.state[source].items()}
+    checkpoints.save(tmp_path / "raystar.pt", checkpoints.snapshot(twin, 1, {}))
+
+    ends = []
+    for name in ("latest.pt", "raystar.pt"):
+        trainer = Trainer(CONFIG, bank, checkpoint=checkpoints.load(tmp_path / name), source=name)
+        (progress,) = trainer.run()
+        assert progress.epoch == 2
+        for optimizer in (trainer.state.opt_g, trainer.state.opt_d):
+            for group in optimizer.param_groups:
+                assert (group["fused"], group["foreach"]) == (True, None)
+            assert {int(moments["step"]) for moments in optimizer.state.values()} == {2 + 4}
+        ends.append(progress.checkpoint | {"metrics": {k: progress.metrics[f"train/{k}"] for k in LOGGED}})
+    assert_equal(*ends)
+    assert capsys.readouterr().err == ""
+
+
+def test_the_configurations_learning_rates_count(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    users_file(tmp_path / "latest.pt")
+    config = tiny_config("unused", training__lr_mapping=0.25, training__weight_decay=0.5)
+    state = TrainState.create(config, "cpu")
+    checkpoints.restore(state, checkpoints.load(tmp_path / "latest.pt"), "runs/x/latest.pt")
+    assert [group["lr"] for group in state.opt_g.param_groups] == [1e-4, 0.25]
+    assert {group["weight_decay"] for group in (*state.opt_g.param_groups, *state.opt_d.param_groups)} == {0.5}
+    (note,) = capsys.readouterr().err.splitlines()
+    for words in ("note: runs/x/latest.pt: ", "lr 1e-06 there, 0.25 now", "weight_decay 0.0001 there, 0.5 now"):
+        assert words in note
+    before = state.nets.F.unshared[0].weight.detach().clone()
+    train_step(state, make_batch(1), epoch=1, step=1)
+    assert (state.nets.F.unshared[0].weight - before).abs().max() > 0.1  # AdamW's step is about its rate
+
+
+def _regrouped(checkpoint: dict[str, Any], nets: Nets, groups: list[list[torch.Tensor]], optimizer: Any = None) -> None:
+    made = (optimizer or plain_adamw)([{"params": group} for group in groups], lr=1e-4)
+    for group in groups:
+        for parameter in group:
+            parameter.grad = torch.ones_like(parameter)
+    made.step()
+    checkpoint["opt_g"] = made.state_dict()
+
+
+def _sgd(groups: Any, lr: float) -> torch.optim.SGD:
+    return torch.optim.SGD(groups, lr=lr, momentum=0.9)
+
+
+@pytest.mark.parametrize(
+    ("arrange", "optimizer", "words"),
+    [
+        (lambda g, f, e: [g, e, f], None, "its groups have 20, 12, 10 parameters, expected 32, 10"),
+        (lambda g, f, e: [g + e + f], None, "its groups have 42 parameters, expected 32, 10"),
+        (lambda g, f, e: [e + g, f], None, r"another order: exp_avg of number 0 is \[64, 4, 3, 3\], expected \[8, 4"),
+        (lambda g, f, e: [g + e, f], _sgd, "expected step, exp_avg, exp_avg_sq of AdamW, found momentum_buffer"),
+    ],
+    ids=["three groups", "one group", "E before G", "SGD"],
+)
+def test_an_optimiser_of_another_order_is_refused(
+    tmp_path: Path, arrange: Callable[..., Any], optimizer: Any, words: str
+) -> None:
+    nets, _, _ = users_file(tmp_path / "latest.pt")
+    checkpoint = checkpoints.load(tmp_path / "latest.pt")
+    _regrouped(checkpoint, nets, arrange(*(list(net.parameters()) for net in (nets.G, nets.F, nets.E))), optimizer)
+    message = restoring(checkpoint)
+    assert "optimiser opt_g cannot be restored" in message
+    assert re.search(words, message), message
+    assert message.endswith("checkpoint.init_from starts from its networks alone")
+
+
+@pytest.mark.slow
+def test_the_command_line_goes_on_from_a_users_checkpoint(tmp_path: Path) -> None:
+    config = tiny_config(write_latents(tmp_path / "latents"), visualization__every_epochs=0)
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    folder = tmp_path / "runs" / "X"
+    folder.mkdir(parents=True)
+    users_file(folder / "latest.pt", "_orig_mod.")
+    shutil.copy(folder / "latest.pt", tmp_path / "theirs.pt")
+    command = [sys.executable, "-m", "raystar.train", "--config", str(tmp_path / "config.yaml"), "--resume"]
+    done = subprocess.run(
+        [*command, "--name", "X", "--out", str(tmp_path / "runs"), "--epochs", "3", "--set", "loss.r1_interval=2"],
+        cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stderr == ""
+    assert files(folder) == ["epoch_0003.pt", "latest.pt"]
+    config = override(config, {"training.epochs": 3, "loss.r1_interval": 2})
+    trainer = Trainer(
+        config, open_bank(config, tmp_path / "cache"), checkpoint=checkpoints.load(tmp_path / "theirs.pt")
+    )
+    *_, progress = trainer.run()
+    found = checkpoints.load(folder / "latest.pt")
+    for part in (*NAMES, "opt_g", "opt_d"):
+        assert_equal(found[part], progress.checkpoint[part])
+
+
+def test_an_optimiser_that_has_not_stepped_is_restored(tmp_path: Path) -> None:
+    users_file(tmp_path / "latest.pt")
+    checkpoint = checkpoints.load(tmp_path / "latest.pt")
+    checkpoint["opt_d"]["state"] = {}
+    state = TrainState.create(CONFIG, "cpu")
+    checkpoints.restore(state, checkpoint, "latest.pt")
+    assert not state.opt_d.state
+    assert state.opt_g.state
 
 
 # -- the newest that is whole ----------------------------------------------------------------------

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import pickle
 import re
+import resource
 import shutil
+import subprocess
+import sys
+import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -20,11 +23,12 @@ from numpy.typing import NDArray
 from safetensors.numpy import save_file
 from safetensors.torch import save_file as save_torch_file
 
+from raystar import dataset
 from raystar.config import Config, override
 from raystar.dataset import DEMO_ROOT, Bank, LatentDataset, open_bank
 from raystar.demo import DOMAINS as DEMO_DOMAINS
 from raystar.errors import RaystarError
-from tests.support import SHARED, needs_shared, tiny_config, write_latents
+from tests.support import ROOT, SHARED, needs_shared, tiny_config, write_latents
 
 CPU = torch.device("cpu")
 AB = ("a", "b")
@@ -202,19 +206,146 @@ def test_bad_files_leave_nothing_in_the_cache(tmp_path: Path) -> None:
     assert cached(cache) == []
 
 
-def test_a_full_disk_leaves_no_half_written_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("limit", [50, 3000])
+def test_a_full_disk_leaves_no_half_written_file(tmp_path: Path, limit: int) -> None:
+    """A limit on the size of files stands for the disk: the write that does not fit fails in the same way."""
     root, cache = write_latents(tmp_path / "data", AB, count=4), tmp_path / "cache"
-
-    def full(path: Path, array: NDArray[Any]) -> None:
-        Path(path).write_bytes(array.tobytes()[:100])
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    with monkeypatch.context() as patched:
-        patched.setattr(np, "save", full)
-        with pytest.raises((OSError, RaystarError), match="No space left"):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
             open_bank(tiny_config(root, AB), cache)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert cached(cache) == []
     assert len(open_bank(tiny_config(root, AB), cache).names) == 8
+
+
+def test_what_a_killed_process_left_is_removed_and_what_another_writes_is_not(tmp_path: Path) -> None:
+    root, cache = write_latents(tmp_path / "data", AB, count=4), tmp_path / "cache"
+    cache.mkdir()
+    for name, age in ((".latents-7-dead.npy", 2 * 3600), (".latents-8-live.npy", 10), ("ruler.pt", 2 * 3600)):
+        (cache / name).write_bytes(b"half")
+        os.utime(cache / name, (time.time() - age, time.time() - age))
+    open_bank(tiny_config(root, AB), cache)
+    assert {".latents-8-live.npy", "ruler.pt"} == {name for name in cached(cache) if not name.startswith("latents-")}
+
+
+OPEN_AT_ONCE = """
+import sys, time, torch
+from pathlib import Path
+from raystar.config import from_mapping
+from raystar.dataset import open_bank
+config = from_mapping({"data": {"data_root": sys.argv[1], "domains": ["a", "b"]}}, "test")
+Path(sys.argv[3]).touch()
+while not Path(sys.argv[4]).exists():
+    time.sleep(0.001)
+bank = open_bank(config, sys.argv[2])
+print(bank.digest, float(bank.latents.double().sum()))
+"""
+
+
+def test_two_processes_that_open_at_once_both_get_the_bank(tmp_path: Path) -> None:
+    root, cache, go = write_latents(tmp_path / "data", AB, count=300), tmp_path / "cache", tmp_path / "go"
+    ready = [tmp_path / f"ready{i}" for i in range(2)]
+    command = [sys.executable, "-c", OPEN_AT_ONCE, str(root), str(cache)]
+    both = [
+        subprocess.Popen([*command, str(path), str(go)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        for path in ready
+    ]
+    deadline = time.monotonic() + 60
+    while not all(path.exists() for path in ready) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    go.touch()
+    said = [process.communicate(timeout=60) for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+    wanted = open_bank(tiny_config(root, AB, data__holdout=0.1), cache)
+    digest = f"{wanted.digest} {float(wanted.latents.double().sum())}"
+    assert [out.decode().strip() for out, _ in said] == [digest, digest]
+    assert_whole(cache, 1)
+
+
+def _rewritten(path: Path, stat: os.stat_result) -> None:
+    np.save(path, -np.load(path))
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
+
+
+def _resized(path: Path, stat: os.stat_result) -> None:
+    np.save(path, np.load(path).astype(np.float32))
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+
+def _relinked(path: Path, stat: os.stat_result) -> None:
+    np.save(path.with_name("elsewhere"), -np.load(path))
+    path.unlink()
+    path.symlink_to(path.with_name("elsewhere.npy"))
+
+
+CHANGES: dict[str, Callable[[Path, os.stat_result], object]] = {
+    "added": lambda path, stat: shutil.copy2(path, path.with_name("added.npy")),
+    "removed": lambda path, stat: path.unlink(),
+    "renamed": lambda path, stat: path.rename(path.with_name("renamed.npy")),
+    "rewritten": _rewritten,
+    "resized, with its old time": _resized,
+    "replaced by a link": _relinked,
+}
+
+
+@pytest.mark.parametrize("system", ["statx", "other"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_every_change_of_a_file_is_noticed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str, system: str
+) -> None:
+    if system == "other":
+        monkeypatch.setattr(dataset, "_statx", lambda: None)
+    elif dataset._statx() is None:
+        pytest.skip("this system has no statx")
+    root, cache = write_latents(tmp_path / "data", AB, count=4), tmp_path / "cache"
+    config = tiny_config(root, AB)
+    before = open_bank(config, cache)
+    path = root / "b" / "picture02x.npy"
+    CHANGES[change](path, path.stat())
+    after = open_bank(config, cache)
+    assert_whole(cache, 2)
+    now = {f"{p.parent.name}/{p.name}": torch.from_numpy(np.load(p)).float() for p in root.glob("*/*.npy")}
+    assert set(after.names) == set(now)
+    assert all(torch.equal(stored(after, name), latent) for name, latent in now.items())
+    assert open_bank(config, cache).digest == after.digest
+    assert after.digest != before.digest
+
+
+def test_both_ways_of_asking_for_size_and_time_agree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if dataset._statx() is None:
+        pytest.skip("this system has no statx")
+    names = [os.fsencode(name) for name in ("one", "tw\u00f6", "dangling", "gone", "link", "old")]
+    for number, name in enumerate(("one", "tw\u00f6", "old")):
+        (tmp_path / name).write_bytes(b"x" * (number + 1))
+    os.utime(tmp_path / "old", ns=(0, -1_500_000_000))  # before 1970
+    (tmp_path / "dangling").symlink_to("nowhere")
+    (tmp_path / "link").symlink_to("one")
+    fast = dataset._stats(tmp_path, names)
+    monkeypatch.setattr(dataset, "_statx", lambda: None)
+    assert dataset._stats(tmp_path, names).tolist() == fast.tolist()
+    one = (tmp_path / "one").stat()
+    assert fast[0].tolist() == fast[4].tolist() == [1, *divmod(one.st_mtime_ns, 10**9)]
+    assert fast[3].tolist() == [-1, -1, -1]
+    assert fast[5].tolist() == [3, -2, 500_000_000]
+
+
+def test_one_late_float32_widens_the_bank(tmp_path: Path) -> None:
+    root = write_latents(tmp_path / "data", AB, count=4)
+    fine = latent(5) / 3  # fp16 cannot hold it
+    np.save(root / "b" / "z.npy", fine)
+    bank = open_bank(tiny_config(root, AB), tmp_path / "cache")
+    assert bank.latents.dtype == torch.float32
+    assert torch.equal(stored(bank, "b/z.npy"), torch.from_numpy(fine))
+    for name in bank.names[:-1]:
+        assert torch.equal(stored(bank, name), torch.from_numpy(np.load(root / name)).float())
+    assert_whole(tmp_path / "cache", 1)
+    np.save(root / "a" / "a first one of float32.npy", latent(6))
+    again = open_bank(tiny_config(root, AB), tmp_path / "cache")
+    assert again.latents.dtype == torch.float32
+    assert torch.equal(again.latents[1:], bank.latents)
 
 
 def test_writing_to_a_bank_never_reaches_the_cache(tmp_path: Path) -> None:
