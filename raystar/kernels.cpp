@@ -57,7 +57,10 @@ constexpr int kPanel = 64;      // outputs multiplied at once: four registers
 constexpr int kRows = 6;        // rows multiplied at once: 6 x 4 of the 32 registers hold sums
 constexpr int kGradRows = 8;    // the same for weight gradients, where rows come in groups of 32
 constexpr i64 kAlign = 64;    // bytes of a cache line
+// Put between positions: 16 lines that are a power of two apart would fall into one set of the level-1 cache.
+constexpr i64 kGap = kAlign;
 
+constexpr i64 kAhead = 16;  // pixels fetched before their turn
 constexpr i64 kForwardTiles = 48;            // tiles of a block, at most
 constexpr i64 kForwardBytes = 400 << 10;     // of V of a block
 constexpr i64 kGradTiles = 128;              // the same for weight gradients, where two factors share the cache
@@ -326,26 +329,34 @@ inline i64 round_up(i64 value, i64 unit) { return (value + unit - 1) / unit * un
 inline i64 share(i64 units, i64 worker, i64 workers) { return units * worker / workers; }
 
 struct ForwardPlan {
-  i64 tiles, v_bytes, m_bytes, u_bytes;
+  i64 tiles;                   // of a block
+  i64 v_position, m_position;  // elements from one position to the next
+  i64 v_bytes, m_bytes, u_bytes;
 
   ForwardPlan(i64 in, i64 out) {
     tiles = std::clamp(kForwardBytes / (kPositions * in * i64{sizeof(bf16)}) / kRows * kRows, i64{kRows},
                        kForwardTiles);
-    v_bytes = kPositions * tiles * in * i64{sizeof(bf16)};
-    m_bytes = kPositions * tiles * kPanel * i64{sizeof(float)};
+    v_position = tiles * in + kGap / i64{sizeof(bf16)};
+    m_position = tiles * kPanel + kGap / i64{sizeof(float)};
+    v_bytes = kPositions * v_position * i64{sizeof(bf16)};
+    m_bytes = kPositions * m_position * i64{sizeof(float)};
     u_bytes = kPositions * in * out * i64{sizeof(bf16)};
   }
   i64 bytes(i64 workers) const { return u_bytes + workers * (v_bytes + m_bytes); }
 };
 
 struct GradPlan {
-  i64 tiles, v_bytes, m_bytes, u_bytes, bias_bytes;
+  i64 tiles;                   // of a block
+  i64 v_position, m_position;  // elements from one position to the next; of M within a panel of kPanel
+  i64 v_bytes, m_bytes, u_bytes, bias_bytes;
 
   GradPlan(i64 in, i64 out) {
     const i64 each = kPositions * (in + out) * i64{sizeof(bf16)};
     tiles = std::clamp(kGradBytes / each / 2 * 2, i64{kGradTiles / 2}, kGradTiles);
-    v_bytes = kPositions * tiles * in * i64{sizeof(bf16)};
-    m_bytes = kPositions * tiles * out * i64{sizeof(bf16)};
+    v_position = tiles * in + kGap / i64{sizeof(bf16)};
+    m_position = tiles * kPanel + kGap / i64{sizeof(bf16)};
+    v_bytes = kPositions * v_position * i64{sizeof(bf16)};
+    m_bytes = kPositions * m_position * round_up(out, kPanel) / kPanel * i64{sizeof(bf16)};
     u_bytes = kPositions * in * out * i64{sizeof(float)};
     bias_bytes = round_up(out * i64{sizeof(float)}, kAlign);
   }
@@ -392,14 +403,14 @@ struct Square {
   }
 };
 
-void transform_output(const float* m, i64 tiles, i64 width, const float* bias, const bf16* residual, bf16* y,
+void transform_output(const float* m, i64 position_stride, i64 width, const float* bias, const bf16* residual, bf16* y,
                       const Image& image, i64 first, i64 count, i64 from) {
   for (i64 c = 0; c < width; c += kGroup) {
     const __m512 bias0 = bias ? _mm512_loadu_ps(bias + from + c) : _mm512_setzero_ps();
     const __m512 bias1 = bias ? _mm512_loadu_ps(bias + from + c + kLanes) : _mm512_setzero_ps();
     for (i64 i = 0; i < count; ++i) {
-      const Square lower(m + i * width + c, tiles * width, bias0);
-      const Square upper(m + i * width + c + kLanes, tiles * width, bias1);
+      const Square lower(m + i * width + c, position_stride, bias0);
+      const Square upper(m + i * width + c + kLanes, position_stride, bias1);
       const Tile tile(image, first + i);
       for (int r = 0; r < 2; ++r)
         for (int s = 0; s < 2; ++s) {
@@ -459,11 +470,18 @@ class Shuffle {
   __m512i even_, odd_, lower_, upper_, halves_;
 };
 
+// Lines that lie `channels` apart are too far for the processor's own prefetcher.
+inline void prefetch(const bf16* at) { _mm_prefetch(reinterpret_cast<const char*>(at), _MM_HINT_T0); }
+
 inline Channels all(float value) { return {_mm512_set1_ps(value), _mm512_set1_ps(value)}; }
+
+inline Channels larger(Channels a, Channels b) {
+  return {_mm512_maskz_max_ps(0xffff, a.even, b.even), _mm512_maskz_max_ps(0xffff, a.odd, b.odd)};
+}
 
 inline Channels leaky(Channels z, Channels slope) {
   const Channels low = z * slope;
-  return {_mm512_max_ps(z.even, low.even), _mm512_max_ps(z.odd, low.odd)};
+  return larger(z, low);
 }
 
 // What comes back through the leaky unit: `gradient` where z > 0, slope * gradient elsewhere.
@@ -515,20 +533,20 @@ void raystar_conv3x3(const bf16* x, const float* weights, const float* bias, con
       const i64 first = block * plan.tiles, count = std::min(plan.tiles, tiles - first);
       for (i64 c = 0; c < in; c += kGroup)
         transform_input(x, input, first, count, c, [=](i64 tile, int position, __m512i value) {
-          _mm512_store_si512(v + (position * plan.tiles + tile) * in + c, value);
+          _mm512_store_si512(v + position * plan.v_position + tile * in + c, value);
         });
       for (i64 from = 0; from < out; from += kPanel) {
         const i64 panel_width = std::min<i64>(kPanel, out - from);
         for (i64 p = 0; p < kPositions; ++p) {
-          const bf16* const a = v + p * plan.tiles * in;
+          const bf16* const a = v + p * plan.v_position;
           const bf16* const b = u + (from * kPositions + p * panel_width) * in;
-          float* const c = m + p * plan.tiles * panel_width;
+          float* const c = m + p * plan.m_position;
           if (panel_width == kPanel)
             multiply_rows<kRows, 4>(a, in, 2, b, 2 * panel_width, in / 2, c, panel_width, count, false);
           else
             multiply_rows<kRows, 2>(a, in, 2, b, 2 * panel_width, in / 2, c, panel_width, count, false);
         }
-        transform_output(m, plan.tiles, panel_width, bias, residual, y, output, first, count, from);
+        transform_output(m, plan.m_position, panel_width, bias, residual, y, output, first, count, from);
       }
     }
   }
@@ -557,14 +575,14 @@ void raystar_conv3x3_weight_grad(const bf16* x, const bf16* dy, float* dweights,
       const i64 first = block * plan.tiles, count = std::min(plan.tiles, tiles - first);
       const i64 pairs = (count + 1) / 2;
       for (i64 c = 0; c < in; c += kGroup) {
-        Pairs to(v + c * 2 * pairs, 2 * pairs * in, 2 * kGroup);
+        Pairs to(v + c * 2 * pairs, plan.v_position, 2 * kGroup);
         transform_input(x, input, first, count, c,
                         [&](i64 tile, int position, __m512i value) { to.put(tile, position, value); });
         to.finish(count);
       }
       for (i64 c = 0; c < out; c += kGroup) {
         const i64 from = c / kPanel * kPanel, panel_width = std::min<i64>(kPanel, out - from);
-        Pairs to(m + from * 2 * pairs * kPositions + (c - from) * 2, 2 * pairs * panel_width, 2 * panel_width);
+        Pairs to(m + from / kPanel * kPositions * plan.m_position + (c - from) * 2, plan.m_position, 2 * panel_width);
         const Channels total =
             transform_gradient(dy, output, first, count, c,
                                [&](i64 tile, int position, __m512i value) { to.put(tile, position, value); });
@@ -580,9 +598,9 @@ void raystar_conv3x3_weight_grad(const bf16* x, const bf16* dy, float* dweights,
       for (i64 p = 0; p < kPositions; ++p)
         for (i64 from = 0; from < out; from += kPanel) {
           const i64 panel_width = std::min<i64>(kPanel, out - from);
-          const bf16* const b = m + (from * kPositions + p * panel_width) * 2 * pairs;
+          const bf16* const b = m + (from / kPanel * kPositions + p) * plan.m_position;
           for (i64 c = 0; c < in; c += kGroup) {
-            const bf16* const a = v + (p * in + c) * 2 * pairs;
+            const bf16* const a = v + p * plan.v_position + c * 2 * pairs;
             float* const to = sums + (p * in + c) * out + from;
             if (panel_width == kPanel)
               multiply_rows<4, 4>(a, 2, 2 * kGroup, b, 2 * panel_width, pairs, to, out, kGroup, true);
@@ -618,7 +636,7 @@ void raystar_conv3x3_weight_grad(const bf16* x, const bf16* dy, float* dweights,
 // pixels of each sample and channel; scale, shift, mean and rstd = 1 / sqrt(var + eps) are [B,C].
 void raystar_norm_leaky(const bf16* x, const float* scale, const float* shift, bf16* y, float* mean, float* rstd,
                         i64 batch, i64 pixels, i64 channels, float eps, float slope, int workers) {
-  const i64 groups = channels / kGroup, units = batch * groups;
+  const i64 groups = channels / kGroup, units = batch * groups, ahead = kAhead * channels;
 #pragma omp parallel num_threads(workers)
   {
     const i64 worker = omp_get_thread_num(), team = omp_get_num_threads();
@@ -630,19 +648,21 @@ void raystar_norm_leaky(const bf16* x, const float* scale, const float* shift, b
       const Channels origin = load(x + start), count = all(1.0f / static_cast<float>(pixels));
       Channels sum = all(0), squares = all(0);
       for (i64 i = start; i < end; i += channels) {
+        prefetch(x + i + ahead);
         const Channels d = load(x + i) - origin;
         sum = sum + d;
         squares = squares + d * d;
       }
       const Channels offset = sum * count, centre = origin + offset;
       const Channels variance = squares * count - offset * offset;
-      const Channels floor = {_mm512_max_ps(variance.even, _mm512_setzero_ps()),
-                              _mm512_max_ps(variance.odd, _mm512_setzero_ps())};
-      const Channels inverse = inverse_root(floor + all(eps));
+      const Channels inverse = inverse_root(larger(variance, all(0)) + all(eps));
       shuffle.join(centre, mean + at);
       shuffle.join(inverse, rstd + at);
       const Channels a = shuffle.split(scale + at) * inverse, c = shuffle.split(shift + at) - centre * a;
-      for (i64 i = start; i < end; i += channels) shuffle.join(leaky(load(x + i) * a + c, all(slope)), y + i);
+      for (i64 i = start; i < end; i += channels) {
+        prefetch(x + i + ahead);
+        shuffle.join(leaky(load(x + i) * a + c, all(slope)), y + i);
+      }
     }
   }
 }
@@ -651,7 +671,7 @@ void raystar_norm_leaky(const bf16* x, const float* scale, const float* shift, b
 void raystar_norm_leaky_backward(const bf16* x, const bf16* dy, const float* scale, const float* shift,
                                  const float* mean, const float* rstd, bf16* dx, float* dscale, float* dshift,
                                  i64 batch, i64 pixels, i64 channels, float slope, int workers) {
-  const i64 groups = channels / kGroup, units = batch * groups;
+  const i64 groups = channels / kGroup, units = batch * groups, ahead = kAhead * channels;
 #pragma omp parallel num_threads(workers)
   {
     const i64 worker = omp_get_thread_num(), team = omp_get_num_threads();
@@ -663,6 +683,8 @@ void raystar_norm_leaky_backward(const bf16* x, const bf16* dy, const float* sca
       const Channels a = shuffle.split(scale + at) * inverse, c = shuffle.split(shift + at) - centre * a;
       Channels sum = all(0), product = all(0);  // of dz, and of dz (x - mean)
       for (i64 i = start; i < end; i += channels) {
+        prefetch(x + i + ahead);
+        prefetch(dy + i + ahead);
         const Channels value = load(x + i), dz = leaky_backward(value * a + c, load(dy + i), all(slope));
         sum = sum + dz;
         product = product + dz * (value - centre);
@@ -673,6 +695,8 @@ void raystar_norm_leaky_backward(const bf16* x, const bf16* dy, const float* sca
       const Channels count = all(1.0f / static_cast<float>(pixels));
       const Channels k = all(0) - a * inverse * inverse * product * count, l = all(0) - a * sum * count - centre * k;
       for (i64 i = start; i < end; i += channels) {
+        prefetch(x + i + ahead);
+        prefetch(dy + i + ahead);
         const Channels value = load(x + i), dz = leaky_backward(value * a + c, load(dy + i), all(slope));
         shuffle.join(a * dz + value * k + l, dx + i);
       }
