@@ -54,12 +54,13 @@ constexpr int kLanes = 16;      // floats in a register
 constexpr int kGroup = 32;      // bfloat16 in a register
 constexpr int kPositions = 16;  // of a 4x4 tile
 constexpr int kPanel = 64;      // outputs multiplied at once: four registers
-constexpr int kRows = 6;        // rows multiplied at once: 6 x 4 of the 32 registers hold sums
-constexpr int kGradRows = 8;    // the same for weight gradients, where rows come in groups of 32
+constexpr int kWideRows = 4;    // rows multiplied at once by a whole panel: 4 x 4 of the 32 registers hold sums,
+constexpr int kSlimRows = 8;    // and by half a panel: 8 x 2
 constexpr i64 kAlign = 64;    // bytes of a cache line
 // Put between positions: 16 lines that are a power of two apart would fall into one set of the level-1 cache.
 constexpr i64 kGap = kAlign;
 
+constexpr i64 kChunk = 8;  // tiles multiplied and transformed back at once
 constexpr i64 kAhead = 16;  // pixels fetched before their turn
 constexpr i64 kForwardTiles = 48;            // tiles of a block, at most
 constexpr i64 kForwardBytes = 400 << 10;     // of V of a block
@@ -160,6 +161,14 @@ struct Tile {  // number in [batch, tile row, tile column], and where that is
       : b(number / image.tile_columns() / image.tile_rows()),
         row(number / image.tile_columns() % image.tile_rows()),
         column(number % image.tile_columns()) {}
+
+  void advance(const Image& image) {
+    if (++column < image.tile_columns()) return;
+    column = 0;
+    if (++row < image.tile_rows()) return;
+    row = 0;
+    ++b;
+  }
 };
 
 // B^T applied to one column of 4 inputs.
@@ -221,8 +230,8 @@ template <class Emit>
 inline Channels transform_gradient(const bf16* data, const Image& image, i64 first, i64 count, i64 channel,
                                    Emit emit) {
   Channels total = load(kZeros);
-  for (i64 i = 0; i < count; ++i) {
-    const Tile tile(image, first + i);
+  Tile tile(image, first);
+  for (i64 i = 0; i < count; ++i, tile.advance(image)) {
     const bf16* at = data + image.at(tile.b, 2 * tile.row, 2 * tile.column) + channel;
     const i64 below = image.width * image.channels;
     const Channels y00 = load(at), y01 = load(at + image.channels);
@@ -334,7 +343,7 @@ struct ForwardPlan {
   i64 v_bytes, m_bytes, u_bytes;
 
   ForwardPlan(i64 in, i64 out) {
-    tiles = std::clamp(kForwardBytes / (kPositions * in * i64{sizeof(bf16)}) / kRows * kRows, i64{kRows},
+    tiles = std::clamp(kForwardBytes / (kPositions * in * i64{sizeof(bf16)}) / kChunk * kChunk, kChunk,
                        kForwardTiles);
     v_position = tiles * in + kGap / i64{sizeof(bf16)};
     m_position = tiles * kPanel + kGap / i64{sizeof(float)};
@@ -403,24 +412,29 @@ struct Square {
   }
 };
 
+// 16 bfloat16 as float32, in their own order.
+inline __m512 widen(const bf16* from) {
+  const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+  return reinterpret_cast<__m512>(reinterpret_cast<Words>(_mm512_maskz_cvtepu16_epi32(0xffff, bits)) << 16);
+}
+
+// Outputs [from, from + width) of `count` tiles, from m [position][tile][width].
 void transform_output(const float* m, i64 position_stride, i64 width, const float* bias, const bf16* residual, bf16* y,
                       const Image& image, i64 first, i64 count, i64 from) {
+  const i64 below = image.width * image.channels;
   for (i64 c = 0; c < width; c += kGroup) {
     const __m512 bias0 = bias ? _mm512_loadu_ps(bias + from + c) : _mm512_setzero_ps();
     const __m512 bias1 = bias ? _mm512_loadu_ps(bias + from + c + kLanes) : _mm512_setzero_ps();
     for (i64 i = 0; i < count; ++i) {
+      const Tile tile(image, first + i);
+      const i64 corner = image.at(tile.b, 2 * tile.row, 2 * tile.column) + from + c;
       const Square lower(m + i * width + c, position_stride, bias0);
       const Square upper(m + i * width + c + kLanes, position_stride, bias1);
-      const Tile tile(image, first + i);
       for (int r = 0; r < 2; ++r)
         for (int s = 0; s < 2; ++s) {
-          const i64 at = image.at(tile.b, 2 * tile.row + r, 2 * tile.column + s) + from + c;
+          const i64 at = corner + r * below + s * image.channels;
           __m512 y0 = lower.y[r][s], y1 = upper.y[r][s];
           if (residual) {
-            const auto widen = [](const bf16* half) {
-              const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(half));
-              return reinterpret_cast<__m512>(reinterpret_cast<Words>(_mm512_maskz_cvtepu16_epi32(0xffff, bits)) << 16);
-            };
             y0 += widen(residual + at);
             y1 += widen(residual + at + kLanes);
           }
@@ -537,16 +551,19 @@ void raystar_conv3x3(const bf16* x, const float* weights, const float* bias, con
         });
       for (i64 from = 0; from < out; from += kPanel) {
         const i64 panel_width = std::min<i64>(kPanel, out - from);
-        for (i64 p = 0; p < kPositions; ++p) {
-          const bf16* const a = v + p * plan.v_position;
-          const bf16* const b = u + (from * kPositions + p * panel_width) * in;
-          float* const c = m + p * plan.m_position;
-          if (panel_width == kPanel)
-            multiply_rows<kRows, 4>(a, in, 2, b, 2 * panel_width, in / 2, c, panel_width, count, false);
-          else
-            multiply_rows<kRows, 2>(a, in, 2, b, 2 * panel_width, in / 2, c, panel_width, count, false);
+        for (i64 done = 0; done < count; done += kChunk) {
+          const i64 rows = std::min(kChunk, count - done);
+          for (i64 p = 0; p < kPositions; ++p) {
+            const bf16* const a = v + p * plan.v_position + done * in;
+            const bf16* const b = u + (from * kPositions + p * panel_width) * in;
+            float* const c = m + p * plan.m_position;
+            if (panel_width == kPanel)
+              multiply_rows<kWideRows, 4>(a, in, 2, b, 2 * panel_width, in / 2, c, panel_width, rows, false);
+            else
+              multiply_rows<kSlimRows, 2>(a, in, 2, b, 2 * panel_width, in / 2, c, panel_width, rows, false);
+          }
+          transform_output(m, plan.m_position, panel_width, bias, residual, y, output, first + done, rows, from);
         }
-        transform_output(m, plan.m_position, panel_width, bias, residual, y, output, first, count, from);
       }
     }
   }
@@ -603,9 +620,9 @@ void raystar_conv3x3_weight_grad(const bf16* x, const bf16* dy, float* dweights,
             const bf16* const a = v + p * plan.v_position + c * 2 * pairs;
             float* const to = sums + (p * in + c) * out + from;
             if (panel_width == kPanel)
-              multiply_rows<4, 4>(a, 2, 2 * kGroup, b, 2 * panel_width, pairs, to, out, kGroup, true);
+              multiply_rows<kWideRows, 4>(a, 2, 2 * kGroup, b, 2 * panel_width, pairs, to, out, kGroup, true);
             else
-              multiply_rows<kGradRows, 2>(a, 2, 2 * kGroup, b, 2 * panel_width, pairs, to, out, kGroup, true);
+              multiply_rows<kSlimRows, 2>(a, 2, 2 * kGroup, b, 2 * panel_width, pairs, to, out, kGroup, true);
           }
         }
     }
