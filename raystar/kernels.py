@@ -220,6 +220,15 @@ def norm_leaky(x: Tensor, scale: Tensor, shift: Tensor, eps: float, slope: float
     return _norm_leaky(x.to(torch.bfloat16), scale, shift, eps, slope)[0]
 
 
+def leaky(x: Tensor, slope: float) -> Tensor:
+    """`leaky_relu(x, slope)`, PyTorch's own, but left whole by torch.compile.
+
+    Inductor's code for bfloat16 on a CPU keeps a mask for the backward pass, one byte at a time: it takes seven
+    times as long as PyTorch's kernel. Differentiable once.
+    """
+    return _leaky(x, slope)
+
+
 def _empty(x: Tensor, channels: int) -> Tensor:
     B, _, H, W = x.shape
     return torch.empty(
@@ -365,3 +374,37 @@ def _norm_leaky_backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | N
 
 
 _norm_leaky.register_autograd(_norm_leaky_backward, setup_context=_norm_leaky_save)
+
+
+@torch.library.custom_op("raystar::leaky", mutates_args=(), device_types="cpu")
+def _leaky(x: Tensor, slope: float) -> Tensor:
+    return torch.nn.functional.leaky_relu(x, slope)
+
+
+@_leaky.register_fake
+def _(x: Tensor, slope: float) -> Tensor:
+    return torch.empty_like(x)
+
+
+@torch.library.custom_op("raystar::leaky_backward", mutates_args=(), device_types="cpu")
+def _leaky_grad(grad: Tensor, y: Tensor, slope: float) -> Tensor:
+    return torch.ops.aten.leaky_relu_backward(grad, y, slope, True)
+
+
+@_leaky_grad.register_fake
+def _(grad: Tensor, y: Tensor, slope: float) -> Tensor:
+    return torch.empty_like(y)
+
+
+def _leaky_save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    # The sign of y is that of x, and the next layer keeps y anyway.
+    ctx.save_for_backward(output)
+    ctx.slope = inputs[1]
+
+
+def _leaky_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    (y,) = ctx.saved_tensors
+    return _leaky_grad(grad, y, ctx.slope), None
+
+
+_leaky.register_autograd(_leaky_backward, setup_context=_leaky_save)

@@ -25,7 +25,14 @@ def _conv(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:
 
 
 def _leaky() -> nn.LeakyReLU:
-    return nn.LeakyReLU(LEAK)
+    return Leaky(LEAK)
+
+
+class Leaky(nn.LeakyReLU):
+    """LeakyReLU; where the native kernels serve, as one piece under torch.compile."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return kernels.leaky(x, self.negative_slope) if kernels.serves(x) else super().forward(x)
 
 
 class Conv3x3(nn.Conv2d):
