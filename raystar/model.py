@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from raystar import kernels
 from raystar.config import ModelConfig
 from raystar.errors import RaystarError
 
@@ -24,11 +25,46 @@ def _conv(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:
 
 
 def _leaky() -> nn.LeakyReLU:
-    return nn.LeakyReLU(LEAK)
+    return Leaky(LEAK)
 
 
-class AdaIN(nn.Module):
-    """`(1 + gamma) * instance_norm(x) + beta`; `fc` starts at zero, so it starts as plain normalisation."""
+class Leaky(nn.LeakyReLU):
+    """LeakyReLU; where the native kernels serve, as one piece under torch.compile."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return kernels.leaky(x, self.negative_slope) if kernels.serves(x) else super().forward(x)
+
+
+class Conv3x3(nn.Conv2d):
+    """3x3 convolution of stride 1 and padding 1, plus an optional `residual`; by a native kernel where one serves."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs, 3, padding=1)
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        if kernels.serves(x, self.in_channels, self.out_channels):
+            return kernels.conv3x3(x, self.weight, self.bias, residual)
+        y = super().forward(x)
+        return y if residual is None else residual + y
+
+
+class InstanceNormLeaky(nn.InstanceNorm2d):
+    """Instance normalisation with weight and bias, then LeakyReLU; in one native kernel where it serves."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels, eps=NORM_EPS, affine=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if kernels.serves(x, self.num_features):
+            return kernels.norm_leaky(x, self.weight, self.bias, self.eps, LEAK)
+        return functional.leaky_relu(super().forward(x), LEAK)
+
+
+class AdaINLeaky(nn.Module):
+    """AdaIN, `(1 + gamma) * instance_norm(x) + beta`, then LeakyReLU; in one native kernel where it serves.
+
+    `fc` starts at zero, so it starts as plain normalisation.
+    """
 
     def __init__(self, style_dim: int, channels: int) -> None:
         super().__init__()
@@ -37,8 +73,11 @@ class AdaIN(nn.Module):
         nn.init.zeros_(self.fc.bias)
 
     def forward(self, x: Tensor, s: Tensor) -> Tensor:
-        gamma, beta = self.fc(s)[:, :, None, None].chunk(2, dim=1)
-        return (1 + gamma) * functional.instance_norm(x, eps=NORM_EPS) + beta
+        gamma, beta = self.fc(s).chunk(2, dim=1)  # [B,C]
+        if kernels.serves(x, x.shape[1]):
+            return kernels.norm_leaky(x, 1 + gamma.float(), beta, NORM_EPS, LEAK)
+        gamma, beta = gamma[:, :, None, None], beta[:, :, None, None]
+        return functional.leaky_relu((1 + gamma) * functional.instance_norm(x, eps=NORM_EPS) + beta, LEAK)
 
 
 class AdaINResBlock(nn.Module):
@@ -46,14 +85,14 @@ class AdaINResBlock(nn.Module):
 
     def __init__(self, channels: int, style_dim: int) -> None:
         super().__init__()
-        self.adain1 = AdaIN(style_dim, channels)
-        self.conv1 = _conv(channels, channels)
-        self.adain2 = AdaIN(style_dim, channels)
-        self.conv2 = _conv(channels, channels)
+        self.adain1 = AdaINLeaky(style_dim, channels)
+        self.conv1 = Conv3x3(channels, channels)
+        self.adain2 = AdaINLeaky(style_dim, channels)
+        self.conv2 = Conv3x3(channels, channels)
 
     def forward(self, x: Tensor, s: Tensor) -> Tensor:
-        h = self.conv1(functional.leaky_relu(self.adain1(x, s), LEAK))
-        return x + self.conv2(functional.leaky_relu(self.adain2(h, s), LEAK))
+        h = self.conv1(self.adain1(x, s))
+        return self.conv2(self.adain2(h, s), residual=x)
 
 
 class Generator(nn.Module):
@@ -66,17 +105,24 @@ class Generator(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         b, channels = config.base_dim, config.latent_channels
+        self.width = b
+        # The identities stand where checkpoints number the activations.
         self.encoder = nn.Sequential(
-            _conv(channels, b), nn.InstanceNorm2d(b, affine=True), _leaky(),
-            _conv(b, b), nn.InstanceNorm2d(b, affine=True), _leaky(),
+            _conv(channels, b), InstanceNormLeaky(b), nn.Identity(),
+            Conv3x3(b, b), InstanceNormLeaky(b), nn.Identity(),
         )  # fmt: skip
         self.res_blocks = nn.ModuleList(AdaINResBlock(b, config.style_dim) for _ in range(config.n_res_blocks))
-        self.decoder = nn.Sequential(_conv(b, b // 2), _leaky(), _conv(b // 2, channels))
+        self.decoder = nn.Sequential(Conv3x3(b, b // 2), _leaky(), _conv(b // 2, channels))
 
     def forward(self, x: Tensor, s: Tensor) -> Tensor:
+        native = kernels.serves(x, self.width)
+        if native:  # the kernels' layout, from the first convolution on
+            x = x.contiguous(memory_format=torch.channels_last)
         h = self.encoder(x)
         styles_each = s.shape[0] // x.shape[0]
-        if styles_each > 1:
+        if styles_each > 1 and native:
+            h = h.permute(0, 2, 3, 1).repeat(styles_each, 1, 1, 1).permute(0, 3, 1, 2)
+        elif styles_each > 1:
             h = h.repeat(styles_each, 1, 1, 1)
         for block in self.res_blocks:
             h = block(h, s)

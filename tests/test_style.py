@@ -15,9 +15,9 @@ PACKAGE = ROOT / "raystar"
 
 # Imports go downward in this order (design, section 1); a module may import only what stands before it.
 ORDER = [
-    "errors", "config", "dataset", "model", "loss", "distributed", "step", "compile", "parity", "checkpoint", "ruler",
-    "codec", "grid", "trainer", "summary", "table", "tracking", "space", "trial", "export", "plan", "outcome",
-    "sweep", "tune", "train",
+    "errors", "config", "dataset", "kernels", "model", "loss", "distributed", "step", "compile", "parity",
+    "checkpoint", "ruler", "codec", "grid", "trainer", "summary", "table", "tracking", "space", "trial", "export",
+    "plan", "outcome", "sweep", "tune", "train",
 ]  # fmt: skip
 MAY_IMPORT = {"ray": {"trial", "space", "sweep"}, "mlflow": {"tracking"}}
 

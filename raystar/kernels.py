@@ -1,0 +1,410 @@
+"""Native CPU kernels of the generator in bfloat16: 3x3 convolution by Winograd, and normalisation with LeakyReLU.
+
+`kernels.cpp` holds the kernels and explains them. It is compiled once, at first use, into `cache_dir()`; where that
+cannot be (`unavailable` says why), or `RAYSTAR_NATIVE_KERNELS=0` is set, PyTorch's own kernels do the same work.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import fcntl
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+SWITCH = "RAYSTAR_NATIVE_KERNELS"
+"""Environment variable; `0` leaves the work to PyTorch."""
+GROUP = 32
+"""Channels come in multiples of this (`kGroup` in kernels.cpp)."""
+
+_SOURCE = Path(__file__).with_suffix(".cpp")
+_CPU_FLAGS = ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16", "fma")
+_COMPILE = (
+    "-O3", "-std=c++17", "-fPIC", "-fopenmp", "-Wall", "-Wextra",
+    *(f"-m{flag.replace('_', '')}" for flag in _CPU_FLAGS),
+)  # fmt: skip
+# Without -fopenmp: the OpenMP that PyTorch has loaded is found when the library is, and no second one comes in.
+_LINK = ("-shared",)
+_COMPILER_SECONDS = 120
+
+
+class _NotHereError(Exception):
+    """Why the kernels cannot be used."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Building and loading
+
+
+def cache_dir() -> Path:
+    """Folder of compiled kernels: `RAYSTAR_CACHE_DIR`, else `raystar` in `XDG_CACHE_HOME` or `~/.cache`."""
+    if found := os.environ.get("RAYSTAR_CACHE_DIR"):
+        return Path(found)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "raystar"
+
+
+def build(folder: Path, compiler: str) -> Path:
+    """The compiled kernels in `folder`, made there unless they are there already.
+
+    The file's name carries a digest of everything it depends on. Processes that come at once build once.
+
+    Raises:
+        OSError: `folder` cannot be written, or `compiler` cannot be run.
+        subprocess.SubprocessError: `compiler` fails or hangs.
+    """
+    version = _run(compiler, "--version")
+    parts = (_SOURCE.read_text(encoding="utf-8"), version, *_COMPILE, *_LINK, torch.__version__)
+    digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+    library = folder / f"kernels-{digest}.so"
+    if library.exists():
+        return library
+    folder.mkdir(parents=True, exist_ok=True)
+    with _locked(folder / "kernels.lock"), tempfile.TemporaryDirectory(dir=folder) as scratch:
+        if not library.exists():
+            compiled, linked = (str(Path(scratch) / name) for name in ("kernels.o", "kernels.so"))
+            _run(compiler, *_COMPILE, "-c", str(_SOURCE), "-o", compiled)
+            _run(compiler, *_LINK, compiled, "-o", linked)
+            os.replace(linked, library)
+    return library
+
+
+def _run(*command: str) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=_COMPILER_SECONDS)
+    return done.stdout
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _find() -> ctypes.CDLL:
+    if os.environ.get(SWITCH) == "0":
+        raise _NotHereError(f"switched off by {SWITCH}=0")
+    if sys.platform != "linux" or platform.machine() != "x86_64":
+        raise _NotHereError(f"they are for Linux on x86-64, this is {sys.platform} on {platform.machine()}")
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    present = next((line.split() for line in lines if line.startswith("flags")), [])
+    if missing := [flag for flag in _CPU_FLAGS if flag not in present]:
+        raise _NotHereError(f"this processor has no {' '.join(missing)}")
+    names = filter(None, (os.environ.get("CXX"), "c++", "g++", "clang++"))
+    compiler = next(filter(None, map(shutil.which, names)), None)
+    if compiler is None:
+        raise _NotHereError("no C++ compiler (c++, g++, clang++ or CXX)")
+    try:
+        return ctypes.CDLL(str(build(cache_dir(), compiler)))
+    except subprocess.CalledProcessError as error:
+        line = next((line for line in error.stderr.splitlines() if "error" in line), "")
+        raise _NotHereError(f"{compiler} failed: {line.strip()[:200]}") from None
+    except (OSError, subprocess.SubprocessError) as error:
+        raise _NotHereError(f"{type(error).__name__}: {error}") from None
+
+
+@functools.cache
+def _library() -> ctypes.CDLL | str:
+    """The kernels, or why there are none."""
+    try:
+        library = _find()
+        _declare(library)
+    except _NotHereError as reason:
+        return str(reason)
+    # The kernels only save time: nothing that goes wrong with them may stop a run.
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return library
+
+
+def _declare(library: ctypes.CDLL) -> None:
+    """Types of the functions at the end of kernels.cpp."""
+    pointer, size, number, flag = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
+    for name, result, arguments in (
+        ("conv3x3_bytes", size, [size] * 3),
+        ("conv3x3_weight_grad_bytes", size, [size] * 3),
+        ("conv3x3", None, [pointer] * 5 + [size] * 5 + [flag, pointer, flag]),
+        ("conv3x3_weight_grad", None, [pointer] * 4 + [size] * 5 + [pointer, flag]),
+        ("norm_leaky", None, [pointer] * 6 + [size] * 3 + [number] * 2 + [flag]),
+        ("norm_leaky_backward", None, [pointer] * 9 + [size] * 3 + [number, flag]),
+    ):
+        function = getattr(library, f"raystar_{name}")
+        function.restype, function.argtypes = result, arguments
+
+
+def unavailable() -> str | None:
+    """Why the kernels cannot be used in this process; None where they can. Builds them if need be (seconds)."""
+    found = _library()
+    return found if isinstance(found, str) else None
+
+
+@functools.cache
+def _told() -> bool:
+    """Whether the kernels are there; says once why not, unless somebody wanted it so."""
+    reason = unavailable()
+    if reason is not None and os.environ.get(SWITCH) != "0":
+        print(f"note: bf16 on this CPU runs without raystar's native kernels: {reason}", file=sys.stderr)
+    return reason is None
+
+
+# A compiled graph is for one process with one answer, and must not look into the building.
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _available() -> bool:
+    return _told()
+
+
+def serves(x: Tensor, *channels: int) -> bool:
+    """Whether the kernels do the work on activations like `x` [B,*,H,W] of so many `channels`.
+
+    They do so for bfloat16 autocast on the CPU, even H and W, and channels in multiples of `GROUP`.
+    """
+    return (
+        x.device.type == "cpu"
+        and torch.is_autocast_enabled("cpu")
+        and torch.get_autocast_dtype("cpu") == torch.bfloat16
+        and x.dtype in (torch.float32, torch.bfloat16)
+        and all(number % GROUP == 0 for number in channels)
+        and x.shape[0] > 0
+        and x.shape[2] % 2 == 0
+        and x.shape[3] % 2 == 0
+        and _available()
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The operators. Activations are bfloat16; results are channels_last, and arguments are made so where they are not.
+
+
+def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+    """`conv2d(x, weight, bias, padding=1) + residual`, rounded once at the end.
+
+    Args:
+        x: [B,C,H,W]; H and W are even, C and O multiples of `GROUP`.
+        weight: [O,C,3,3] float32.
+        bias: [O] float32.
+        residual: [B,O,H,W].
+
+    Returns:
+        [B,O,H,W] bfloat16, differentiable once.
+    """
+    residual = residual.to(torch.bfloat16) if residual is not None else None
+    return _conv3x3(x.to(torch.bfloat16), weight, bias, residual)
+
+
+def norm_leaky(x: Tensor, scale: Tensor, shift: Tensor, eps: float, slope: float) -> Tensor:
+    """`leaky_relu(scale * instance_norm(x) + shift, slope)`.
+
+    Args:
+        x: [B,C,H,W]; C is a multiple of `GROUP`.
+        scale: [B,C], or [C] for all samples.
+        shift: as `scale`.
+        eps: added to the variance.
+        slope: of the leaky unit, at most 1.
+
+    Returns:
+        [B,C,H,W] bfloat16, differentiable once.
+    """
+    size = x.shape[:2]
+    scale, shift = scale.float().expand(size), shift.float().expand(size)
+    return _norm_leaky(x.to(torch.bfloat16), scale, shift, eps, slope)[0]
+
+
+def leaky(x: Tensor, slope: float) -> Tensor:
+    """`leaky_relu(x, slope)`, PyTorch's own, but left whole by torch.compile.
+
+    Inductor's code for bfloat16 on a CPU keeps a mask for the backward pass, one byte at a time: it takes seven
+    times as long as PyTorch's kernel. Differentiable once.
+    """
+    return _leaky(x, slope)
+
+
+def _empty(x: Tensor, channels: int) -> Tensor:
+    B, _, H, W = x.shape
+    return torch.empty(
+        B, channels, H, W, dtype=torch.bfloat16, device=x.device, memory_format=torch.channels_last
+    )  # fmt: skip
+
+
+def _last(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def _at(tensor: Tensor | None) -> int | None:
+    return tensor.data_ptr() if tensor is not None else None
+
+
+def _call(name: str) -> Any:
+    library = _library()
+    assert not isinstance(library, str), library
+    return getattr(library, f"raystar_{name}")
+
+
+def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, *, backward: bool) -> Tensor:
+    x, weight = _last(x), weight.contiguous()
+    bias = bias.contiguous() if bias is not None else None
+    residual = _last(residual) if residual is not None else None
+    outputs = weight.shape[1 if backward else 0]
+    B, C, H, W = x.shape
+    y, threads = _empty(x, outputs), torch.get_num_threads()
+    work = torch.empty(_call("conv3x3_bytes")(C, outputs, threads), dtype=torch.uint8)
+    _call("conv3x3")(
+        _at(x), _at(weight), _at(bias), _at(residual), _at(y), B, H, W, C, outputs, backward, _at(work), threads
+    )  # fmt: skip
+    return y
+
+
+@torch.library.custom_op("raystar::conv3x3", mutates_args=(), device_types="cpu")
+def _conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+    return _convolve(x, weight, bias, residual, backward=False)
+
+
+@_conv3x3.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+    return _empty(x, weight.shape[0])
+
+
+@torch.library.custom_op("raystar::conv3x3_input_grad", mutates_args=(), device_types="cpu")
+def _conv3x3_input_grad(grad: Tensor, weight: Tensor) -> Tensor:
+    return _convolve(grad, weight, None, None, backward=True)
+
+
+@_conv3x3_input_grad.register_fake
+def _(grad: Tensor, weight: Tensor) -> Tensor:
+    return _empty(grad, weight.shape[1])
+
+
+@torch.library.custom_op("raystar::conv3x3_weight_grad", mutates_args=(), device_types="cpu")
+def _conv3x3_weight_grad(x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    x, grad = _last(x), _last(grad)
+    (B, C, H, W), outputs, threads = x.shape, grad.shape[1], torch.get_num_threads()
+    weight_grad, bias_grad = torch.empty(outputs, C, 3, 3), torch.empty(outputs)
+    work = torch.empty(_call("conv3x3_weight_grad_bytes")(C, outputs, threads), dtype=torch.uint8)
+    _call("conv3x3_weight_grad")(
+        _at(x), _at(grad), _at(weight_grad), _at(bias_grad), B, H, W, C, outputs, _at(work), threads
+    )  # fmt: skip
+    return weight_grad, bias_grad
+
+
+@_conv3x3_weight_grad.register_fake
+def _(x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    outputs = grad.shape[1]
+    return x.new_empty(outputs, x.shape[1], 3, 3, dtype=torch.float32), x.new_empty(outputs, dtype=torch.float32)
+
+
+def _conv3x3_save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, bias, residual = inputs
+    ctx.save_for_backward(x, weight)
+    ctx.has_bias, ctx.has_residual = bias is not None, residual is not None
+
+
+def _conv3x3_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight = ctx.saved_tensors
+    x_grad = weight_grad = bias_grad = None
+    if ctx.needs_input_grad[0]:
+        x_grad = _conv3x3_input_grad(grad, weight)
+    if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
+        weight_grad, bias_grad = _conv3x3_weight_grad(x, grad)
+    return x_grad, weight_grad, bias_grad if ctx.has_bias else None, grad if ctx.has_residual else None
+
+
+_conv3x3.register_autograd(_conv3x3_backward, setup_context=_conv3x3_save)
+
+
+@torch.library.custom_op("raystar::norm_leaky", mutates_args=(), device_types="cpu")
+def _norm_leaky(x: Tensor, scale: Tensor, shift: Tensor, eps: float, slope: float) -> tuple[Tensor, Tensor, Tensor]:
+    x, scale, shift = _last(x), scale.contiguous(), shift.contiguous()
+    B, C, H, W = x.shape
+    y, mean, rstd = _empty(x, C), torch.empty(B, C), torch.empty(B, C)
+    _call("norm_leaky")(
+        _at(x), _at(scale), _at(shift), _at(y), _at(mean), _at(rstd), B, H * W, C, eps, slope, torch.get_num_threads()
+    )  # fmt: skip
+    return y, mean, rstd
+
+
+@_norm_leaky.register_fake
+def _(x: Tensor, scale: Tensor, shift: Tensor, eps: float, slope: float) -> tuple[Tensor, Tensor, Tensor]:
+    mean, rstd = (x.new_empty(x.shape[:2], dtype=torch.float32) for _ in range(2))
+    return _empty(x, x.shape[1]), mean, rstd
+
+
+@torch.library.custom_op("raystar::norm_leaky_backward", mutates_args=(), device_types="cpu")
+def _norm_leaky_grads(
+    x: Tensor, grad: Tensor, scale: Tensor, shift: Tensor, mean: Tensor, rstd: Tensor, slope: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    x, grad, scale, shift = _last(x), _last(grad), scale.contiguous(), shift.contiguous()
+    B, C, H, W = x.shape
+    x_grad, scale_grad, shift_grad = _empty(x, C), torch.empty(B, C), torch.empty(B, C)
+    _call("norm_leaky_backward")(
+        _at(x), _at(grad), _at(scale), _at(shift), _at(mean), _at(rstd), _at(x_grad), _at(scale_grad), _at(shift_grad),
+        B, H * W, C, slope, torch.get_num_threads(),
+    )  # fmt: skip
+    return x_grad, scale_grad, shift_grad
+
+
+@_norm_leaky_grads.register_fake
+def _(
+    x: Tensor, grad: Tensor, scale: Tensor, shift: Tensor, mean: Tensor, rstd: Tensor, slope: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    scale_grad, shift_grad = (x.new_empty(x.shape[:2], dtype=torch.float32) for _ in range(2))
+    return _empty(x, x.shape[1]), scale_grad, shift_grad
+
+
+def _norm_leaky_save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    x, scale, shift, _, slope = inputs
+    _, mean, rstd = output
+    ctx.save_for_backward(x, scale, shift, mean, rstd)
+    ctx.mark_non_differentiable(mean, rstd)
+    ctx.slope = slope
+
+
+def _norm_leaky_backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    x, scale, shift, mean, rstd = ctx.saved_tensors
+    return *_norm_leaky_grads(x, grad, scale, shift, mean, rstd, ctx.slope), None, None
+
+
+_norm_leaky.register_autograd(_norm_leaky_backward, setup_context=_norm_leaky_save)
+
+
+@torch.library.custom_op("raystar::leaky", mutates_args=(), device_types="cpu")
+def _leaky(x: Tensor, slope: float) -> Tensor:
+    return torch.nn.functional.leaky_relu(x, slope)
+
+
+@_leaky.register_fake
+def _(x: Tensor, slope: float) -> Tensor:
+    return torch.empty_like(x)
+
+
+@torch.library.custom_op("raystar::leaky_backward", mutates_args=(), device_types="cpu")
+def _leaky_grad(grad: Tensor, y: Tensor, slope: float) -> Tensor:
+    return torch.ops.aten.leaky_relu_backward(grad, y, slope, True)
+
+
+@_leaky_grad.register_fake
+def _(grad: Tensor, y: Tensor, slope: float) -> Tensor:
+    return torch.empty_like(y)
+
+
+def _leaky_save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    # The sign of y is that of x, and the next layer keeps y anyway.
+    ctx.save_for_backward(output)
+    ctx.slope = inputs[1]
+
+
+def _leaky_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    (y,) = ctx.saved_tensors
+    return _leaky_grad(grad, y, ctx.slope), None
+
+
+_leaky.register_autograd(_leaky_backward, setup_context=_leaky_save)
