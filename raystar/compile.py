@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from raystar.config import Config
-from raystar.step import TrainState, autocast
+from raystar.step import TrainState, autocast, layout
 
 _SWITCHES = {
     "G": "compile_generator",
@@ -81,13 +81,13 @@ def _exercise(name: str, call: Callable[..., Tensor], state: TrainState, size: t
     config, device = state.config, state.device
     training, model = config.training, config.model
     B, styles = training.batch_size, 5 if config.loss.w_id > 0 else 4
-    layout = torch.channels_last if training.channels_last else torch.contiguous_format
+    memory_format = layout(config, torch.empty(1, model.latent_channels, *size, device=device))
     with autocast(config, device):  # what networks hand on to each other is in autocast's type
         made = torch.get_autocast_dtype(device.type) if training.use_amp else torch.float32
 
     def latents(n: int, *, fake: bool) -> Tensor:
         x = torch.zeros(n, model.latent_channels, *size, device=device, dtype=made if fake else torch.float32)
-        return x.to(memory_format=layout).requires_grad_(fake)
+        return x.to(memory_format=memory_format).requires_grad_(fake)
 
     def codes(n: int) -> Tensor:
         return torch.zeros(n, model.style_dim, device=device, dtype=made, requires_grad=True)

@@ -14,13 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from raystar import kernels
 from raystar import loss as losses
 from raystar.config import Config
 from raystar.dataset import Batch
 from raystar.errors import RaystarError
 from raystar.model import Nets
 
-__all__ = ["LOGGED", "Batch", "TrainState", "autocast", "resolve_device", "train_step"]
+__all__ = ["LOGGED", "Batch", "TrainState", "autocast", "layout", "resolve_device", "train_step"]
 
 LOGGED = ("d_loss", "g_loss", "g_adv", "sty", "ds", "cyc", "id", "r1")
 """Keys of a step's losses, as in loss_terms.md."""
@@ -46,6 +47,13 @@ def autocast(config: Config, device: torch.device) -> AbstractContextManager[Any
     if not config.training.use_amp:
         return nullcontext()
     return torch.autocast(device.type, _AMP_DTYPES[config.training.amp_dtype])
+
+
+def layout(config: Config, latents: Tensor) -> torch.memory_format:
+    """How latents [B,C,H,W] go into the networks: as the configuration says, or as the native kernels want them."""
+    with autocast(config, latents.device):
+        native = kernels.serves(latents, config.model.base_dim)
+    return torch.channels_last if native or config.training.channels_last else torch.contiguous_format
 
 
 @dataclass
@@ -109,7 +117,7 @@ def train_step(state: TrainState, batch: Batch, *, epoch: int, step: int) -> dic
 
     content = batch.content * state.config.training.latent_scale  # [B,C,H,W]
     x_ref = batch.x_ref * state.config.training.latent_scale
-    if state.config.training.channels_last:
+    if layout(state.config, content) == torch.channels_last:
         content = content.contiguous(memory_format=torch.channels_last)
         x_ref = x_ref.contiguous(memory_format=torch.channels_last)
     y_src, y_trg = batch.y_src, batch.y_trg
