@@ -15,7 +15,7 @@ from torch import Tensor
 
 from raystar.config import Config, get_value, override
 from raystar.dataset import share
-from raystar.step import TrainState, autocast
+from raystar.step import TrainState, autocast, layout
 
 _SWITCHES = {
     "G": "compile_generator",
@@ -121,13 +121,13 @@ def _exercise(name: str, call: Callable[..., Tensor], state: TrainState, size: t
     training, model = config.training, config.model
     own = share(training.batch_size, state.group.rank, state.group.size)
     B, styles = own.stop - own.start, 5 if config.loss.w_id > 0 else 4
-    layout = torch.channels_last if training.channels_last else torch.contiguous_format
+    memory_format = layout(config, torch.empty(1, model.latent_channels, *size, device=device))
     with autocast(config, device):  # what networks hand on to each other is in autocast's type
         made = torch.get_autocast_dtype(device.type) if training.use_amp else torch.float32
 
     def latents(n: int, *, fake: bool) -> Tensor:
         x = torch.zeros(n, model.latent_channels, *size, device=device, dtype=made if fake else torch.float32)
-        return x.to(memory_format=layout).requires_grad_(fake)
+        return x.to(memory_format=memory_format).requires_grad_(fake)
 
     def codes(n: int) -> Tensor:
         return torch.zeros(n, model.style_dim, device=device, dtype=made, requires_grad=True)

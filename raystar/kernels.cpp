@@ -24,8 +24,8 @@
 //
 // V and M are four times as large as x and y: written to memory they would cost more than they save. So the work goes
 // block by block: a few dozen tiles are transformed, multiplied and transformed back while all of it lies in the
-// level-2 cache. V, U and dM are rounded to bfloat16 for the multiplier (`_mm512_dpbf16_ps` adds products of pairs to
-// float32 sums); M, dU and all transforms stay in float32.
+// level-1 and level-2 caches. V, U and dM are rounded to bfloat16 for the multiplier (`_mm512_dpbf16_ps` adds products
+// of pairs to float32 sums); M, dU and all transforms stay in float32.
 //
 // Layouts of the bfloat16 factors. The multiplier wants two neighbours of the summed index side by side:
 //   V    [position][tile][in]                     forward; the summed index is `in`
@@ -56,15 +56,15 @@ constexpr int kPositions = 16;  // of a 4x4 tile
 constexpr int kPanel = 64;      // outputs multiplied at once: four registers
 constexpr int kWideRows = 4;    // rows multiplied at once by a whole panel: 4 x 4 of the 32 registers hold sums,
 constexpr int kSlimRows = 8;    // and by half a panel: 8 x 2
-constexpr i64 kAlign = 64;    // bytes of a cache line
-// Put between positions: 16 lines that are a power of two apart would fall into one set of the level-1 cache.
+constexpr i64 kAlign = 64;      // bytes of a cache line
+// Bytes put between positions: 16 lines a power of two apart would fall into one set of the level-1 cache.
 constexpr i64 kGap = kAlign;
 
-constexpr i64 kChunk = 8;  // tiles multiplied and transformed back at once
-constexpr i64 kAhead = 16;  // pixels fetched before their turn
-constexpr i64 kForwardTiles = 48;            // tiles of a block, at most
-constexpr i64 kForwardBytes = 400 << 10;     // of V of a block
-constexpr i64 kGradTiles = 128;              // the same for weight gradients, where two factors share the cache
+constexpr i64 kChunk = 8;                 // tiles multiplied and transformed back at once: M stays in level 1
+constexpr i64 kAhead = 16;                // pixels that the normalisation fetches before their turn
+constexpr i64 kForwardTiles = 48;         // tiles of a block, at most
+constexpr i64 kForwardBytes = 400 << 10;  // of V of a block
+constexpr i64 kGradTiles = 128;           // the same for weight gradients, where two factors share the cache
 constexpr i64 kGradBytes = 512 << 10;
 
 alignas(kAlign) constexpr bf16 kZeros[kGroup] = {};
@@ -88,8 +88,13 @@ inline Channels load(const bf16* from) {
   return {reinterpret_cast<__m512>(both << 16), reinterpret_cast<__m512>(both & 0xffff0000u)};
 }
 
+// For lines too far apart for the processor's own prefetcher.
+inline void prefetch(const bf16* at) { _mm_prefetch(reinterpret_cast<const char*>(at), _MM_HINT_T0); }
+
 // Rounded to bfloat16: `first` in the lower half.
-inline __m512i pack(__m512 first, __m512 second) { return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(second, first)); }
+inline __m512i pack(__m512 first, __m512 second) {
+  return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(second, first));
+}
 
 inline __m512i pack(Channels c) { return pack(c.even, c.odd); }
 
@@ -114,7 +119,8 @@ inline void multiply(const bf16* a, i64 a_row, i64 a_pair, const bf16* b, i64 b_
                      i64 c_row, bool add) {
   __m512 sum[Rows][Vectors];
   for (int r = 0; r < Rows; ++r)
-    for (int v = 0; v < Vectors; ++v) sum[r][v] = add ? _mm512_load_ps(c + r * c_row + v * kLanes) : _mm512_setzero_ps();
+    for (int v = 0; v < Vectors; ++v)
+      sum[r][v] = add ? _mm512_load_ps(c + r * c_row + v * kLanes) : _mm512_setzero_ps();
   for (i64 k = 0; k < pairs; ++k, a += a_pair, b += b_pair) {
     __m512bh column[Vectors];
     for (int v = 0; v < Vectors; ++v)
@@ -211,6 +217,11 @@ inline void transform_input(const bf16* data, const Image& image, i64 first, i64
     Column c0 = rows.column(2 * tile.column - 1, image.width), c1 = rows.column(2 * tile.column, image.width);
     for (i64 i = 0; i < end; ++i) {
       const i64 x = 2 * (tile.column + i) + 1;
+      const bf16* const below = data + image.at(tile.b, 2 * tile.row + 3, x) + channel;  // new in the next tile row
+      prefetch(below);
+      prefetch(below + image.channels);
+      prefetch(below + image.width * image.channels);
+      prefetch(below + (image.width + 1) * image.channels);
       const Column c2 = rows.column(x, image.width), c3 = rows.column(x + 1, image.width);
       for (int r = 0; r < 4; ++r) {
         emit(done + i, 4 * r + 0, pack(c0.at[r] - c2.at[r]));
@@ -234,6 +245,10 @@ inline Channels transform_gradient(const bf16* data, const Image& image, i64 fir
   for (i64 i = 0; i < count; ++i, tile.advance(image)) {
     const bf16* at = data + image.at(tile.b, 2 * tile.row, 2 * tile.column) + channel;
     const i64 below = image.width * image.channels;
+    for (i64 ahead = 2; ahead < 4; ++ahead) {
+      prefetch(at + ahead * below);
+      prefetch(at + ahead * below + image.channels);
+    }
     const Channels y00 = load(at), y01 = load(at + image.channels);
     const Channels y10 = load(at + below), y11 = load(at + below + image.channels);
     const Channels left[4] = {y00, y00 + y10, y00 - y10, y10};
@@ -253,7 +268,7 @@ inline Channels transform_gradient(const bf16* data, const Image& image, i64 fir
 // Brings tiles 2n and 2n + 1 side by side, [32 channels][2], and channels back into their own order.
 class Pairs {
  public:
-  // `to` holds [position][stride bytes apart][pair][kGroup][2] of this group of channels.
+  // Where the group of channels of position 0's first pair goes; strides count elements.
   Pairs(bf16* to, i64 position_stride, i64 pair_stride)
       : to_(to), position_stride_(position_stride), pair_stride_(pair_stride) {
     alignas(kAlign) std::uint16_t order[2][kGroup];
@@ -346,7 +361,7 @@ struct ForwardPlan {
     tiles = std::clamp(kForwardBytes / (kPositions * in * i64{sizeof(bf16)}) / kChunk * kChunk, kChunk,
                        kForwardTiles);
     v_position = tiles * in + kGap / i64{sizeof(bf16)};
-    m_position = tiles * kPanel + kGap / i64{sizeof(float)};
+    m_position = kChunk * kPanel + kGap / i64{sizeof(float)};
     v_bytes = kPositions * v_position * i64{sizeof(bf16)};
     m_bytes = kPositions * m_position * i64{sizeof(float)};
     u_bytes = kPositions * in * out * i64{sizeof(bf16)};
@@ -433,6 +448,8 @@ void transform_output(const float* m, i64 position_stride, i64 width, const floa
       for (int r = 0; r < 2; ++r)
         for (int s = 0; s < 2; ++s) {
           const i64 at = corner + r * below + s * image.channels;
+          prefetch(y + at + 2 * below);
+          if (residual) prefetch(residual + at + 2 * below);
           __m512 y0 = lower.y[r][s], y1 = upper.y[r][s];
           if (residual) {
             y0 += widen(residual + at);
@@ -483,9 +500,6 @@ class Shuffle {
  private:
   __m512i even_, odd_, lower_, upper_, halves_;
 };
-
-// Lines that lie `channels` apart are too far for the processor's own prefetcher.
-inline void prefetch(const bf16* at) { _mm_prefetch(reinterpret_cast<const char*>(at), _MM_HINT_T0); }
 
 inline Channels all(float value) { return {_mm512_set1_ps(value), _mm512_set1_ps(value)}; }
 

@@ -116,6 +116,7 @@ class Generator(nn.Module):
 
     def forward(self, x: Tensor, s: Tensor) -> Tensor:
         native = kernels.serves(x, self.width)
+        given = torch.contiguous_format if x.is_contiguous() else torch.channels_last
         if native:  # the kernels' layout, from the first convolution on
             x = x.contiguous(memory_format=torch.channels_last)
         h = self.encoder(x)
@@ -126,7 +127,9 @@ class Generator(nn.Module):
             h = h.repeat(styles_each, 1, 1, 1)
         for block in self.res_blocks:
             h = block(h, s)
-        return self.decoder(h)
+        h = self.decoder(h)
+        # Compiled networks are made for one layout of translations; whoever calls G decides on it.
+        return h.contiguous(memory_format=given) if native else h
 
 
 def _select(heads: nn.ModuleList, h: Tensor, y: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from raystar import kernels
 from raystar import loss as losses
 from raystar.config import Config
 from raystar.dataset import Batch
@@ -22,7 +23,9 @@ from raystar.distributed import ALONE, Group
 from raystar.errors import RaystarError
 from raystar.model import Nets
 
-__all__ = ["LOGGED", "Batch", "TrainState", "autocast", "resolve_device", "set_backends", "synchronize", "train_step"]
+__all__ = [
+    "LOGGED", "Batch", "TrainState", "autocast", "layout", "resolve_device", "set_backends", "synchronize", "train_step",
+]  # fmt: skip
 
 LOGGED = ("d_loss", "g_loss", "g_adv", "sty", "ds", "cyc", "id", "r1")
 """Keys of a step's losses, as in loss_terms.md."""
@@ -65,6 +68,13 @@ def synchronize(device: torch.device) -> None:
     """Waits for what was queued on a GPU; a CPU has nothing queued."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def layout(config: Config, latents: Tensor) -> torch.memory_format:
+    """How latents [B,C,H,W] go into the networks: as the configuration says, or as the native kernels want them."""
+    with autocast(config, latents.device):
+        native = kernels.serves(latents, config.model.base_dim)
+    return torch.channels_last if native or config.training.channels_last else torch.contiguous_format
 
 
 @dataclass
@@ -132,7 +142,7 @@ def train_step(state: TrainState, batch: Batch, *, epoch: int, step: int) -> dic
 
     content = batch.content * state.config.training.latent_scale  # [B,C,H,W]
     x_ref = batch.x_ref * state.config.training.latent_scale
-    if state.config.training.channels_last:
+    if layout(state.config, content) == torch.channels_last:
         content = content.contiguous(memory_format=torch.channels_last)
         x_ref = x_ref.contiguous(memory_format=torch.channels_last)
     y_src, y_trg = batch.y_src, batch.y_trg

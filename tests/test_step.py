@@ -105,13 +105,14 @@ def test_a_loss_that_is_not_finite_moves_nothing_that_depends_on_it(bad: str) ->
     assert not torch.equal(state.nets.state_dict()["G"]["decoder.2.weight"], before["G"]["decoder.2.weight"])
 
 
-def test_bf16_autocast_follows_float32() -> None:
-    config = tiny_config("unused", model__base_dim=16)
+@pytest.mark.parametrize("base_dim", [16, 32], ids=["PyTorch's kernels", "native kernels where there are any"])
+def test_bf16_autocast_follows_float32(base_dim: int) -> None:
+    config = tiny_config("unused", model__base_dim=base_dim)
     runs = {}
     for amp in (False, True):
         state = TrainState.create(override(config, {"training.use_amp": amp}), "cpu")
         found = []
-        for step in range(1, 21):
+        for step in range(1, 51):
             batch = make_batch(4, config.model.latent_dim, step)
             batch = Batch(*(t.float() if t.is_floating_point() else t for t in batch))
             found.append(train_step(state, batch, epoch=1, step=step))
