@@ -81,10 +81,9 @@ def run_trials(
         thread = threading.Thread(target=trial.train_loop, args=({"params": each["params"], "request": request},))
         thread.start()
         thread.join()
-        *epochs, last = conversation.reports
-        losses = [
-            [epoch[f"train/{key}"] for key in LOGGED] for epoch in conversation.reports if "train/g_loss" in epoch
-        ]
+        last = conversation.reports[-1]
+        epochs = [report for report in conversation.reports if "train/g_loss" in report]
+        losses = [[epoch[f"train/{key}"] for key in LOGGED] for epoch in epochs]
         done.append(
             {
                 "status": "finished" if last["status"] == trial.RUNNING else last["status"],
