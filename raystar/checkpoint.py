@@ -184,7 +184,7 @@ def load_latest(paths: list[Path]) -> tuple[dict[str, Any], Path]:
 def digest(checkpoint: Mapping[str, Any]) -> str:
     """SHA-256 over names, types, shapes and bytes of every tensor, and over every plain value."""
     found = hashlib.sha256()
-    for name, value in _leaves("", checkpoint):
+    for name, value in leaves("", checkpoint):
         if isinstance(value, Tensor):
             found.update(f"{name}|{value.dtype}|{tuple(value.shape)}".encode())
             flat = value.detach().cpu().contiguous().flatten()
@@ -194,13 +194,14 @@ def digest(checkpoint: Mapping[str, Any]) -> str:
     return found.hexdigest()
 
 
-def _leaves(name: str, value: Any) -> Iterator[tuple[str, Any]]:
+def leaves(name: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """Every tensor and plain value inside `value` with its path; a checkpoint's own digest is left out."""
     if isinstance(value, Mapping):
         for key in value:
             if name or key != "digest":
-                yield from _leaves(f"{name}.{key}", value[key])
+                yield from leaves(f"{name}.{key}", value[key])
     elif isinstance(value, list | tuple):
         for number, item in enumerate(value):
-            yield from _leaves(f"{name}.{number}", item)
+            yield from leaves(f"{name}.{number}", item)
     else:
         yield name, value

@@ -322,9 +322,11 @@ class _Writer:
         self.written += 1
 
     def close(self) -> None:
-        """Ends the file."""
-        if self._file is not None:
-            self._file.close()
+        """Ends the file, on the disk: after a power cut, an index must not name an array that is not there."""
+        if self._file is not None and not self._file.closed:
+            with self._file:
+                self._file.flush()
+                os.fsync(self._file.fileno())
 
     def _open(self) -> None:
         self._file = self.path.open("wb", buffering=1 << 20)
@@ -339,7 +341,8 @@ class _Writer:
         self.digest.update(content)
 
     def _widen(self) -> None:
-        self.close()
+        assert self._file is not None
+        self._file.close()
         narrow = self.path.with_suffix(".fp16")
         os.replace(self.path, narrow)
         try:
@@ -600,7 +603,7 @@ class LatentDataset(torch.utils.data.Dataset[dict[str, Any]]):
         self.storage, self.preloaded = _place(bank, config.data.preload_to_gpu, device)
         self._starts = np.cumsum([0, *map(len, bank.train)])
         self._rows = np.concatenate(bank.train)
-        self._plan: dict[str, NDArray[np.int64]] = {}
+        self._plan: dict[str, Tensor] = {}
         self.epoch = 0
         self.set_epoch(1)
 
@@ -615,12 +618,14 @@ class LatentDataset(torch.utils.data.Dataset[dict[str, Any]]):
         lengths = np.diff(self._starts)
         # A uniform number times a domain's length picks in domains of different lengths without a loop.
         u = rng.random((2, self.size))
-        self._plan = {
+        plan = {
             "y_src": source,
             "y_trg": target,
             "content": self._rows[self._starts[source] + (u[0] * lengths[source]).astype(np.int64)],
             "x_ref": self._rows[self._starts[target] + (u[1] * lengths[target]).astype(np.int64)],
         }
+        # Once an epoch to where the latents are: a copy of a few numbers costs a GPU as much as a gather.
+        self._plan = {name: torch.from_numpy(values).to(self.storage.device) for name, values in plan.items()}
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -658,17 +663,16 @@ class LatentDataset(torch.utils.data.Dataset[dict[str, Any]]):
         first, rows = (step - 1) * self.training.batch_size, self.rows(step)
         own = share(rows, self.rank, self.workers)
         chosen = slice(first + own.start, first + own.stop)
-        plan = {name: torch.from_numpy(values[chosen]) for name, values in self._plan.items()}
+        plan = {name: values[chosen] for name, values in self._plan.items()}
         rng = np.random.default_rng([self.training.seed, self.epoch, step])
         # Drawn for the whole batch, whoever asks: a row's noise does not depend on the number of workers.
         noise = rng.standard_normal((3, rows, self.latent_dim), dtype=np.float32)[:, own]
-        where = self.storage.device
         return Batch(
-            self.storage[plan["content"].to(where)].float(),
-            self.storage[plan["x_ref"].to(where)].float(),
-            plan["y_src"].to(where),
-            plan["y_trg"].to(where),
-            *torch.from_numpy(noise).to(where),
+            self.storage.index_select(0, plan["content"]).float(),
+            self.storage.index_select(0, plan["x_ref"]).float(),
+            plan["y_src"],
+            plan["y_trg"],
+            *torch.from_numpy(noise).to(self.storage.device).unbind(),
         )
 
     def batches(self) -> Iterable[Batch]:

@@ -24,7 +24,8 @@ from raystar.errors import RaystarError
 from raystar.model import Nets
 
 __all__ = [
-    "LOGGED", "Batch", "TrainState", "autocast", "layout", "resolve_device", "set_backends", "synchronize", "train_step",
+    "LOGGED", "Batch", "TrainState", "autocast", "layout", "resolve_device", "set_backends", "synchronize",
+    "train_step",
 ]  # fmt: skip
 
 LOGGED = ("d_loss", "g_loss", "g_adv", "sty", "ds", "cyc", "id", "r1")

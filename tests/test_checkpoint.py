@@ -60,11 +60,11 @@ def saved(tmp_path: Path) -> Path:
 
 
 def tensors_of(value: Any) -> dict[str, torch.Tensor]:
-    return {name: leaf for name, leaf in checkpoints._leaves("", value) if isinstance(leaf, torch.Tensor)}
+    return {name: leaf for name, leaf in checkpoints.leaves("", value) if isinstance(leaf, torch.Tensor)}
 
 
 def assert_equal(left: Any, right: Any) -> None:
-    a, b = dict(checkpoints._leaves("", left)), dict(checkpoints._leaves("", right))
+    a, b = dict(checkpoints.leaves("", left)), dict(checkpoints.leaves("", right))
     assert a.keys() == b.keys()
     for key, value in a.items():
         if isinstance(value, torch.Tensor):
@@ -206,7 +206,7 @@ def test_text_and_noise_are_refused(tmp_path: Path, text: bytes) -> None:
 
 
 @pytest.mark.parametrize("failing", ["pickling", "flushing", "renaming"])
-def test_a_failed_save_keeps_the_old_file_and_leaves_no_other(
+def test_a_failed_save_keeps_the_old_file_andleaves_no_other(
     saved: Path, monkeypatch: pytest.MonkeyPatch, failing: str
 ) -> None:
     before = saved.read_bytes()

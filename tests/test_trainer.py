@@ -120,7 +120,7 @@ def test_resume_in_a_fresh_process_is_bitwise(config: Config, bank: Bank, tmp_pa
 
 
 def _assert_equal(a: Any, b: Any) -> None:
-    left, right = dict(checkpoints._leaves("", a)), dict(checkpoints._leaves("", b))
+    left, right = dict(checkpoints.leaves("", a)), dict(checkpoints.leaves("", b))
     assert left.keys() == right.keys()
     tensors = 0
     for key, value in left.items():

@@ -1,0 +1,170 @@
+"""Ten trials in one reused process: does memory stay, and is a trial after a failed one as in a fresh process?
+
+The trials run through `raystar.trial.train_loop`, each in a thread of its own as under Ray Tune; only Tune's
+side of the conversation is replaced, by an object that keeps what is reported.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from benchmarks.measure import in_fresh_process, parser, resident_bytes, settle, table
+from raystar import trainer, trial
+from raystar.config import from_mapping, override, to_mapping
+from raystar.dataset import DEMO_ROOT
+from raystar.demo import DOMAINS
+from raystar.step import LOGGED
+
+FAILS, STARVES = "fails", "out of memory"
+METRIC = "eval/score"
+
+
+def trials(count: int) -> list[dict[str, Any]]:
+    """So many configurations that all differ; the fourth fails, the seventh finds no memory."""
+    made = []
+    for number in range(count):
+        params = {
+            "loss.w_cyc": 0.5 + 0.25 * number,
+            "loss.w_id": 0.0 if number % 3 == 2 else 1.0,
+            "loss.w_sty": 2.0 - 0.15 * number,
+            "training.batch_size": (8, 16, 4)[number % 3],
+            "training.lr_g": 1e-4 * (1 + number),
+        }
+        made.append({"params": params, "fate": {3: FAILS, 6: STARVES}.get(number, "")})
+    return made
+
+
+class Conversation:
+    """Stands for `ray.tune` in a trial's process, and keeps the trial's reports."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.reports: list[dict[str, Any]] = []
+        self.Checkpoint = SimpleNamespace(from_directory=lambda path: path)
+
+    def get_context(self) -> Any:
+        """Name and folder of the running trial."""
+        name = f"t{len(self.reports):02d}"
+        return SimpleNamespace(get_trial_name=lambda: name, get_trial_dir=lambda: str(self.folder))
+
+    def get_checkpoint(self) -> None:
+        """Every trial starts from nothing."""
+
+    def report(self, result: dict[str, Any], checkpoint: Any = None) -> None:
+        """Keeps a report."""
+        self.reports.append(result)
+
+
+def run_trials(
+    requests: list[dict[str, Any]], settings: dict[str, Any], folder: Path, threads: int
+) -> list[dict[str, Any]]:
+    """Runs trials one after the other in this process: status, losses and memory after each."""
+    config = override(from_mapping({}, "benchmark"), settings)
+    request = trial.Request(to_mapping(config), METRIC, "min", str(folder), str(folder), 0.0, threads)
+    conversation = Conversation(folder)
+    trial.tune = conversation  # type: ignore[assignment]
+    real_step = trainer.train_step
+    done = []
+    for each in requests:
+        trainer.train_step = _doomed(real_step, each["fate"])
+        conversation.reports.clear()
+        # Tune runs every trial of a reused process in a new thread.
+        thread = threading.Thread(target=trial.train_loop, args=({"params": each["params"], "request": request},))
+        thread.start()
+        thread.join()
+        last = conversation.reports[-1]
+        epochs = [report for report in conversation.reports if "train/g_loss" in report]
+        losses = [[epoch[f"train/{key}"] for key in LOGGED] for epoch in epochs]
+        done.append(
+            {
+                "status": "finished" if last["status"] == trial.RUNNING else last["status"],
+                "reason": last.get("reason", ""),
+                "epochs": len(losses),
+                "losses": losses,
+                "score": last[METRIC],
+                "resident": resident_bytes(),
+                "anonymous": resident_bytes("RssAnon"),
+                "device": torch.cuda.memory_reserved() if torch.cuda.is_available() else 0,
+            }
+        )
+    return done
+
+
+def _doomed(real_step: Callable[..., Any], fate: str) -> Callable[..., Any]:
+    """`train_step` that goes wrong in a trial's last epoch, with the step's activations alive."""
+
+    def step(state: Any, batch: Any, *, epoch: int, step: int) -> Any:
+        if fate and epoch == state.config.training.epochs:
+            held = state.nets.G(batch.content, state.nets.E(batch.x_ref, batch.y_trg))
+            if fate == STARVES:
+                raise torch.OutOfMemoryError(f"CUDA out of memory. Tried to allocate beside {held.nbytes} bytes")
+            raise ValueError("this trial was told to fail")
+        return real_step(state, batch, epoch=epoch, step=step)
+
+    return step
+
+
+def main(argv: list[str] | None = None) -> int:
+    """`python -m benchmarks.memory`."""
+    p = parser(
+        "Runs trials that differ in loss weights and batch size one after the other in one process, as a reused "
+        "trial process does, one of them failing and one out of memory; prints the resident memory after each and "
+        "its growth after the second, and checks that the trials after the failed ones give the losses that a "
+        "fresh process gives, bit for bit. Exits with 1 if they do not, or if memory grew by 5 %% or more."
+    )
+    p.add_argument("--trials", type=int, default=10, help="trials, at least 8 (10)")
+    p.add_argument("--epochs", type=int, default=2, help="epochs of each (2)")
+    p.add_argument("--epoch-size", type=int, default=96, help="contents in an epoch (96)")
+    p.add_argument("--base-dim", type=int, default=64, help="model.base_dim (64)")
+    args = p.parse_args(argv)
+    if args.trials < 8:
+        p.error(f"--trials {args.trials}: expected at least 8, so that some follow the failed ones")
+    device = settle(args)
+    settings: dict[str, Any] = {
+        "data.data_root": DEMO_ROOT, "data.domains": list(DOMAINS), "training.device": args.device,
+        "training.progress_style": "off", "training.epochs": args.epochs, "training.epoch_size": args.epoch_size,
+        "training.save_interval": 1, "visualization.every_epochs": 1, "model.base_dim": args.base_dim,
+        "model.n_res_blocks": 2, "model.mapping_hidden_dim": 128, "loss.r1_interval": 4,
+    }  # fmt: skip
+    requests = trials(args.trials)
+    threads = torch.get_num_threads()
+    with tempfile.TemporaryDirectory(prefix="raystar-memory-") as temporary:
+        folder = Path(temporary)
+        reused = in_fresh_process(run_trials, requests, settings, folder, threads)
+        after = [number + 1 for number, each in enumerate(requests) if each["fate"] and number + 1 < len(requests)]
+        fresh = {n: in_fresh_process(run_trials, [requests[n]], settings, folder, threads)[0] for n in after}
+    rows = [["trial", "batch", "status", "epochs", "resident MB", "anonymous MB", "GPU MB", "as in a fresh process"]]
+    same = True
+    for number, (each, found) in enumerate(zip(requests, reused, strict=True)):
+        equal = ""
+        if number in fresh:
+            alike = json.dumps(found["losses"]) == json.dumps(fresh[number]["losses"]) and found["losses"]
+            same = same and bool(alike) and found["score"] == fresh[number]["score"]
+            equal = "losses bitwise equal" if alike else "LOSSES DIFFER"
+        number_and_size = [str(number + 1), str(each["params"]["training.batch_size"])]
+        memory = [f"{found[key] / 1e6:.0f}" for key in ("resident", "anonymous", "device")]
+        status = f"{found['status']} {found['reason']}"[:48].strip()
+        rows.append([*number_and_size, status, str(found["epochs"]), *memory, equal])
+    print(table(rows))
+    kinds = ("resident", "device") if device.type == "cuda" else ("resident",)
+    growth = {kind: max(found[kind] for found in reused[2:]) / max(reused[1][kind], 1) - 1 for kind in kinds}
+    print(
+        "; ".join(
+            f"{name} memory: largest after a later trial {share:+.1%} of that after the second"
+            for name, share in growth.items()
+        )
+    )
+    return 0 if same and max(growth.values()) < 0.05 else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
