@@ -255,10 +255,10 @@ def test_a_whole_run_equals_one_process(workers: list[Any], root: Path, bank: Ba
 
 def test_resume_is_bitwise(workers: list[Any]) -> None:
     """Goes on from the first worker's checkpoint on all of them."""
-    wanted = dict(checkpoints._leaves("", workers[0]["whole"][0]["checkpoint"]))
+    wanted = dict(checkpoints.leaves("", workers[0]["whole"][0]["checkpoint"]))
     for found in (worker["resumed"] for worker in workers):
         assert len(found) == 1
-        leaves = dict(checkpoints._leaves("", found[0]["checkpoint"]))
+        leaves = dict(checkpoints.leaves("", found[0]["checkpoint"]))
         tensors = [key for key, value in leaves.items() if isinstance(value, torch.Tensor)]
         assert len(tensors) > 50
         for key in tensors:
