@@ -447,4 +447,8 @@ def _cached_features(bank: Bank, config: Config, cache_dir: str | Path | None) -
 
 def _fresh_features(bank: Bank, scale: float) -> _Features:
     rows = [np.sort(np.random.default_rng(_SEED).permutation(r)[:_MAX_TRAIN]) for r in bank.train]
-    return _train_features([bank.rows(r) * scale for r in rows], len(bank.domains))
+    trained = _train_features([bank.rows(r) * scale for r in rows], len(bank.domains))
+    # Laid out in memory as one that is read back: another layout adds in another order, and scores differ by bits.
+    features = _Features(bank.shape[0], len(bank.domains))
+    features.load_state_dict(trained.state_dict())
+    return features.eval().requires_grad_(False)

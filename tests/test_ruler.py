@@ -13,6 +13,7 @@ from torch import Tensor
 from raystar.config import Config, override
 from raystar.dataset import Bank, open_bank
 from raystar.errors import RaystarError
+from raystar.model import Nets
 from raystar.ruler import METRICS, Ruler, content_distance, energy_distance
 from raystar.step import TrainState
 from tests.support import SHARED, needs_shared, tiny_config, write_latents
@@ -96,6 +97,10 @@ def test_the_cache_gives_the_same_ruler_and_heals(painted: tuple[Bank, Config, R
     (file,) = tmp_path.glob("ruler-*.safetensors")
     cached = Ruler.build(bank, config, tmp_path)
     assert torch.equal(cached.features.discriminants, ruler.features.discriminants)
+    # Equal numbers in another order of memory would be added in another order: scores of one process and another.
+    assert [b.stride() for b in cached.features.buffers()] == [b.stride() for b in ruler.features.buffers()]
+    nets = Nets.create(config.model, len(bank.domains), 0)
+    assert cached.measure(nets, config) == ruler.measure(nets, config)
     file.write_bytes(file.read_bytes()[:1000])
     healed = Ruler.build(bank, config, tmp_path)
     assert torch.equal(healed.features.discriminants, ruler.features.discriminants)
