@@ -224,7 +224,7 @@ def leaky(x: Tensor, slope: float) -> Tensor:
     """`leaky_relu(x, slope)`, PyTorch's own, but left whole by torch.compile.
 
     Inductor's code for bfloat16 on a CPU keeps a mask for the backward pass, one byte at a time: it takes seven
-    times as long as PyTorch's kernel. Differentiable once.
+    times as long as PyTorch's kernel.
     """
     return _leaky(x, slope)
 
@@ -394,6 +394,19 @@ def _leaky_grad(grad: Tensor, y: Tensor, slope: float) -> Tensor:
 @_leaky_grad.register_fake
 def _(grad: Tensor, y: Tensor, slope: float) -> Tensor:
     return torch.empty_like(y)
+
+
+def _leaky_grad_save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(inputs[1])
+    ctx.slope = inputs[2]
+
+
+def _leaky_grad_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    (y,) = ctx.saved_tensors
+    return _leaky_grad(grad, y, ctx.slope), None, None  # linear in its gradient, piecewise constant in y
+
+
+_leaky_grad.register_autograd(_leaky_grad_backward, setup_context=_leaky_grad_save)
 
 
 def _leaky_save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -130,6 +130,22 @@ def test_any_layout_of_the_arguments(threads: int) -> None:
     assert all(torch.equal(a, b) for a, b in zip(last, first, strict=True))
 
 
+def test_leaky_is_pytorchs_own_and_differentiable_twice() -> None:
+    """The discriminator's: whoever penalises its gradient under autocast gets the right second derivative."""
+    grad = activations(2, 8, 4, 4, seed=1).float()
+    found = []
+    for function in (kernels.leaky, functional.leaky_relu):
+        x = activations(2, 8, 4, 4, seed=0).float().requires_grad_()
+        y = function(x, SLOPE)
+        (first,) = torch.autograd.grad((y * y * grad).sum(), x, create_graph=True)
+        (second,) = torch.autograd.grad(first.square().sum(), x)
+        found.append((y, first, second))
+    for mine, wanted in zip(*found, strict=True):
+        torch.testing.assert_close(mine, wanted)
+    torch.library.opcheck(kernels._leaky, (x, SLOPE))
+    torch.library.opcheck(kernels._leaky_grad, (grad.requires_grad_(), x.detach(), SLOPE))
+
+
 @needs_kernels
 def test_the_same_bits_twice(threads: int) -> None:
     x, grad = activations(5, 64, 16, 16, seed=0), activations(5, 64, 16, 16, seed=1)

@@ -27,7 +27,8 @@ def d_terms(nets: Nets, batch: Batch, config: Config, step: int) -> dict[str, Te
     r1 = torch.zeros((), dtype=content.dtype)
     if step % w.r1_interval == 0:
         x = x_ref.clone().requires_grad_(True)
-        (grad,) = torch.autograd.grad(nets.D(x, batch.y_trg).sum(), x, create_graph=True)
+        with torch.autocast(x.device.type, enabled=False):
+            (grad,) = torch.autograd.grad(nets.D(x, batch.y_trg).sum(), x, create_graph=True)
         r1 = (grad.reshape(len(x), -1) ** 2).sum(1).mean()
         d_loss = d_loss + w.w_r1 * w.r1_interval * r1
     return {"d_loss": d_loss, "r1": r1}
