@@ -20,7 +20,7 @@ import torch
 from benchmarks.measure import in_fresh_process, parser, resident_bytes, settle, table
 from raystar import trainer, trial
 from raystar.config import from_mapping, override, to_mapping
-from raystar.dataset import DEMO_ROOT
+from raystar.dataset import DEMO_ROOT, open_bank
 from raystar.demo import DOMAINS
 from raystar.step import LOGGED
 
@@ -61,9 +61,8 @@ class Conversation:
         self.Checkpoint = SimpleNamespace(from_directory=lambda path: path)
 
     def get_context(self) -> Any:
-        """Name and folder of the running trial."""
-        name = f"t{len(self.reports):02d}"
-        return SimpleNamespace(get_trial_name=lambda: name, get_trial_dir=lambda: str(self.folder))
+        """Folder of the running trial."""
+        return SimpleNamespace(get_trial_dir=lambda: str(self.folder))
 
     def get_checkpoint(self) -> None:
         """Every trial starts from nothing."""
@@ -78,16 +77,29 @@ def run_trials(
 ) -> list[dict[str, Any]]:
     """Runs trials one after the other in this process: status, losses and memory after each."""
     config = override(from_mapping({}, "benchmark"), settings)
-    request = trial.Request(to_mapping(config), METRIC, "min", str(folder), str(folder), 0.0, threads)
+    request = trial.Request(
+        config=to_mapping(config),
+        metric=METRIC,
+        mode="min",
+        cache_dir=str(folder),
+        bank_key=open_bank(config, folder).key,
+        pictures_dir=str(folder),
+        trials_dir=str(folder),
+        gpu_share=0.0,
+        cpus=threads,
+        workers=1,
+        speed=False,
+    )
     conversation = Conversation(folder)
     trial.tune = conversation  # type: ignore[assignment]
     real_step = trainer.train_step
     done = []
-    for each in requests:
+    for number, each in enumerate(requests):
         trainer.train_step = _doomed(real_step, each["fate"])
         conversation.reports.clear()
+        given = {"params": each["params"], "request": request, "trial": f"t{number:02d}"}
         # Tune runs every trial of a reused process in a new thread.
-        thread = threading.Thread(target=trial.train_loop, args=({"params": each["params"], "request": request},))
+        thread = threading.Thread(target=trial.train_loop, args=(given,))
         thread.start()
         thread.join()
         last = conversation.reports[-1]

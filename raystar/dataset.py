@@ -92,6 +92,8 @@ class Bank:
     digest: str
     """Hash of the latents' content and of the split."""
     root: str
+    key: str
+    """What `reopen_bank` opens it by."""
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -153,32 +155,59 @@ def open_bank(config: Config, cache_dir: str | Path, *, verbose: bool = True) ->
     key = _stat_digest(parts, data.domains, config.model.latent_channels)
     cache = Path(cache_dir)
     array_path, index_path = cache / f"latents-{key}.npy", cache / f"latents-{key}.json"
-    packed = _open_packed(parts, array_path, index_path)
-    if packed is None:
+    sizes = [part.size for part in parts]
+    packed = _open_packed(cache, key)
+    if packed is None or [len(part.names) for part in packed.parts] != sizes:
         _pack(parts, config.model.latent_channels, array_path, index_path, verbose)
-        packed = _open_packed(parts, array_path, index_path)
+        packed = _open_packed(cache, key)
     if packed is None:
         raise RaystarError(f"{array_path}: cannot be read back after it was written; is the disk sound?")
-    return _split(packed, parts, data)
+    return _split(packed, key, data)
+
+
+def reopen_bank(config: Config, cache_dir: str | Path, key: str) -> Bank:
+    """Opens the bank that `open_bank` gave as `Bank.key`, whatever has happened to its files since.
+
+    All trials of a sweep see the latents that it began with, and none looks at thousands of files again.
+
+    Raises:
+        RaystarError: the packed file is gone or damaged.
+    """
+    packed = _open_packed(Path(cache_dir), key)
+    if packed is None:
+        raise RaystarError(
+            f"{Path(cache_dir) / f'latents-{key}.npy'}: the packed latents are gone or damaged; start again"
+        )
+    return _split(packed, key, config.data)
+
+
+class _PackedPart(NamedTuple):
+    """What the index keeps of a `_Part`."""
+
+    domain: int
+    held: bool
+    names: list[str]
+    turns: list[int]
+    """The turn in which each latent's picture would be held out."""
 
 
 class _Packed(NamedTuple):
     latents: Tensor  # [n,C,H,W], memory-mapped
     digest: str
-    turns: list[NDArray[np.int64]]  # of each part: the turn in which each latent's picture would be held out
+    parts: list[_PackedPart]
 
 
-def _open_packed(parts: Sequence[_Part], array_path: Path, index_path: Path) -> _Packed | None:
+def _open_packed(cache: Path, key: str) -> _Packed | None:
     """The packed latents; None if they are not there, or damaged and to be made again."""
     try:
-        index = json.loads(index_path.read_text())
-        turns = [np.array(turns, np.int64) for turns in index["turns"]]
+        index = json.loads((cache / f"latents-{key}.json").read_text())
+        parts = [_PackedPart(**part) for part in index["parts"]]
         # Copy-on-write: pages stay shared between processes, and torch wants memory that may be written to.
-        latents = np.load(array_path, mmap_mode="c", allow_pickle=False)
-        counts = [part.size for part in parts]
-        if [len(t) for t in turns] != counts or len(latents) != sum(counts):
+        latents = np.load(cache / f"latents-{key}.npy", mmap_mode="c", allow_pickle=False)
+        rows = sum(len(part.names) for part in parts)
+        if len(latents) != rows or sum(len(part.turns) for part in parts) != rows:
             return None
-        return _Packed(torch.from_numpy(latents), str(index["digest"]), turns)
+        return _Packed(torch.from_numpy(latents), str(index["digest"]), parts)
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -231,7 +260,7 @@ def _list_packed(path: Path, domains: Sequence[str], key: str, held: bool) -> li
 
 def _stat_digest(parts: Iterable[_Part], domains: Sequence[str], channels: int) -> str:
     """Names the packed file: any added, removed, resized or rewritten latent makes another one."""
-    digest = hashlib.sha256(json.dumps([list(domains), channels, "raystar-bank-2"]).encode())
+    digest = hashlib.sha256(json.dumps([list(domains), channels, "raystar-bank-3"]).encode())
     for part in parts:
         digest.update(json.dumps([part.domain, part.held, str(part.place), part.size]).encode())
         folder, files = (part.place, part.files) if part.files else (part.place.parent, [os.fsencode(part.place.name)])
@@ -373,7 +402,8 @@ def _pack(parts: list[_Part], channels: int, array_path: Path, index_path: Path,
         finally:
             writer.close()
         _warn_if_scaled(np.load(temporary, mmap_mode="r", allow_pickle=False), verbose)
-        index = {"digest": writer.digest.hexdigest(), "turns": [_turns(part).tolist() for part in parts]}
+        listed = [_PackedPart(part.domain, part.held, part.names, _turns(part)) for part in parts]
+        index = {"digest": writer.digest.hexdigest(), "parts": [part._asdict() for part in listed]}
         temporary_index.write_text(json.dumps(index))
         os.replace(temporary, array_path)
         os.replace(temporary_index, index_path)
@@ -533,34 +563,35 @@ def picture_of(stems: Sequence[str]) -> list[str]:
     return groups if largest <= max(2, len(stems) // 5) else list(stems)
 
 
-def _turns(part: _Part) -> NDArray[np.int64]:
-    """[n] the turn in which each latent's picture would be held out: depends on names alone, never on a seed."""
-    stems = [Path(name).stem for name in part.names]
-    groups = picture_of(stems)
+def _turns(part: _Part) -> list[int]:
+    """The turn in which each latent's picture would be held out: depends on names alone, never on a seed."""
+    groups = picture_of([Path(name).stem for name in part.names])
     # Hashing spreads the choice evenly over any naming scheme, and adding files moves few others.
     digests = {g: hashlib.sha256(os.fsencode(f"{part.domain_name}/{g}")).digest() for g in set(groups)}
     turn = {group: number for number, group in enumerate(sorted(digests, key=digests.__getitem__))}
-    return np.array([turn[group] for group in groups], np.int64)
+    return [turn[group] for group in groups]
 
 
-def _split(packed: _Packed, parts: list[_Part], data: DataConfig) -> Bank:
+def _split(packed: _Packed, key: str, data: DataConfig) -> Bank:
     train: list[NDArray[np.int64]] = []
     held: list[NDArray[np.int64]] = []
     names: list[str] = []
-    for part, turns in zip(parts, packed.turns, strict=True):
-        rows = np.arange(part.size) + len(names)
+    for part in packed.parts:
+        rows = np.arange(len(part.names)) + len(names)
         names += part.names
         if part.held:
             held.append(rows)
             continue
+        turns = np.array(part.turns, np.int64)
         kept = turns < (0 if data.eval_data_root is not None else _pictures_held(turns, data.holdout))
         train.append(rows[~kept])
         if data.eval_data_root is None:
             held.append(rows[kept])
         if not len(train[-1]):
-            raise RaystarError(f"data: domain '{part.domain_name}' has {part.size} latents, none left for training")
+            domain = data.domains[part.domain]
+            raise RaystarError(f"data: domain '{domain}' has {len(rows)} latents, none left for training")
     digest = hashlib.sha256(json.dumps([packed.digest, [h.tolist() for h in held]]).encode()).hexdigest()[:16]
-    return Bank(packed.latents, data.domains, tuple(names), tuple(train), tuple(held), digest, data.data_root)
+    return Bank(packed.latents, data.domains, tuple(names), tuple(train), tuple(held), digest, data.data_root, key)
 
 
 def _pictures_held(turns: NDArray[np.int64], share: float) -> int:

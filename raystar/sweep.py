@@ -275,6 +275,7 @@ class _Sweep:
             metric=space.metric,
             mode=space.mode,
             cache_dir=str(plan.cache_dir),
+            bank_key=plan.bank.key,
             pictures_dir=str(self.pictures.resolve()),
             trials_dir=str(plan.folder.resolve() / "trials"),
             gpu_share=plan.gpu_share,

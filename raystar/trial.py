@@ -29,7 +29,7 @@ from ray.util.placement_group import PlacementGroup, get_current_placement_group
 from raystar import checkpoint as checkpoints
 from raystar.codec import Codec, open_codec
 from raystar.config import Config, from_mapping, override
-from raystar.dataset import Bank, open_bank
+from raystar.dataset import Bank, reopen_bank
 from raystar.distributed import ALONE, Group
 from raystar.errors import RaystarError, TrialDiverged, WorkerLost
 from raystar.ruler import Ruler
@@ -50,6 +50,8 @@ class Request:
     metric: str
     mode: str
     cache_dir: str
+    bank_key: str
+    """Of the latents that the sweep began with."""
     pictures_dir: str
     trials_dir: str
     """Where every trial has a folder by its name."""
@@ -127,9 +129,9 @@ def _train(settings: dict[str, Any], report: _Report, group: Group) -> None:
     if 0 < request.gpu_share < 1:
         # A trial that shares its GPU fails on its own share instead of taking its neighbour's.
         torch.cuda.set_per_process_memory_fraction(request.gpu_share)
-    bank = _bank(config, request.cache_dir)
+    bank = _bank(config, request)
     first = group.rank == 0 and not request.speed
-    ruler = _ruler(config, request.cache_dir) if first else None
+    ruler = _ruler(config, request) if first else None
     codec = _codec(config) if first and config.grid_every else None
     trainer = Trainer(
         config, bank, ruler, codec, checkpoint=report.restored(), gate=request.speed, group=group
@@ -247,13 +249,13 @@ def worker_loop(settings: dict[str, Any]) -> None:
 # search give the same bank; the ruler also depends on the noise's length and the latents' scale.
 
 
-def _bank(config: Config, cache_dir: str) -> Bank:
-    return _open_bank(Config(data=config.data, model=_plain(config)), cache_dir)
+def _bank(config: Config, request: Request) -> Bank:
+    return _open_bank(Config(data=config.data), request.cache_dir, request.bank_key)
 
 
-def _ruler(config: Config, cache_dir: str) -> Ruler:
+def _ruler(config: Config, request: Request) -> Ruler:
     kept = Config(data=config.data, model=_plain(config), ruler=config.ruler)
-    return _build_ruler(kept, config.training.latent_scale, cache_dir)
+    return _build_ruler(kept, config.training.latent_scale, request.cache_dir, request.bank_key)
 
 
 def _codec(config: Config) -> Codec:
@@ -268,14 +270,14 @@ def _plain(config: Config) -> Any:
 
 
 @functools.lru_cache(maxsize=2)
-def _open_bank(config: Config, cache_dir: str) -> Bank:
-    return open_bank(config, cache_dir, verbose=False)
+def _open_bank(config: Config, cache_dir: str, key: str) -> Bank:
+    return reopen_bank(config, cache_dir, key)
 
 
 @functools.lru_cache(maxsize=2)
-def _build_ruler(config: Config, latent_scale: float, cache_dir: str) -> Ruler:
+def _build_ruler(config: Config, latent_scale: float, cache_dir: str, key: str) -> Ruler:
     config = override(config, {"training.latent_scale": latent_scale})
-    return Ruler.build(_open_bank(Config(data=config.data, model=config.model), cache_dir), config, cache_dir)
+    return Ruler.build(_open_bank(Config(data=config.data), cache_dir, key), config, cache_dir)
 
 
 @functools.lru_cache(maxsize=2)
