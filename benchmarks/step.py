@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import measure
 from raystar.compile import compile_networks
-from raystar.config import Config, override
+from raystar.config import Config, load_config, override, parse_assignment
 from raystar.dataset import Bank, Batch, LatentDataset, open_bank
 from raystar.step import TrainState, autocast, set_backends, train_step
 from tests import textbook
@@ -107,6 +108,10 @@ def main() -> None:
     p.add_argument("--rounds", type=int, default=15, help="steps of each that count")
     p.add_argument("--compile", action="store_true", help="also both steps with torch.compile")
     p.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="of raystar's steps; repeatable")
+    p.add_argument(
+        "--overlay", metavar="FILE", action="append", default=[],
+        help="raystar's step once more with these settings, such as a speed sweep's fastest.yaml; repeatable",
+    )  # fmt: skip
     args = p.parse_args()
     device = measure.settle(args)
     base = override(
@@ -126,8 +131,6 @@ def main() -> None:
 
 def report(args: argparse.Namespace, base: Config, bank: Bank, device: torch.device) -> None:
     """Measures and prints."""
-    from raystar.config import parse_assignment
-
     set_backends(base, device)
     float32 = override(base, {"training.use_amp": False})
     ours = override(base, dict(parse_assignment(text) for text in args.set), "--set")
@@ -140,6 +143,8 @@ def report(args: argparse.Namespace, base: Config, bank: Bank, device: torch.dev
         compiled = {"training.use_compile": True}
         subjects["textbook autocast, compiled"] = TextbookStep(override(base, compiled), bank, device)
         subjects["raystar, compiled"] = RaystarStep(override(ours, compiled), bank, device)
+    for overlay in args.overlay:
+        subjects[f"raystar, {Path(overlay).stem}"] = RaystarStep(load_config(overlay, ours), bank, device)
     # Counted in float32, where every product is one that the counter knows: the same function in every precision.
     counts = {
         "textbook": flops(TextbookStep(float32, bank, device)),

@@ -98,10 +98,10 @@ class TrainState:
         """Networks freshly initialised from `training.seed`, with their optimisers, on `device`."""
         device = torch.device(device)
         training = config.training
-        layout = torch.channels_last if training.channels_last else torch.contiguous_format
+        memory_format = torch.channels_last if training.channels_last else torch.contiguous_format
         nets = Nets.create(config.model, config.num_domains, training.seed).to(device)
         for net in (nets.G, nets.E, nets.D):
-            net.to(memory_format=layout)  # type: ignore[call-overload]
+            net.to(memory_format=memory_format)  # type: ignore[call-overload]
         fp16 = training.use_amp and training.amp_dtype == "fp16"
         opt_g = _adamw(
             [

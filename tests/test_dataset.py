@@ -25,7 +25,7 @@ from safetensors.torch import save_file as save_torch_file
 
 from raystar import dataset
 from raystar.config import Config, override
-from raystar.dataset import DEMO_ROOT, Bank, LatentDataset, open_bank
+from raystar.dataset import DEMO_ROOT, Bank, LatentDataset, open_bank, reopen_bank
 from raystar.demo import DOMAINS as DEMO_DOMAINS
 from raystar.errors import RaystarError
 from tests.support import ROOT, SHARED, needs_shared, tiny_config, write_latents
@@ -861,3 +861,20 @@ def test_the_index_of_a_pack_names_its_content(tmp_path: Path) -> None:
     one, two = (json.loads(next((tmp_path / name).glob("*.json")).read_text())["digest"] for name in ("one", "two"))
     assert one == two
     assert len(one) == 64
+
+
+def test_a_bank_is_reopened_as_it_was_whatever_happens_to_its_files(tmp_path: Path) -> None:
+    root, cache = write_latents(tmp_path / "latents"), tmp_path / "cache"
+    config = tiny_config(root)
+    bank = open_bank(config, cache)
+    np.save(root / "a" / "new.npy", np.ones((4, 16, 16), np.float16))
+    (root / "b" / "picture00x.npy").unlink()
+    again = reopen_bank(config, cache, bank.key)
+    assert (again.names, again.digest) == (bank.names, bank.digest)
+    assert torch.equal(again.latents, bank.latents)
+    for one, other in zip((*bank.train, *bank.held), (*again.train, *again.held), strict=True):
+        assert one.tolist() == other.tolist()
+    assert open_bank(config, cache).key != bank.key
+    (cache / f"latents-{bank.key}.npy").unlink()
+    with pytest.raises(RaystarError, match="the packed latents are gone or damaged"):
+        reopen_bank(config, cache, bank.key)
