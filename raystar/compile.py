@@ -6,6 +6,7 @@ compiled code does not have); compiled ones stand beside them in `TrainState.cal
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -76,6 +77,18 @@ def compile_networks(state: TrainState, size: tuple[int, int]) -> Compiled:
         state.calls[name] = compiled
         done.append(name)
     return Compiled(tuple(done), tuple(notes), time.perf_counter() - started)
+
+
+def labels(config: Config, compiled: Compiled) -> dict[str, str]:
+    """What runs compiled, and why something does not, in words for a run's tags; the latter also goes to stderr."""
+    for note in compiled.notes:
+        print(f"note: {note}", file=sys.stderr)
+    found = {}
+    if config.training.use_compile:
+        found["raystar.compiled_modules"] = " ".join(compiled.modules) or "none"
+    if compiled.notes:
+        found["raystar.compile_note"] = "; ".join(compiled.notes)
+    return found
 
 
 def graphs() -> int:

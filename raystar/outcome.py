@@ -58,12 +58,10 @@ def _checkpoint_of(folder: Path, epoch: int | None) -> Path | None:
 
 def _write_fastest(plan: Plan, summary: Summary, best: TrialRecord) -> Path:
     """The best trial's settings as an overlay for `--overlay`."""
-    baseline, against = summary.baseline, ""
-    if baseline is not None and baseline.score and best.score:
-        against = f", {best.score / baseline.score:.2f} times the baseline"
+    found = best.metrics
     text = (
         f"# The fastest of {len(summary.trials)} settings in sweep {plan.name} ({best.trial}): "
-        f"{summary.short_metric} {best.score:.4g}{against}.\n"
+        f"{found['perf/steady_samples_per_s']:.4g} samples/s, {found['perf/speedup']:.2f} times eager.\n"
         f"# Measured on {platform.machine()} with torch {version('torch')}; use it with --overlay.\n"
     )
     path = plan.folder / FASTEST

@@ -18,6 +18,7 @@ from raystar.dataset import Bank, open_bank
 from raystar.errors import RaystarError
 from raystar.ruler import check_holdout
 from raystar.space import Space, load_space
+from raystar.speed import check_steps
 from raystar.step import resolve_device
 from raystar.summary import cache_dir, check_name
 from raystar.tracking import check_uri, default_uri
@@ -108,7 +109,9 @@ def make_plan(args: argparse.Namespace) -> Plan:
     check_uri(uri)
     budget = _time_budget(args.time_budget) if args.time_budget else None
     bank = open_bank(config, cache_dir(config, args.out))
-    if space.purpose == "quality":
+    if space.purpose == "speed":
+        check_steps(config, bank)
+    else:
         check_holdout(bank)
         check_codec(config)
     return Plan(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ import torch
 from raystar.compile import SPEED_KEYS, canonical
 from raystar.config import Config, check_value, get_value, key_field, override, read_mapping
 from raystar.errors import RaystarError, nearest
+from raystar.speed import METRICS as SPEED_METRICS
 from raystar.trainer import METRICS
 
 KINDS = ("uniform", "loguniform", "randint", "choice")
@@ -29,7 +30,7 @@ _KNOWN = (
     "description", "purpose", "metric", "mode", "trials", "baseline", "search", "seed", "scheduler", "resources",
     "space",
 )  # fmt: skip
-_PURPOSES = {"quality": ("score", "min"), "speed": ("steady_samples_per_s", "max")}  # with their metric and mode
+_PURPOSES = {"quality": ("score", "min"), "speed": ("speedup", "max")}  # with their metric and mode
 _DRAWS = 200  # for each trial, before a space is taken to hold no further combination
 _SEARCHES = ("random", "grid", "tpe")
 
@@ -176,7 +177,7 @@ def from_mapping(content: Mapping[str, Any], config: Config, source: str) -> Spa
         trials = math.prod(len(d.values) for d in space.values()) + (1 if baseline else 0)
     return Space(
         source=source,
-        metric=_metric(content.get("metric", metric), source),
+        metric=_metric(content.get("metric", metric), SPEED_METRICS if purpose == "speed" else METRICS, source),
         mode=_one_of(content.get("mode", mode), ("min", "max"), f"{source}: mode"),
         trials=trials,
         space=space,
@@ -288,12 +289,12 @@ def _section(content: Any, known: tuple[str, ...], where: str) -> None:
             raise RaystarError(f"{where}: unknown key '{key}'{nearest(str(key), known)}; known: {', '.join(known)}")
 
 
-def _metric(name: Any, source: str) -> str:
+def _metric(name: Any, metrics: Sequence[str], source: str) -> str:
     """The full name of a metric given in full or by its last part."""
-    for metric in METRICS:
+    for metric in metrics:
         if name in (metric, metric.partition("/")[2]):
             return metric
-    tails = [metric.partition("/")[2] for metric in METRICS]
+    tails = [metric.partition("/")[2] for metric in metrics]
     raise RaystarError(f"{source}: metric: unknown '{name}'{nearest(str(name), tails)}; known: {', '.join(tails)}")
 
 

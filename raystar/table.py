@@ -122,16 +122,15 @@ class Board:
 
 
 def ranking(summary: Summary) -> list[str]:
-    """The lines of a speed sweep's end: each setting's speed, what compiling it took, and how it differs."""
-    baseline = summary.baseline
-    against = baseline.score if baseline is not None and baseline.score else None
-    lines = [f"  {'trial':6}{summary.short_metric:>22}{'x baseline':>12}{'compiling':>11}  changed"]
+    """The lines of a speed sweep's end: how fast each setting is, what compiling took, and how it differs."""
+    lines = [f"  {'trial':6}{'x eager':>9}{'samples/s':>11}{'compiling':>11}  changed"]
     for record in summary.ranked():
-        assert record.score is not None
-        ratio = f"{record.score / against:.2f}" if against else ""
-        seconds = f"{record.metrics.get('perf/compile_s', 0.0):.0f} s"
-        changed = "baseline" if record is baseline else _values(summary.changed(record))
-        lines.append(f"  {record.trial:6}{record.score:22.4g}{ratio:>12}{seconds:>11}  {changed}")
+        found = {name.partition("/")[2]: value for name, value in record.metrics.items()}
+        changed = "baseline" if record is summary.baseline else _values(summary.changed(record))
+        lines.append(
+            f"  {record.trial:6}{found['speedup']:9.2f}{found['steady_samples_per_s']:11.1f}"
+            f"{found['compile_s']:9.0f} s  {changed}"
+        )
     return lines
 
 

@@ -20,17 +20,16 @@ from tqdm import tqdm
 from raystar import grid
 from raystar.checkpoint import restore, snapshot
 from raystar.codec import Codec
-from raystar.compile import compile_networks, graphs
+from raystar.compile import compile_networks, graphs, labels
 from raystar.config import Config
 from raystar.dataset import Bank, LatentDataset
 from raystar.distributed import ALONE, Group
 from raystar.errors import RaystarError, TrialDiverged, TrialOutOfMemory
 from raystar.loss import lambda_ds
 from raystar.model import Nets
-from raystar.parity import check_parity
 from raystar.ruler import METRICS as RULER_METRICS
 from raystar.ruler import Ruler
-from raystar.step import LOGGED, TrainState, resolve_device, set_backends, synchronize, train_step
+from raystar.step import LOGGED, TrainState, resolve_device, set_backends, train_step
 
 METRICS = (
     *(f"train/{name}" for name in LOGGED),
@@ -40,7 +39,6 @@ METRICS = (
     "train/lr_mapping",
     *(f"eval/{name}" for name in RULER_METRICS),
     "perf/samples_per_s",
-    "perf/steady_samples_per_s",
     "perf/train_s",
     "perf/eval_s",
     "perf/peak_memory_gib",
@@ -50,9 +48,6 @@ METRICS = (
     "perf/recompilations",
 )
 """Every metric that a run can report."""
-
-_UNSTEADY_STEPS = 2
-"""Steps at an epoch's start that `perf/steady_samples_per_s` leaves out: memory, caches and clocks settle."""
 
 MAX_SKIPPED = 0.1
 """Share of an epoch's batches that may be left out for want of memory before the run fails."""
@@ -87,7 +82,6 @@ class Trainer:
         codec: decodes the grids; None draws none.
         state: networks and optimisers; fresh ones from `training.seed` by default.
         checkpoint: goes on after this checkpoint's epoch, bitwise as if never stopped.
-        gate: first compare a few steps with eager float32 (`parity.check_parity`).
         source: where the checkpoint comes from, for errors.
         name: shown in the terminal.
         group: the workers of this run; of `state`, where one is given.
@@ -102,7 +96,6 @@ class Trainer:
         state: TrainState | None = None,
         *,
         checkpoint: Mapping[str, Any] | None = None,
-        gate: bool = False,
         source: str = "checkpoint",
         name: str = "",
         group: Group = ALONE,
@@ -121,7 +114,6 @@ class Trainer:
             )
         self.ruler = ruler.to(self.device) if ruler is not None and first else None
         self.codec = codec if first else None
-        self.gate = gate
         self._grid_set: grid.GridSet | None = None
         self.first_epoch = 1
         if checkpoint is not None:
@@ -136,20 +128,11 @@ class Trainer:
         Raises:
             TrialDiverged: a loss became NaN or infinite; the weights have not moved on it.
             TrialOutOfMemory: more than `MAX_SKIPPED` of an epoch's batches did not fit; with several workers, one.
-            WrongResults: the gate was asked for, and found them.
         """
         if self.config.training.use_compile and self.config.progress != "off":
             print("compiling the networks; minutes the first time, seconds from the cache", file=sys.stderr, flush=True)
         compiled = compile_networks(self.state, self.data.bank.shape[1:])
-        for note in compiled.notes:
-            print(f"note: {note}", file=sys.stderr)
-        labels = {}
-        if self.config.training.use_compile:
-            labels["raystar.compiled_modules"] = " ".join(compiled.modules) or "none"
-        if compiled.notes:
-            labels["raystar.compile_note"] = "; ".join(compiled.notes)
-        if self.gate:
-            check_parity(self.state, self.data)
+        told = labels(self.config, compiled)
         # Kept as they are before the first step, which need not wait for pictures: they are drawn with the first grids.
         untrained = copy.deepcopy(self.state.nets) if self.first_epoch == 1 and self._draws else None
         fixed = {"perf/compile_s": compiled.seconds, "perf/compiled_modules": float(len(compiled.modules))}
@@ -171,7 +154,7 @@ class Trainer:
                     untrained = None
             if self.group.rank == 0:
                 self.display.epoch_done(epoch, metrics)
-            yield Progress(epoch, metrics, images, first_images, labels, snapshot(self.state, epoch, metrics))
+            yield Progress(epoch, metrics, images, first_images, told, snapshot(self.state, epoch, metrics))
 
     def _draws_in(self, epoch: int) -> bool:
         return self._draws and (epoch % self.config.grid_every == 0 or epoch == self.config.training.epochs)
@@ -200,8 +183,7 @@ class Trainer:
             "lr_d": training.lr_d,
             "lr_mapping": training.lr_mapping,
         }
-        started = steady_from = time.perf_counter()
-        unsteady = 0
+        started = time.perf_counter()
         for step, batch in enumerate(self.data.batches(), start=1):
             if training.compile_cudagraphs and training.use_compile:
                 torch.compiler.cudagraph_mark_step_begin()
@@ -227,9 +209,6 @@ class Trainer:
             sums.add_(values, alpha=weight)
             done += 1
             samples += self.data.rows(step)
-            if done == _UNSTEADY_STEPS < self.data.steps:
-                synchronize(self.device)
-                steady_from, unsteady = time.perf_counter(), samples
             if self.first_step_at is None:
                 self.first_step_at = time.time()
             shown = step % training.display_interval == 0
@@ -246,12 +225,10 @@ class Trainer:
         sums = self.group.sum(sums)
         means = dict(zip(LOGGED, (sums / max(done, 1)).tolist(), strict=True))
         _check_finite(means, means.values(), epoch, self.data.steps)
-        now_s = time.perf_counter()  # after the sums were read, so all steps are done
-        seconds = now_s - started
+        seconds = time.perf_counter() - started  # after the sums were read, so all steps are done
         metrics = {f"train/{name}": value for name, value in (means | now).items()}
         metrics |= {
             "perf/samples_per_s": samples / seconds,
-            "perf/steady_samples_per_s": (samples - unsteady) / (now_s - steady_from),
             "perf/train_s": seconds,
             "perf/peak_memory_gib": self._peak_memory_gib(),
             "perf/skipped_batches": float(skipped),

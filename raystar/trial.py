@@ -33,6 +33,7 @@ from raystar.dataset import Bank, reopen_bank
 from raystar.distributed import ALONE, Group
 from raystar.errors import RaystarError, TrialDiverged, WorkerLost
 from raystar.ruler import Ruler
+from raystar.speed import measure
 from raystar.step import resolve_device
 from raystar.summary import DIVERGED, FAILED, RUNNING, trial_name
 from raystar.trainer import Progress, Trainer
@@ -130,12 +131,16 @@ def _train(settings: dict[str, Any], report: _Report, group: Group) -> None:
         # A trial that shares its GPU fails on its own share instead of taking its neighbour's.
         torch.cuda.set_per_process_memory_fraction(request.gpu_share)
     bank = _bank(config, request)
-    first = group.rank == 0 and not request.speed
+    if request.speed:
+        for epoch, (metrics, labels) in enumerate(
+            measure(config, from_mapping(request.config, "sweep"), bank), start=1
+        ):
+            report.speed(epoch, metrics, labels)
+        return
+    first = group.rank == 0
     ruler = _ruler(config, request) if first else None
     codec = _codec(config) if first and config.grid_every else None
-    trainer = Trainer(
-        config, bank, ruler, codec, checkpoint=report.restored(), gate=request.speed, group=group
-    )  # fmt: skip
+    trainer = Trainer(config, bank, ruler, codec, checkpoint=report.restored(), group=group)
     for progress in trainer.run():
         report.epoch(progress, trainer.first_step_at)
 
@@ -314,14 +319,16 @@ class _Report:
             "first_step_at": first_step_at,
             "pid": os.getpid(),
         }
-        if self.request.speed:
-            tune.report(result)
-            return
         with tempfile.TemporaryDirectory(prefix="raystar-") as folder:
             checkpoints.save(Path(folder) / CHECKPOINT, progress.checkpoint)
             meta = {"epoch": progress.epoch, self.request.metric: self.last[self.request.metric]}
             (Path(folder) / META).write_text(json.dumps(meta), encoding="utf-8")
             self._send(result, folder)
+
+    def speed(self, epoch: int, metrics: dict[str, float], labels: dict[str, str]) -> None:
+        """Reports one epoch of a trial that measures speed: there is nothing to save."""
+        self.epoch_number = epoch
+        tune.report({**metrics, "epoch": epoch, "status": RUNNING, "labels": labels, "pid": os.getpid()})
 
     def _send(self, result: dict[str, Any], folder: str) -> None:
         tune.report(result, checkpoint=tune.Checkpoint.from_directory(folder))

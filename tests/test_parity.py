@@ -17,7 +17,6 @@ from raystar.dataset import LatentDataset, open_bank
 from raystar.errors import WrongResults
 from raystar.parity import check_parity
 from raystar.step import TrainState
-from raystar.trainer import Trainer
 from tests.support import tiny_config, write_latents
 
 
@@ -88,11 +87,3 @@ def test_the_limit_follows_what_bf16_rounds(root: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(parity, "_AT_MOST", 1e-4)
     with pytest.raises(WrongResults, match="wrong results: "):
         check_parity(*gate(config, root))
-
-
-def test_a_gated_run_trains_as_one_without(root: Path) -> None:
-    config = override(tiny_config(root), {"training.epochs": 1})
-    bank = open_bank(config, root.parent / "cache")
-    (gated,), (plain,) = Trainer(config, bank, gate=True).run(), Trainer(config, bank).run()
-    assert gated.metrics["train/g_loss"] == plain.metrics["train/g_loss"]
-    assert gated.metrics["perf/steady_samples_per_s"] > 0
