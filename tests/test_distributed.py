@@ -187,6 +187,7 @@ def cases() -> dict[str, tuple[Config, int]]:
 def workers(root: Path, bank: Bank, cases: dict[str, tuple[Config, int]]) -> list[dict[str, Any]]:
     """What each of two workers found."""
     multiprocessing.spawn(worker, (root.parent, cases, loop_config(root)), WORKERS)
+    # What the workers above wrote themselves, exceptions among it.
     return [torch.load(root.parent / f"{rank}.pt", weights_only=False) for rank in range(WORKERS)]
 
 

@@ -118,7 +118,7 @@ def test_bf16_autocast_follows_float32(base_dim: int) -> None:
             found.append(train_step(state, batch, epoch=1, step=step))
         runs[amp] = found
         assert all(p.dtype == torch.float32 for p in state.nets.G.parameters())
-    for key in ("d_loss", "cyc", "id", "r1"):
+    for key in ("d_loss", "g_loss", "g_adv", "sty", "cyc", "id", "r1"):  # ds starts near zero, where all is rounding
         wide, narrow = (torch.stack([logs[key] for logs in runs[amp]]).mean().item() for amp in (False, True))
         assert narrow == pytest.approx(wide, rel=0.02), key
 
