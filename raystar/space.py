@@ -93,7 +93,7 @@ class Space:
 
     source: str
     metric: str
-    """One of `trainer.METRICS`."""
+    """One of `trainer.METRICS`; for a speed sweep one of `speed.METRICS`."""
     mode: str
     trials: int
     space: Mapping[str, Distribution]

@@ -51,9 +51,10 @@ def measure(config: Config, eager: Config, bank: Bank) -> Iterator[tuple[dict[st
     device = resolve_device(config)
     data = LatentDataset(bank, config, device)
     check_steps(config, bank)
-    set_backends(config, device)
     candidate = TrainState.create(config, device)
+    set_backends(config, device)
     compiled = compile_networks(candidate, bank.shape[1:])
+    told = labels(config, compiled)
     check_parity(candidate, data)
     reference = TrainState.create(override(eager, {"training.use_compile": False}, "eager"), device)
     states = (candidate, reference)
@@ -61,8 +62,9 @@ def measure(config: Config, eager: Config, bank: Bank) -> Iterator[tuple[dict[st
     for epoch in range(1, config.training.epochs + 1):
         data.set_epoch(epoch)
         before = graphs()
-        turns = [range(first, first + _TURN) for first in range(1, data.steps - _TURN + 2, _TURN)]
-        # An incomplete last batch would be compiled for itself: whole turns of whole batches are steady.
+        # Whole turns of whole batches: an incomplete last batch is another size, and would be compiled for itself.
+        whole = len(data) // config.training.batch_size
+        turns = [range(first, first + _TURN) for first in range(1, whole - _TURN + 2, _TURN)]
         seconds = [_turn(states, data, epoch, steps) for steps in turns]
         samples = _TURN * config.training.batch_size
         yield (
@@ -75,7 +77,7 @@ def measure(config: Config, eager: Config, bank: Bank) -> Iterator[tuple[dict[st
                 "perf/compiled_modules": float(len(compiled.modules)),
                 "perf/recompilations": float(graphs() - before),
             },
-            labels(config, compiled),
+            told,
         )
 
 
@@ -83,6 +85,7 @@ def _turn(states: Sequence[TrainState], data: LatentDataset, epoch: int, steps: 
     """Seconds that each of `states` takes for the same `steps`."""
     seconds = []
     for state in states:
+        set_backends(state.config, state.device)  # they are the process's, and the two may want others
         synchronize(state.device)
         started = time.perf_counter()
         for step in steps:

@@ -71,6 +71,18 @@ def test_wrong_settings_get_no_number(config: Config, bank: Bank, monkeypatch: p
         next(measure(config, config, bank))
 
 
+def test_an_incomplete_last_batch_is_never_timed(config: Config, bank: Bank, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = set()
+
+    def step(state: TrainState, batch: Any, *, epoch: int, step: int) -> None:
+        sizes.add(len(batch.content))
+
+    monkeypatch.setattr(speed, "train_step", step)
+    odd = override(config, {"training.epoch_size": 58, "training.drop_last": False})  # 14 whole batches and one of 2
+    assert len(list(measure(odd, odd, bank))) == 3
+    assert sizes == {4}
+
+
 def test_too_few_steps(config: Config, bank: Bank) -> None:
     config = override(config, {"training.epoch_size": 36})
     with pytest.raises(RaystarError, match=r"36 samples are 9 steps, too few to time; at least 40"):
