@@ -121,7 +121,7 @@ def sync_folder(folder: Path) -> None:
         os.close(opened)
 
 
-def wait_for_space(path: Path, operation: Callable[[], T]) -> T:
+def wait_for_space(path: Path | str, operation: Callable[[], T]) -> T:
     """Runs `operation` until the disk that holds `path` has space for it; tells when it begins to wait and goes on."""
     waiting = False
     while True:
