@@ -98,8 +98,10 @@ class Ledger:
             self.summary.trials[event["trial"]].note = event["note"]
         elif event["event"] == ALONE:
             self.alone.add(event["trial"])
+            self._clock(event["trial"], at)
             self.summary.settle(event["trial"], PENDING, event["reason"])
         elif event["event"] == ENDED:
+            self._clock(event["trial"], at)
             self._end(event["trial"], event["status"], event["reason"])
         self._last = at
         return verdict
@@ -125,10 +127,16 @@ class Ledger:
         self.summary.settle(name, RUNNING)
         self._since[name] = at
 
+    def _clock(self, name: str, at: float) -> None:
+        """Counts the seconds since a running trial was last heard of."""
+        record = self.summary.trials[name]
+        if record.status == RUNNING:
+            record.wall_s = round(record.wall_s + at - self._since[name], 3)
+            self._since[name] = at
+
     def _epoch(self, name: str, epoch: int, metrics: dict[str, float], at: float) -> Verdict:
         record = self.summary.trials[name]
-        record.wall_s = round(record.wall_s + at - self._since.get(name, at), 3)
-        self._since[name] = at
+        self._clock(name, at)
         if epoch <= record.epochs:
             return Verdict()
         best = self.summary.report(name, epoch, metrics)

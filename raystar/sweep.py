@@ -318,7 +318,7 @@ class _Sweep:
             self._fit([name], [])
 
     def _waiting_alone(self) -> list[str]:
-        return [name for name in self.ledger.unfinished() if name in self.ledger.alone and name not in self._ends]
+        return [name for name in self.ledger.unfinished() if name in self.ledger.alone]
 
     def _at_a_time(self) -> int:
         return self.plan.at_a_time
@@ -460,7 +460,6 @@ class _Sweep:
         if name in self._begun:
             return
         self._begun.add(name)
-        self._ends.pop(name, None)
         try:
             config = override(self.plan.config, params, "trial")
         except RaystarError:  # a combination that the search made up as it went: the trial fails and says why
@@ -530,7 +529,7 @@ class _Sweep:
         if deaths is not None:
             status, reason = KILLED, f"its process died {deaths} times without finishing an epoch in between"
         elif name in self._ends:
-            status, reason = self._ends[name]
+            status, reason = self._ends.pop(name)
         elif record.epochs >= self.ledger.epochs:
             status, reason = FINISHED, None
         elif self.stopping:

@@ -36,9 +36,11 @@ def needs_shared(name: str):
     return pytest.mark.skipif(not (SHARED / name).exists(), reason=f"needs ../shared/{name}, which is not here")
 
 
-def write_latents(root: Path, domains: tuple[str, ...] = ("a", "b", "c"), count: int = 20, size: int = 16) -> Path:
+def write_latents(
+    root: Path, domains: tuple[str, ...] = ("a", "b", "c"), count: int = 20, size: int = 16, seed: int = 3
+) -> Path:
     """Folders of random latents that differ by domain in mean and grain, so that a ruler can tell them apart."""
-    rng = np.random.default_rng(3)
+    rng = np.random.default_rng(seed)
     for number, domain in enumerate(domains):
         folder = root / domain
         folder.mkdir(parents=True)

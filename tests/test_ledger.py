@@ -1,0 +1,217 @@
+"""ASHA's rungs against Ray's own, and the ledger: told its journal again, it knows the same again."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from dataclasses import asdict
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from raystar import ledger as events
+from raystar.journal import Journal
+from raystar.ledger import Collapse, Ledger
+from raystar.rungs import Rungs
+from raystar.summary import COMPARABLE, Summary
+
+
+@pytest.mark.parametrize("mode", ["min", "max"])
+@pytest.mark.parametrize(("grace", "factor", "epochs"), [(1, 2, 8), (1, 3, 27), (2, 4, 10), (3, 2.5, 20), (1, 2, 1)])
+def test_rungs_decide_as_rays(mode: str, grace: int, factor: float, epochs: int) -> None:
+    schedulers = pytest.importorskip("ray.tune.schedulers")
+    theirs = schedulers.ASHAScheduler(
+        time_attr="epoch", metric="m", mode=mode, max_t=epochs, grace_period=grace, reduction_factor=factor
+    )
+    ours = Rungs(mode, grace, factor, epochs)
+    rng = np.random.default_rng(7)
+    trials = {f"t{n}": SimpleNamespace(trial_id=f"t{n}", is_finished=lambda: False) for n in range(40)}
+    for trial in trials.values():
+        theirs.on_trial_add(None, trial)
+    running = dict.fromkeys(trials, 0)
+    stopped = 0
+    while running:
+        name = str(rng.choice(list(running)))
+        running[name] += 1
+        value = float(rng.normal(running[name], 3.0))
+        goes_on = ours.take(name, running[name], value)
+        decision = theirs.on_trial_result(None, trials[name], {"epoch": running[name], "m": value})
+        if running[name] < epochs:  # at the end Ray stops everyone; there is nothing to decide
+            assert goes_on == (decision == "CONTINUE"), (name, running[name])
+        if not goes_on or running[name] >= epochs:
+            stopped += not goes_on
+            running.pop(name)
+    assert stopped > 5 or epochs == 1
+
+
+def test_rungs_told_again_decide_alike_and_heed_nothing_twice() -> None:
+    rungs = Rungs("min", 1, 2, 8, exempt="base")
+    assert rungs.take("a", 1, 1.0)
+    assert not rungs.take("b", 1, 2.0)
+    assert rungs.take("b", 1, 2.0)  # decided before
+    assert rungs.take("base", 1, 9.0)  # never stopped, but counts
+    assert rungs.take("c", 1, 1.9)  # the median of 1, 2 and 9 is 2
+    assert not rungs.take("d", 1, math.nan)
+    assert not rungs.take("e", 1, math.inf)
+    assert rungs.take("f", 1, 0.5)
+    assert rungs.take("a", 2, 5.0)
+    assert not rungs.take("c", 2, 6.0)
+
+
+def ledger(**changed: Any) -> Ledger:
+    summary = Summary("s", "eval/score", "min", 4, "t00")
+    for number in range(4):
+        summary.add(f"t{number:02d}", {"loss.w_cyc": float(number)})
+    settings: dict[str, Any] = {"rungs": Rungs("min", 1, 2, 4, "t00"), "epochs": 4, "collapse": Collapse()} | changed
+    return Ledger(summary, **settings)
+
+
+def story() -> list[dict[str, Any]]:
+    """What happens to four trials, the journal of which is cut at every place."""
+
+    def epoch(trial: str, number: int, score: float) -> dict[str, Any]:
+        return {"event": events.EPOCH, "trial": trial, "epoch": number, "metrics": {"eval/score": score}}
+
+    def ended(trial: str, status: str, reason: str | None = None) -> dict[str, Any]:
+        return {"event": events.ENDED, "trial": trial, "status": status, "reason": reason}
+
+    def started(trial: str) -> dict[str, Any]:
+        return {"event": events.STARTED, "trial": trial, "params": {"loss.w_cyc": float(trial[1:])}}
+
+    told = [
+        {"event": events.SESSION},
+        started("t00"),
+        started("t01"),
+        epoch("t00", 1, 2.0),
+        epoch("t01", 1, 1.5),
+        epoch("t01", 2, 1.25),
+        {"event": events.ALONE, "trial": "t01", "reason": "out of memory"},
+        started("t02"),
+        epoch("t02", 1, 3.0),
+        ended("t02", "stopped", "stopped early after epoch 1"),
+        epoch("t00", 2, 1.75),
+        {"event": events.SESSION},
+        started("t03"),
+        started("t00"),
+        epoch("t00", 2, 1.75),
+        epoch("t03", 1, 0.5),
+        ended("t03", "diverged", "NaN"),
+        started("t01"),
+        epoch("t01", 3, 1.0),
+        {"event": events.NOTE, "trial": "t01", "note": "went back"},
+        epoch("t01", 4, 1.125),
+        ended("t01", "finished"),
+        ended("t00", "killed", "its process died"),
+    ]
+    return [{**event, "at": 100.0 + number} for number, event in enumerate(told)]
+
+
+def state(found: Ledger) -> dict[str, Any]:
+    assert found.rungs is not None
+    summary = found.summary
+    return {
+        "trials": {name: asdict(record) for name, record in summary.trials.items()},
+        "rungs": found.rungs.levels,
+        "best": summary.best and summary.best.trial,
+        "counts": summary.counts(),
+        "ended": asdict(summary.ended),
+        "running": sorted(summary.running),
+        "epochs": summary.epochs_done,
+        "started": summary.started,
+        "alone": found.alone,
+        "due": found.due,
+    }
+
+
+def test_what_it_knows_in_the_end() -> None:
+    found = ledger()
+    for event in story():
+        found.apply(event)
+    summary = found.summary
+    assert {name: r.status for name, r in summary.trials.items()} == {
+        "t00": "killed", "t01": "finished", "t02": "stopped", "t03": "diverged",
+    }  # fmt: skip
+    assert summary.best is summary.trials["t01"]  # t03 had less, and diverged
+    assert (summary.best.score, summary.best.score_epoch, summary.best.epochs) == (1.0, 3, 4)
+    assert summary.best.note == "went back"
+    assert summary.trials["t01"].wall_s == 4 + 4  # while it ran, not while it waited
+    assert found.broken_in_a_row == ["t00"]
+    assert found.unfinished() == ["t00"]
+    assert summary.counts() == {"killed": 1, "finished": 1, "stopped": 1, "diverged": 1}
+    assert summary.started == 111.0 - 10  # ten seconds before, eleven since
+
+
+@pytest.mark.parametrize("cut", range(1, len(story()) + 1))
+def test_a_sweep_that_broke_off_anywhere_knows_the_same_again(cut: int, tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "journal.jsonl")
+    lived, told = ledger(), ledger()
+    for event in story()[:cut]:
+        journal.append(event)
+        lived.apply(event)
+    running = sorted(lived.summary.running)
+    told.replay(journal)
+    assert not told.summary.running
+    for name in running:
+        assert told.summary.trials[name].status == "interrupted"
+        lived.summary.settle(name, "interrupted", "its sweep ended")
+    ours, theirs = state(lived), state(told)
+    assert list(ours) == list(theirs)
+    for key, value in ours.items():
+        assert theirs[key] == value, key
+
+
+def test_a_stop_that_was_not_carried_out_is_due() -> None:
+    told = story()[:9]
+    assert told[-1]["trial"] == "t02"
+    found = ledger()
+    found.replay(told)
+    assert {name: verdict.ends for name, verdict in found.due.items()} == {"t02": "stopped"}
+
+
+def test_collapse_is_seen_in_a_row_of_measurements() -> None:
+    found = ledger(collapse=Collapse(0.1, 3), rungs=None)
+    found.apply({"event": events.SESSION, "at": 0.0})
+    found.apply({"event": events.STARTED, "trial": "t01", "params": {}, "at": 0.0})
+    ends = []
+    for epoch, diversity in enumerate([0.05, 0.05, 0.2, 0.05, None, 0.0, 0.09], start=1):
+        metrics = {"eval/score": 2.0} | ({"eval/diversity": diversity} if diversity is not None else {})
+        event = {"event": events.EPOCH, "trial": "t01", "epoch": epoch, "metrics": metrics, "at": 0.0}
+        ends.append(found.apply(event).ends)
+    assert ends == [None] * 6 + ["collapsed"]
+    assert ledger(collapse=Collapse(0.1, 0)).apply(event | {"epoch": 1}).ends is None
+
+
+def test_the_best_is_kept_in_mind_whatever_happens() -> None:
+    """Against a search through all trials, after every one of many random changes."""
+    rng = np.random.default_rng(3)
+    summary = Summary("s", "eval/score", "min", 12, None)
+    names = [f"t{n:02d}" for n in range(12)]
+    for name in names:
+        summary.add(name, {})
+    statuses = ["running", "finished", "stopped", "interrupted", "diverged", "failed", "pending"]
+    for step in itertools.count(1):
+        name = str(rng.choice(names))
+        if rng.random() < 0.5:
+            summary.settle(name, str(rng.choice(statuses)))
+        else:
+            summary.report(name, step, {"eval/score": float(rng.integers(20))})
+        able = [r for r in summary.trials.values() if r.status in COMPARABLE and r.score is not None]
+        wanted = min(able, key=lambda r: (r.score, r.trial), default=None)
+        assert summary.best is wanted
+        counted = {s: sum(r.status == s for r in summary.trials.values()) for s in statuses}
+        assert summary.counts() == {s: n for s, n in counted.items() if n}
+        assert set(summary.running) == {r.trial for r in summary.trials.values() if r.status == "running"}
+        if step == 2000:
+            return
+
+
+def test_the_journal_of_a_sweep_is_plain_json(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "journal.jsonl")
+    for event in story():
+        journal.append(event)
+    lines = (tmp_path / "journal.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == story()
