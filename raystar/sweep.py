@@ -46,7 +46,7 @@ from raystar.summary import (
     write_whole,
 )
 from raystar.table import Board, announce
-from raystar.tracking import PARENT, MlflowTracker, provenance
+from raystar.tracking import PARENT, SPOOL, MlflowTracker, provenance
 
 _OBJECT_STORE_BYTES = 128 * 2**20  # trials exchange nothing but small results
 
@@ -95,6 +95,7 @@ def run(plan: Plan, command: list[str]) -> int:
         space.metric,
         space.mode == "min",
         columns=list(space.space),
+        spool=plan.folder / SPOOL,
     )
     # Made while Ray starts and the trials' processes import; a trial that comes first waits for its file.
     ruler = _Background(lambda: None if plan.speed else Ruler.build(plan.bank, config, plan.cache_dir))
