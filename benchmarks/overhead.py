@@ -58,7 +58,7 @@ def report(args: argparse.Namespace, config: Config, bank: Bank, folder: Path) -
     pictures: dict[str, Image.Image] = {}
     tracker = MlflowTracker(
         f"sqlite:///{folder}/mlflow.db", folder / "artifacts", {"name": "b", "digest": "b", "source": "b"}, {},
-        "eval/score", lower_is_better=True,
+        "eval/score", lower_is_better=True, spool=folder / "spool.jsonl",
     )  # fmt: skip
     tracker.begin()
     tracker.wait_until_connected()

@@ -18,6 +18,7 @@ T = TypeVar("T")
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _FULL_S = 1.0  # between two attempts on a full disk
 _BLOCK = 1 << 16
+_waited_for: set[str] = set()  # folders on full disks
 
 
 class Journal:
@@ -40,8 +41,14 @@ class Journal:
 
     def sync(self) -> None:
         """Returns once what was appended survives a power cut."""
+        if not self.path.exists():
+            return
         with self._lock:
-            wait_for_space(self.path, lambda: os.fsync(self._opened()))
+            file = os.dup(wait_for_space(self.path, self._opened))
+        try:  # without the lock: a slow disk holds up who syncs, not who appends
+            wait_for_space(self.path, lambda: os.fsync(file))
+        finally:
+            os.close(file)
 
     def close(self) -> None:
         """Gives the file back; the next `append` opens it again."""
@@ -122,22 +129,30 @@ def sync_folder(folder: Path) -> None:
 
 
 def wait_for_space(path: Path | str, operation: Callable[[], T]) -> T:
-    """Runs `operation` until the disk that holds `path` has space for it; tells when it begins to wait and goes on."""
-    waiting = False
-    while True:
-        try:
-            done = operation()
-        except OSError as error:
-            if error.errno not in _FULL:
-                raise
-            if not waiting:
-                _tell(f"note: the disk that holds {path} is full; waiting: free some space and it goes on")
-            waiting = True
-            time.sleep(_FULL_S)
-        else:
-            if waiting:
-                _tell(f"note: the disk that holds {path} has space again; going on")
-            return done
+    """Runs `operation` until the disk that holds `path` has space for it.
+
+    Tells once when it begins to wait and when it goes on, however many threads wait for the same folder.
+    """
+    tells, folder = False, str(path).rpartition("/")[0]
+    try:
+        while True:
+            try:
+                done = operation()
+            except OSError as error:
+                if error.errno not in _FULL:
+                    raise
+                if folder not in _waited_for:
+                    tells = True
+                    _waited_for.add(folder)
+                    _tell(f"note: the disk that holds {path} is full; waiting: free some space and it goes on")
+                time.sleep(_FULL_S)
+            else:
+                if tells:
+                    _tell(f"note: the disk that holds {path} has space again; going on")
+                return done
+    finally:
+        if tells:
+            _waited_for.discard(folder)
 
 
 def _tell(line: str) -> None:

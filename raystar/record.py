@@ -17,7 +17,7 @@ from raystar import __version__
 from raystar.errors import RaystarError, nearest
 from raystar.summary import write_whole
 
-RECORD, JOURNAL, SPOOL, LOCK = "sweep.json", "journal.jsonl", "spool.jsonl", "lock"
+RECORD, JOURNAL, LOCK = "sweep.json", "journal.jsonl", "lock"
 """Files of a sweep's folder."""
 
 _LIBRARIES = ("torch", "ray", "mlflow", "numpy")
@@ -47,7 +47,7 @@ def read_record(out: Path, name: str) -> dict[str, Any]:
         known = [found.parent.name for found in out.glob(f"*/{RECORD}")] if out.is_dir() else []
         there = f"; there are {', '.join(sorted(known)[:20])}" if known else ""
         raise RaystarError(f"--resume {name}: {path} is not there{nearest(name, known)}{there}")
-    for file in (folder, *(folder / part for part in (RECORD, JOURNAL, SPOOL))):
+    for file in (folder, *(folder / part for part in (RECORD, JOURNAL))):
         # Whoever wrote these files says what is run and where; only the same user is trusted with that.
         if file.exists() and file.stat().st_uid != os.getuid():
             raise RaystarError(

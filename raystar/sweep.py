@@ -31,7 +31,7 @@ from raystar.errors import RaystarError
 from raystar.journal import Journal, wait_for_space
 from raystar.ledger import ALONE, ENDED, EPOCH, NOTE, SESSION, STARTED, Ledger, Verdict
 from raystar.plan import Plan, usable_cpus
-from raystar.record import JOURNAL, RECORD, SPOOL, locked, write_record
+from raystar.record import JOURNAL, RECORD, locked, write_record
 from raystar.retention import DiskWatch, Janitor, checkpoint_bytes
 from raystar.ruler import Ruler
 from raystar.rungs import Rungs
@@ -51,7 +51,7 @@ from raystar.summary import (
     TrialRecord,
 )
 from raystar.table import Board, announce
-from raystar.tracking import PARENT, MlflowTracker, provenance
+from raystar.tracking import PARENT, SPOOL, MlflowTracker, provenance
 
 _OBJECT_STORE_BYTES = 128 * 2**20  # trials exchange nothing but small results
 
@@ -596,6 +596,7 @@ class _Sweep:
             record.checkpoint = self.janitor.checkpoint(record)
         wait_for_space(self.plan.folder, lambda: self.summary.write(self.plan.folder))
         self.journal.sync()
+        self.tracker.sync()
         self._written = time.time()
         self._write_every = max(1.0, 20 * (self._written - began))
 

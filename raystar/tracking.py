@@ -1,44 +1,54 @@
 """Where runs are recorded: the `Tracker` seam and its MLflow form. The only file that imports mlflow.
 
-One writer: the driver. Calls are handed to a thread and return at once, so a slow or absent server never holds
-up training; the thread keeps trying until the server is back.
+One writer: the driver. A call puts its record into a file and returns, so a slow or absent server never holds up
+training. A thread takes the records from there to MLflow, and keeps trying until the server is back; what it could not
+deliver, the next process on the same file does.
 """
 
 from __future__ import annotations
 
+import configparser
 import contextlib
 import functools
+import itertools
 import json
 import logging
 import os
-import queue
-import socket
+import re
+import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 from raystar import __version__
-from raystar.errors import RaystarError
+from raystar.errors import RaystarError, redact, redact_value
+from raystar.spool import Spool
 
 DEFAULT_EXPERIMENT = "raystar"
+SPOOL = "spool.jsonl"
+"""Name of a tracker's file in the folder of its sweep or run."""
 _VIEW = "raystar"  # key of the saved view
 PARENT = ""
 """Name of the parent run, or of the only run, in calls that take a trial's name."""
 
 _RETRY_S = (0.2, 0.5, 1.0, 2.0, 5.0)
-_LAST_ATTEMPTS = 12  # about forty seconds, once nothing else is left to do
+_LAST_S = 40.0  # how long a record is tried once nothing else is left to do
+_READ_ATTEMPTS = 6  # of a picture that is no picture: it may be about to be written again
+_ASK_S = 5.0  # how long a server may take to say what it is
+_MARK = "raystar.record"  # tag by which a run is found whose creation was not answered
 _ENDED = {
     "finished": "FINISHED",
     "stopped": "FINISHED",
     "interrupted": "KILLED",
-    "failed": "FAILED",
-    "diverged": "FAILED",
 }
+"""MLflow's statuses of raystar's; all others are FAILED."""
 
 
 class Tracker(Protocol):
@@ -53,15 +63,21 @@ class Tracker(Protocol):
         text: Mapping[str, str],
         name: str | None = None,
     ) -> None:
-        """Opens a run, shown as `name` or `trial`; `text` holds artifacts by name (`{"config.yaml": "..."}`)."""
+        """Opens a run, shown as `name` or `trial`; `text` holds artifacts by name (`{"config.yaml": "..."}`).
 
-    def log(self, trial: str, epoch: int, metrics: Mapping[str, float], images: Mapping[str, Path]) -> None:
-        """Records one epoch; `images` are files that stay where they are until `close`."""
+        A trial that has a run already, from a process before this one, goes on in it as it is.
+        """
+
+    def log(self, trial: str, epoch: int, metrics: Mapping[str, float], images: Mapping[str, str | Path]) -> None:
+        """Records one epoch, once: what comes again is dropped. Epochs come in order, but for 0.
+
+        `images` are files, or fsspec URIs, that stay where they are until `close`.
+        """
 
     def attach(
-        self, trial: str, files: Mapping[str, Path], tags: Mapping[str, str], metrics: Mapping[str, float]
+        self, trial: str, files: Mapping[str, str | Path], tags: Mapping[str, str], metrics: Mapping[str, float]
     ) -> None:
-        """Adds files (by artifact name), tags and final metrics to a run."""
+        """Adds files (paths or fsspec URIs by artifact name), tags and final metrics to a run."""
 
     def end(self, trial: str, status: str, reason: str | None) -> None:
         """Closes a run with raystar's status and reason."""
@@ -69,8 +85,14 @@ class Tracker(Protocol):
     def run_id(self, trial: str) -> str | None:
         """The run's id in the store, once it has one."""
 
+    def last_epoch(self, trial: str) -> int:
+        """The highest epoch recorded, by this process or those before it; 0 if there is none."""
+
+    def sync(self) -> None:
+        """Returns once everything recorded so far survives a power cut."""
+
     def close(self) -> None:
-        """Writes what is left and closes every run that is still open."""
+        """Closes every run that is still open and writes what is left."""
 
 
 def default_uri(out: Path) -> str:
@@ -82,7 +104,8 @@ def check_uri(uri: str) -> None:
     """Refuses a tracking URI that cannot work, before anything starts.
 
     Raises:
-        RaystarError: a scheme that MLflow's tracking does not take here.
+        RaystarError: a scheme that MLflow's tracking does not take here, a file that is no database, an address
+            where no MLflow server answers, or one that refuses the credentials.
     """
     scheme = uri.partition(":")[0]
     if scheme in ("http", "https"):
@@ -94,7 +117,7 @@ def check_uri(uri: str) -> None:
     if scheme in ("postgresql", "mysql", "mssql") or "+" in scheme:
         return
     raise RaystarError(
-        f"--tracking-uri {uri}: expected sqlite:///FILE, a database URI or http(s)://HOST:PORT; "
+        f"--tracking-uri {redact(uri)}: expected sqlite:///FILE, a database URI or http(s)://HOST:PORT; "
         "plain folders are no longer a store of MLflow's"
     )
 
@@ -116,15 +139,66 @@ def _check_sqlite(path: Path) -> None:
 
 
 def _check_server(uri: str) -> None:
-    parts = urlsplit(uri)
+    """An MLflow server answers at `uri`, and lets us in."""
+    shown = f"--tracking-uri {redact(uri)}"
     try:
-        port = parts.port or (443 if parts.scheme == "https" else 80)
-        socket.create_connection((parts.hostname or "", port), timeout=5).close()
+        status, body = _ask(uri)
     except (OSError, ValueError) as error:
         raise RaystarError(
-            f"--tracking-uri {_redacted(uri)}: nothing answers there ({error}); start a server, for example "
+            f"{shown}: nothing answers there ({_in_a_line(error)}); start a server, for example "
             "mlflow server --backend-store-uri sqlite:///mlflow.db --port 5000"
         ) from None
+    if status == 403 and "host" in body.lower():
+        raise RaystarError(f"{shown}: the server refuses this host name; start it with --allowed-hosts, or use its IP")
+    if status in (401, 403):
+        raise RaystarError(
+            f"{shown}: the server {'asks for' if status == 401 else 'refuses these'} credentials; set "
+            "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD (or MLFLOW_TRACKING_TOKEN) to valid ones"
+        )
+    if status >= 500:
+        raise RaystarError(f"{shown}: the server there is out of order (HTTP status {status}); look at its log")
+    if status != 200 or not re.fullmatch(r"\d+\.\d+\S*", body.strip()):
+        raise RaystarError(f"{shown}: what answers there is no MLflow server (HTTP status {status} for /version)")
+
+
+def _ask(uri: str) -> tuple[int, str]:
+    """HTTP status and text of the server's `/version`, asked for as MLflow's own client would ask."""
+    import requests
+
+    env = os.environ.get
+    headers, auth = {}, None
+    user, password = env("MLFLOW_TRACKING_USERNAME"), env("MLFLOW_TRACKING_PASSWORD")
+    if not user or not password:
+        user, password = _credentials_file()
+    if user and password:
+        auth = (user, password)
+    elif env("MLFLOW_TRACKING_TOKEN"):
+        headers["Authorization"] = f"Bearer {env('MLFLOW_TRACKING_TOKEN')}"
+    if urlsplit(uri).username:
+        auth = None  # requests takes the URI's
+    insecure = (env("MLFLOW_TRACKING_INSECURE_TLS") or "").lower() in ("true", "1")
+    verify = False if insecure else env("MLFLOW_TRACKING_SERVER_CERT_PATH") or True
+    with requests.get(
+        f"{uri.rstrip('/')}/version", headers=headers, auth=auth, verify=verify, timeout=_ASK_S, stream=True
+    ) as answer:
+        return answer.status_code, answer.raw.read(500, decode_content=True).decode(errors="replace")
+
+
+def _credentials_file() -> tuple[str | None, str | None]:
+    """User and password that MLflow keeps in the home folder."""
+    found = configparser.ConfigParser(interpolation=None)
+    with contextlib.suppress(configparser.Error, OSError):
+        found.read(Path("~/.mlflow/credentials").expanduser())
+    user, password = (found.get("mlflow", f"mlflow_tracking_{key}", fallback=None) for key in ("username", "password"))
+    return user, password
+
+
+class _Refused(Exception):  # noqa: N818
+    """A record that cannot be written, whatever the store does."""
+
+
+class _Unreadable(Exception):  # noqa: N818
+    """A picture that does not decode."""
 
 
 class MlflowTracker:
@@ -137,6 +211,8 @@ class MlflowTracker:
         common_tags: set on every run.
         primary_metric: what the table of runs is sorted by, lower first if `lower_is_better`.
         columns: parameters that the table of runs shows.
+        spool: the file that holds records until MLflow has taken them. One that is there already is gone on with:
+            what waits in it is written first, and its trials keep their runs.
     """
 
     def __init__(
@@ -148,7 +224,8 @@ class MlflowTracker:
         primary_metric: str,
         lower_is_better: bool,
         columns: Sequence[str] = (),
-        spool: Path | None = None,
+        *,
+        spool: Path,
     ) -> None:
         self.uri = uri
         self.artifacts = artifacts
@@ -158,17 +235,24 @@ class MlflowTracker:
         self.columns = list(columns)
         self.experiment_id: str | None = None
         self._client: Any = None
-        self._runs: dict[str, str] = {}
-        self._open: set[str] = set()
-        self._tasks: queue.Queue[Callable[[], None] | None] = queue.Queue()
+        self._spool = Spool(spool)
         self._connected = threading.Event()
         self._failure: RaystarError | None = None
-        self._closing = False
+        self._closing_since: float | None = None
         self._given_up = False
+        self._inherited = False  # whether the record is one of an earlier process, which may have written it
+        self._attempt = 0
+        self._new_run: str | None = None  # of the record
+        self._pictures: tuple[str, list[str]] = ("", [])  # of a run, while it is uncertain which it has
         self._thread = threading.Thread(target=self._work, name="raystar-tracking", daemon=True)
 
+    @property
+    def waiting(self) -> int:
+        """How many records MLflow has not taken yet."""
+        return self._spool.waiting
+
     def begin(self) -> None:
-        """Starts the thread. Calls before that wait in its queue; importing mlflow takes seconds of a core."""
+        """Starts the thread. Calls before that wait in the file; importing mlflow takes seconds of a core."""
         if not self._thread.ident:
             self._thread.start()
 
@@ -176,13 +260,13 @@ class MlflowTracker:
         """Returns once the store and the experiment are there.
 
         Raises:
-            RaystarError: the store cannot be reached or opened.
+            RaystarError: the store cannot be reached or opened, or does not know the runs of an existing spool.
         """
         self._connected.wait()
         if self._failure is not None:
             raise self._failure
 
-    # -- the Tracker seam: each call is queued ------------------------------------------------------
+    # -- the Tracker seam: each call becomes a record -------------------------------------------------
 
     def start(
         self,
@@ -194,116 +278,170 @@ class MlflowTracker:
         name: str | None = None,
     ) -> None:
         """See `Tracker`."""
-        began = int(time.time() * 1000)
-        copied = (dict(params), dict(tags), dict(text))
-        self._tasks.put(lambda: self._start(trial, name or trial, began, *copied))
+        if self._spool.told(trial).started:
+            self._spool.add("reopen", trial)
+            return
+        self._spool.add(
+            "start",
+            trial,
+            name=name or trial,
+            mark=uuid.uuid4().hex,
+            params={key: redact_value(key, str(value)) for key, value in params.items()},
+            tags=_without_credentials(tags),
+            text={key: redact(value) for key, value in text.items()},
+        )
 
-    def log(self, trial: str, epoch: int, metrics: Mapping[str, float], images: Mapping[str, Path]) -> None:
+    def log(self, trial: str, epoch: int, metrics: Mapping[str, float], images: Mapping[str, str | Path]) -> None:
         """See `Tracker`."""
-        at = int(time.time() * 1000)
-        values, pictures = dict(metrics), dict(images)
-        if values:
-            self._tasks.put(lambda: self._log_metrics(trial, epoch, at, values))
-        for key, path in pictures.items():
-            self._tasks.put(functools.partial(self._log_image, trial, epoch, at, key, path))
+        told = self._spool.told(trial)
+        if told.untrained if epoch == 0 else epoch <= told.epoch:
+            return
+        values = {key: float(value) for key, value in metrics.items()}
+        self._spool.add("log", trial, epoch=epoch, metrics=values, images=_places(images))
 
     def attach(
-        self, trial: str, files: Mapping[str, Path], tags: Mapping[str, str], metrics: Mapping[str, float]
+        self, trial: str, files: Mapping[str, str | Path], tags: Mapping[str, str], metrics: Mapping[str, float]
     ) -> None:
         """See `Tracker`."""
-        at = int(time.time() * 1000)
-        copied = (dict(files), dict(tags), dict(metrics))
-        self._tasks.put(lambda: self._attach(trial, at, *copied))
+        final = self._spool.told(trial).final
+        values = {key: float(value) for key, value in metrics.items() if final.get(key) != value}
+        if files or tags or values:
+            self._spool.add(
+                "attach", trial, files=_places(files), tags=_without_credentials(tags), metrics=values
+            )  # fmt: skip
 
     def end(self, trial: str, status: str, reason: str | None) -> None:
         """See `Tracker`."""
-        at = int(time.time() * 1000)
-        self._tasks.put(lambda: self._end(trial, status, reason, at))
-
-    def last_epoch(self, trial: str) -> int:
-        return 0
+        if self._spool.told(trial).open:
+            self._spool.add("end", trial, status=status, reason=None if reason is None else redact(reason))
 
     def run_id(self, trial: str) -> str | None:
         """See `Tracker`."""
-        return self._runs.get(trial)
+        return self._spool.runs.get(trial)
+
+    def last_epoch(self, trial: str) -> int:
+        """See `Tracker`."""
+        return self._spool.told(trial).epoch
+
+    def sync(self) -> None:
+        """See `Tracker`."""
+        self._spool.sync()
 
     def close(self) -> None:
         """See `Tracker`."""
         self.begin()
         self._connected.wait()
-        if self._failure is not None or not self._thread.is_alive():
-            return
-        self._tasks.put(self._end_open)
-        self._tasks.put(None)
-        waiting = self._tasks.qsize()
-        if waiting > 20:
-            print(f"writing the last {waiting} records to MLflow", flush=True)
-        self._closing = True
-        self._thread.join()
+        if self._thread.is_alive():
+            still_open = [trial for trial, told in self._spool.trials.items() if told.open]
+            for trial in sorted(still_open, reverse=True):  # the parent's name sorts first, so it is closed last
+                self.end(trial, "interrupted", None)
+            if self.waiting > 20:
+                print(f"writing the last {self.waiting} records to MLflow", flush=True)
+            self._closing_since = time.monotonic()
+            self._spool.finish()
+            self._thread.join()
+        self._spool.close()
 
     # -- the thread ---------------------------------------------------------------------------------
 
     def _work(self) -> None:
         try:
             self._connect()
+        except RaystarError as error:
+            self._failure = error
         # Database drivers and HTTP clients raise their own kinds; the user sees one line instead.
         except Exception as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             self._failure = RaystarError(
-                f"the MLflow store at {_redacted(self.uri)} cannot be used ({reason[:300]}); "
+                f"the MLflow store at {redact(self.uri)} cannot be used ({_in_a_line(error)}); "
                 "start its server or choose another with --tracking-uri"
             )
         self._connected.set()
         if self._failure is not None:
             return
-        while (task := self._tasks.get()) is not None:
-            self._persist(task)
+        try:
+            for record in self._spool.take():
+                self._inherited = record["n"] <= self._spool.inherited
+                self._new_run = None
+                for step in self._steps(record):
+                    self._persist(step)
+                    if self._given_up:
+                        return
+                self._spool.taken(record, self._new_run)
+        except OSError as error:  # of the spool's own files
+            self._give_up(f"the record cannot be kept ({_in_a_line(error)})")
 
-    def _persist(self, task: Callable[[], None]) -> None:
-        """Runs `task` until it works; a server that is away is waited for, since nothing may be lost."""
-        attempt = 0
-        while not self._given_up:
+    def _steps(self, record: dict[str, Any]) -> Iterator[Callable[[], None]]:
+        """What a record asks of MLflow, in order. Each step may be done twice without a trace."""
+        trial, at = record["trial"], record["at"]
+        if record["do"] == "start":
+            yield lambda: self._start(record)
+        elif record["do"] == "reopen":
+            yield lambda: self._reopen(trial)
+        elif record["do"] == "attach":
+            for name, place in record["files"].items():
+                yield functools.partial(self._attach_file, trial, name, place)
+            yield lambda: self._attach(trial, at, record["tags"], record["metrics"])
+        elif record["do"] == "end":
+            yield lambda: self._end(trial, record["status"], record["reason"], at)
+        else:
+            if record["metrics"]:
+                yield lambda: self._log_metrics(trial, record["epoch"], at, record["metrics"])
+            for key, place in record["images"].items():
+                yield functools.partial(self._log_image, trial, record["epoch"], at, key, place)
+
+    def _persist(self, step: Callable[[], None]) -> None:
+        """Runs `step` until it works; a server that is away is waited for, since nothing may be lost."""
+        began = time.monotonic()
+        for attempt in itertools.count():
+            self._attempt = attempt
             try:
-                task()
+                step()
                 return
             except Exception as error:
-                reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
-                if _is_final(error):
+                reason = _in_a_line(error)
+                if _is_final(error, attempt):
                     print(f"error: MLflow refuses a record: {reason}", file=sys.stderr, flush=True)
                     return
-                if attempt == 2:
-                    print(f"note: MLflow takes no records now ({reason}); trying again", file=sys.stderr, flush=True)
-                if self._closing and attempt >= _LAST_ATTEMPTS:
-                    lost = self._tasks.qsize()
-                    print(
-                        f"error: MLflow is away; {lost} records are not written: {reason}", file=sys.stderr, flush=True
-                    )
-                    self._given_up = True
-                    return
-                time.sleep(_RETRY_S[min(attempt, len(_RETRY_S) - 1)])
-                attempt += 1
+            if attempt == 2:
+                print(f"note: MLflow takes no records now ({reason}); trying again", file=sys.stderr, flush=True)
+            if self._closing_since is not None and time.monotonic() - max(began, self._closing_since) >= _LAST_S:
+                self._give_up(f"MLflow is away ({reason})")
+                return
+            time.sleep(_RETRY_S[min(attempt, len(_RETRY_S) - 1)])
+
+    @property
+    def _uncertain(self) -> bool:
+        """Whether MLflow may have what is to be written already."""
+        return self._inherited or self._attempt > 0
+
+    def _give_up(self, reason: str) -> None:
+        self._given_up = True
+        print(
+            f"error: {reason}; {self.waiting} records wait in {self._spool.path} and are not lost: "
+            f"{self._how_to_resume()} writes them",
+            file=sys.stderr,
+            flush=True,
+        )
+
+    def _how_to_resume(self) -> str:
+        sweep, run = (self.common_tags.get(f"raystar.{kind}") for kind in ("sweep", "run"))
+        if sweep is not None:
+            return f"python -m raystar.tune --resume {sweep}"
+        return f"python -m raystar.train ... --name {run} --resume" if run is not None else "going on with that file"
 
     def _connect(self) -> None:
         # Telemetry would look for the network; alembic tells of every migration of a new store.
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
         os.environ.setdefault("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false")
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "15")
+        # Its own attempts would create a second run where only the answer was lost; `_persist` looks first.
+        os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "0"
         import mlflow
 
         for name in ("alembic", "mlflow", "urllib3"):
             logging.getLogger(name).setLevel(logging.ERROR)
         client = mlflow.MlflowClient(tracking_uri=self.uri)
-        name = os.environ.get("MLFLOW_EXPERIMENT_NAME", DEFAULT_EXPERIMENT)
-        experiment = client.get_experiment_by_name(name)
-        if experiment is None:
-            local = self.uri.startswith("sqlite:")
-            location = self.artifacts.resolve().as_uri() if local else None
-            self.experiment_id = client.create_experiment(name, artifact_location=location)
-        else:
-            if experiment.lifecycle_stage != "active":
-                raise ValueError(f"experiment {name} is deleted there; restore it, or set MLFLOW_EXPERIMENT_NAME")
-            self.experiment_id = experiment.experiment_id
+        self.experiment_id = self._known_experiment(client) or self._experiment(client)
         metric, lower = self.primary
         client.set_experiment_tag(self.experiment_id, "mlflow.experiment.primaryMetric.name", metric)
         greater = "false" if lower else "true"
@@ -311,6 +449,42 @@ class MlflowTracker:
         client.set_experiment_tag(self.experiment_id, "mlflow.experimentKind", "custom_model_development")
         client.set_experiment_tag(self.experiment_id, f"mlflow.sharedViewState.{_VIEW}", self._view())
         self._client = client
+
+    def _experiment(self, client: Any) -> str:
+        from mlflow.exceptions import MlflowException
+
+        name = os.environ.get("MLFLOW_EXPERIMENT_NAME", DEFAULT_EXPERIMENT)
+        found = client.get_experiment_by_name(name)
+        if found is None:
+            location = self.artifacts.resolve().as_uri() if self.uri.startswith("sqlite:") else None
+            try:
+                return client.create_experiment(name, artifact_location=location)
+            except MlflowException as error:
+                found = client.get_experiment_by_name(name)
+                if error.error_code != "RESOURCE_ALREADY_EXISTS" or found is None:  # else another sweep was first
+                    raise
+        if found.lifecycle_stage != "active":
+            raise ValueError(f"experiment {name} is deleted there; restore it, or set MLFLOW_EXPERIMENT_NAME")
+        return found.experiment_id
+
+    def _known_experiment(self, client: Any) -> str | None:
+        """Where the runs of an existing spool lie."""
+        from mlflow.exceptions import MlflowException
+
+        for run_id in list(self._spool.runs.values())[:1]:
+            try:
+                run = client.get_run(run_id)
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                    raise
+                run = None
+            if run is None or run.info.lifecycle_stage != "active":
+                raise RaystarError(
+                    f"the MLflow store at {redact(self.uri)} has no run {run_id}, where {self._spool.path} goes on; "
+                    "name the store that it began in with --tracking-uri, or restore the run there"
+                )
+            return run.info.experiment_id
+        return None
 
     def _view(self) -> str:
         """A saved view of the UI: every run in one table, best first, with the columns that matter.
@@ -333,79 +507,162 @@ class MlflowTracker:
         """The command that starts the MLflow UI, empty where a server is running, and the address of the trials."""
         page = f"#/experiments/{self.experiment_id}/runs?workflowType=machine_learning&viewStateShareKey={_VIEW}"
         if self.uri.startswith("http"):
-            return "", f"{_redacted(self.uri).rstrip('/')}/{page}"
-        return f"mlflow ui --backend-store-uri {_redacted(self.uri)}", f"http://127.0.0.1:5000/{page}"
+            return "", f"{redact(self.uri).rstrip('/')}/{page}"
+        return f"mlflow ui --backend-store-uri {redact(self.uri)}", f"http://127.0.0.1:5000/{page}"
 
-    def _start(
-        self, trial: str, name: str, began: int, params: dict[str, Any], tags: dict[str, str], text: dict[str, str]
-    ) -> None:
+    def _run(self, trial: str) -> str:
+        if trial not in self._spool.runs:
+            raise _Refused(f"it belongs to {trial or 'a parent'}, which has no run")
+        return self._spool.runs[trial]
+
+    def _start(self, record: dict[str, Any]) -> None:
         from mlflow.entities import Dataset, DatasetInput, InputTag, Param
 
-        if trial not in self._runs:
-            every = {**self.common_tags, **tags, "raystar.status": "running"}
-            if trial != PARENT and PARENT in self._runs:
-                every["mlflow.parentRunId"] = self._runs[PARENT]
-            every["mlflow.user"] = _user()
-            run = self._client.create_run(self.experiment_id, start_time=began, tags=every, run_name=name)
-            self._runs[trial] = run.info.run_id
-            self._open.add(trial)
-        run_id = self._runs[trial]
-        self._client.log_batch(run_id, params=[Param(key, str(value)) for key, value in params.items()])
-        for name, content in text.items():
+        trial = record["trial"]
+        run_id = self._new_run or self._created(record["mark"])
+        if run_id is None:
+            tags = {**_without_credentials(self.common_tags), **record["tags"]}
+            tags |= {"raystar.status": "running", _MARK: record["mark"], "mlflow.user": _user()}
+            if trial != PARENT and PARENT in self._spool.runs:
+                tags["mlflow.parentRunId"] = self._spool.runs[PARENT]
+            run = self._client.create_run(
+                self.experiment_id, start_time=record["at"], tags=tags, run_name=record["name"]
+            )  # fmt: skip
+            run_id = run.info.run_id
+        self._new_run = run_id
+        params = [Param(key, value) for key, value in record["params"].items()]
+        self._client.log_batch(run_id, params=params)
+        for name, content in record["text"].items():
             self._client.log_text(run_id, content, name)
-        source = json.dumps({"uri": self.dataset["source"]})
+        source = json.dumps({"uri": redact(self.dataset["source"])})
         dataset = Dataset(self.dataset["name"], self.dataset["digest"], "local", source)
         context = InputTag("mlflow.data.context", "training")
         self._client.log_inputs(run_id, datasets=[DatasetInput(dataset, [context])])
+
+    def _created(self, mark: str) -> str | None:
+        """The run that an earlier attempt has created, if there was one."""
+        if not self._uncertain:
+            return None
+        found = self._client.search_runs([self.experiment_id], f"tags.`{_MARK}` = '{mark}'", max_results=1)
+        return found[0].info.run_id if found else None
+
+    def _reopen(self, trial: str) -> None:
+        from mlflow.exceptions import MlflowException
+
+        run_id = self._run(trial)
+        self._client.update_run(run_id, status="RUNNING")  # it keeps the time of its end until it ends again
+        self._client.set_tag(run_id, "raystar.status", "running")
+        try:
+            self._client.delete_tag(run_id, "raystar.reason")
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
 
     def _log_metrics(self, trial: str, epoch: int, at: int, values: dict[str, float]) -> None:
         from mlflow.entities import Metric
 
         first = self.primary[0]  # the UI lists metrics in the order in which they came
         ordered = sorted(values, key=lambda name: name != first)
-        self._client.log_batch(self._runs[trial], metrics=[Metric(k, values[k], at, epoch) for k in ordered])
+        # MLflow drops what it has already: same key, step, time and value.
+        self._client.log_batch(self._run(trial), metrics=[Metric(k, values[k], at, epoch) for k in ordered])
 
-    def _log_image(self, trial: str, epoch: int, at: int, key: str, path: Path) -> None:
+    def _log_image(self, trial: str, epoch: int, at: int, key: str, place: str) -> None:
         from PIL import Image
 
-        with Image.open(path) as picture:
-            picture.load()
-            self._client.log_image(
-                self._runs[trial], picture, key=key, step=epoch, timestamp=at, synchronous=True
-            )  # fmt: skip
+        run_id = self._run(trial)
+        with _local(place) as path:
+            try:
+                with Image.open(path) as picture:
+                    picture.load()
+            except (OSError, SyntaxError, ValueError) as error:
+                raise _Unreadable(f"{redact(place)} is no picture ({_in_a_line(error)})") from None
+        name = self._image_name(run_id, key, epoch)
+        if name is None:
+            self._client.log_image(run_id, picture, key=key, step=epoch, timestamp=at, synchronous=True)
+            return
+        # An earlier attempt got so far; MLflow would choose another name and show both.
+        from mlflow.tracking.multimedia import compress_image_size
+        from mlflow.utils.mlflow_tags import MLFLOW_LOGGED_IMAGES
 
-    def _attach(
-        self, trial: str, at: int, files: dict[str, Path], tags: dict[str, str], metrics: dict[str, float]
-    ) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            for suffix, image in ((".png", picture), ("+compressed.webp", compress_image_size(picture))):
+                image.save(Path(folder) / f"{name}{suffix}")
+                self._client.log_artifact(run_id, str(Path(folder) / f"{name}{suffix}"), "images")
+        self._client.set_tag(run_id, MLFLOW_LOGGED_IMAGES, True)
+
+    def _image_name(self, run_id: str, key: str, epoch: int) -> str | None:
+        """The name, without its suffix, that MLflow gave a picture in an earlier attempt."""
+        if not self._uncertain:
+            return None
+        if self._attempt or self._pictures[0] != run_id:  # records of earlier processes ask once a run
+            found = self._client.list_artifacts(run_id, "images")
+            self._pictures = (run_id, [Path(file.path).name for file in found])
+        name = re.compile(rf"({re.escape(key.replace('/', '~'))}\+step\+{epoch}\+.*?)(\+compressed)?\.\w+")
+        return min((found[1] for found in map(name.fullmatch, self._pictures[1]) if found), default=None)
+
+    def _attach_file(self, trial: str, name: str, place: str) -> None:
+        folder = str(Path(name).parent)
+        with _local(place, Path(name).name) as path:
+            self._client.log_artifact(self._run(trial), str(path), None if folder == "." else folder)
+
+    def _attach(self, trial: str, at: int, tags: dict[str, str], metrics: dict[str, float]) -> None:
         from mlflow.entities import Metric, RunTag
 
-        run_id = self._runs[trial]
-        for name, path in files.items():
-            folder = str(Path(name).parent)
-            self._client.log_artifact(run_id, str(path), None if folder == "." else folder)
         values = [Metric(key, value, at, 0) for key, value in metrics.items()]
-        self._client.log_batch(run_id, metrics=values, tags=[RunTag(key, value) for key, value in tags.items()])
+        self._client.log_batch(
+            self._run(trial), metrics=values, tags=[RunTag(key, value) for key, value in tags.items()]
+        )  # fmt: skip
 
     def _end(self, trial: str, status: str, reason: str | None, at: int) -> None:
-        if trial not in self._open:
-            return
-        run_id = self._runs[trial]
+        run_id = self._run(trial)
         self._client.set_tag(run_id, "raystar.status", status)
         if reason is not None:
             self._client.set_tag(run_id, "raystar.reason", reason[:4000])
         self._client.set_terminated(run_id, _ENDED.get(status, "FAILED"), end_time=at)
-        self._open.discard(trial)
-
-    def _end_open(self) -> None:
-        now = int(time.time() * 1000)
-        for trial in sorted(self._open, reverse=True):  # the parent's name sorts first, so it is closed last
-            self._end(trial, "interrupted", None, now)
 
 
-def _is_final(error: Exception) -> bool:
+def _is_final(error: Exception, attempt: int) -> bool:
     """Whether trying again cannot help: the record itself is wrong, not the way to the server."""
-    wrong = isinstance(error, KeyError | ValueError | TypeError | FileNotFoundError)
+    if isinstance(error, _Unreadable):
+        return attempt + 1 >= _READ_ATTEMPTS
+    if isinstance(error, OSError | UnicodeError | json.JSONDecodeError):  # half an answer is a ValueError, too
+        return False
+    wrong = isinstance(error, _Refused | ValueError | TypeError)
     return wrong or getattr(error, "error_code", "") == "INVALID_PARAMETER_VALUE"
+
+
+def _in_a_line(error: Exception) -> str:
+    return redact((str(error).strip().splitlines() or [type(error).__name__])[0])[:300]
+
+
+def _without_credentials(tags: Mapping[str, str]) -> dict[str, str]:
+    return {key: redact_value(key, str(value)) for key, value in tags.items()}
+
+
+def _places(files: Mapping[str, str | Path]) -> dict[str, str]:
+    """Paths that mean the same wherever a later process runs, and URIs as they are."""
+    places = {name: str(place) for name, place in files.items()}
+    return {name: place if "://" in place else os.path.abspath(place) for name, place in places.items()}
+
+
+@contextlib.contextmanager
+def _local(place: str, name: str = "picture") -> Iterator[Path]:
+    """The file at `place` on this machine; what an fsspec URI means is fetched, under `name`."""
+    if "://" not in place:
+        if not Path(place).is_file():
+            raise _Refused(f"{place}: no such file")
+        yield Path(place)
+        return
+    import fsspec
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / name
+        try:
+            with fsspec.open(place, "rb") as source, path.open("wb") as target:
+                shutil.copyfileobj(source, target)
+        except (FileNotFoundError, ImportError, ValueError) as error:  # not there, or nothing here can read it
+            raise _Refused(f"{redact(place)}: {_in_a_line(error)}") from None
+        yield path
 
 
 def provenance() -> dict[str, str]:
@@ -426,11 +683,3 @@ def _user() -> str:
     with contextlib.suppress(OSError, KeyError, ImportError):
         return getpass.getuser()
     return "unknown"
-
-
-def _redacted(uri: str) -> str:
-    """The URI without a password."""
-    parts = urlsplit(uri)
-    if parts.password is None:
-        return uri
-    return uri.replace(f":{parts.password}@", ":***@")

@@ -18,7 +18,7 @@ from raystar.model import NAMES
 from raystar.ruler import Ruler, check_holdout
 from raystar.step import TrainState, resolve_device
 from raystar.summary import DIVERGED, FAILED, FINISHED, INTERRUPTED, cache_dir, check_name
-from raystar.tracking import PARENT, MlflowTracker, Tracker, check_uri, default_uri, provenance
+from raystar.tracking import PARENT, SPOOL, MlflowTracker, Tracker, check_uri, default_uri, provenance
 from raystar.trainer import Progress, Trainer
 
 DEFAULT_CONFIG = "configs/stargan_v2_latent.yaml"
@@ -61,9 +61,12 @@ def main(argv: list[str] | None = None) -> int:
     folder = Path(config.checkpoint.save_dir) if config.checkpoint.save_dir else args.out / name
     saved = sorted(folder.glob("epoch_*.pt"), reverse=True)
     latest = folder / "latest.pt"
-    if saved or latest.exists():
+    begun = bool(saved) or latest.exists()
+    # Stopped before its first checkpoint, a run begins anew, but in the same record.
+    if begun or (folder / SPOOL).exists():
         if not args.resume:
-            raise RaystarError(f"{folder} holds checkpoints already; go on with --resume, or choose another name")
+            held = "checkpoints" if begun else "the record of a run"
+            raise RaystarError(f"{folder} holds {held} already; go on with --resume, or choose another name")
     elif args.resume:
         raise RaystarError(f"--resume: {folder} holds no checkpoint (latest.pt)")
     uri = args.tracking_uri or default_uri(args.out)
@@ -73,7 +76,7 @@ def main(argv: list[str] | None = None) -> int:
     cache = cache_dir(config, args.out)
     bank = open_bank(config, cache)
     check_holdout(bank)
-    checkpoint, source = checkpoints.load_latest([latest, *saved]) if args.resume else (None, folder)
+    checkpoint, source = checkpoints.load_latest([latest, *saved]) if begun else (None, folder)
     state = _initial_state(config, device)
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -90,7 +93,9 @@ def main(argv: list[str] | None = None) -> int:
         {**provenance(), "raystar.run": name},
         "eval/score",
         lower_is_better=True,
+        spool=folder / SPOOL,
     )
+    late = tracker.waiting
     tracker.begin()
     try:
         codec, note = open_codec(config, device)
@@ -103,9 +108,15 @@ def main(argv: list[str] | None = None) -> int:
         raise
     if trainer.first_epoch > config.training.epochs:
         tracker.close()
+        if late and not tracker.waiting:
+            print(f"MLflow has the {late} records that waited for it; nothing is left to train")
+            return 0
         raise RaystarError(
             f"{folder}: trained for {trainer.first_epoch - 1} epochs already; ask for more with --epochs"
         )
+    recorded = tracker.last_epoch(PARENT)
+    if trainer.first_epoch <= recorded:
+        print(f"epochs {trainer.first_epoch} to {recorded} are trained again, from the checkpoint; their record stays")
     tracker.start(
         PARENT,
         params={},
@@ -132,17 +143,19 @@ def _run(trainer: Trainer, tracker: Tracker, config: Config, folder: Path) -> in
     status, reason = FAILED, None
     try:
         for progress in trainer.run():
-            _save(progress, config, folder)
             images = {}
             for key, image in progress.images.items():
                 vis.mkdir(parents=True, exist_ok=True)
                 images[key] = vis / f"{key}_{progress.epoch:04d}.png"
                 image.save(images[key])
-            tracker.log(PARENT, progress.epoch, progress.metrics, images)
             first = {key: vis / f"{key}_0000.png" for key in progress.first_images}
             for key, path in first.items():
                 progress.first_images[key].save(path)
-            tracker.log(PARENT, 0, {}, first)
+            if first:
+                tracker.log(PARENT, 0, {}, first)
+            # Before the checkpoint: an epoch that is trained again is recorded once, one that is not must be there.
+            tracker.log(PARENT, progress.epoch, progress.metrics, images)
+            _save(progress, config, folder, tracker)
             score = progress.metrics.get("eval/score")
             if score is not None and (best is None or score < best[0]):
                 best = (score, progress.epoch)
@@ -165,10 +178,11 @@ def _run(trainer: Trainer, tracker: Tracker, config: Config, folder: Path) -> in
     return 0 if status == FINISHED else 1
 
 
-def _save(progress: Progress, config: Config, folder: Path) -> None:
+def _save(progress: Progress, config: Config, folder: Path, tracker: Tracker) -> None:
     """`epoch_xxxx.pt` and `latest.pt` every `save_interval` epochs and at the end."""
     if progress.epoch % config.training.save_interval and progress.epoch != config.training.epochs:
         return
+    tracker.sync()
     checkpoints.save(folder / f"epoch_{progress.epoch:04d}.pt", progress.checkpoint)
     checkpoints.save(folder / "latest.pt", progress.checkpoint)
 

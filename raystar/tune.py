@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from raystar.errors import run_cli
+from raystar.errors import redact, run_cli
 from raystar.plan import DEFAULT_CONFIG, Plan, make_plan
 
 
@@ -66,7 +66,7 @@ def print_plan(plan: Plan) -> None:
         print(f"  {domain}: {len(train)} latents to train on, {len(held)} held out")
     workers = space.resources.workers
     takes = f"{plan.cpus} cpu and {plan.gpu_share:g} gpu" + (f" for each of {workers} workers" if workers > 1 else "")
-    print(f"  a trial takes {takes}; records go to {plan.tracking_uri}")
+    print(f"  a trial takes {takes}; records go to {redact(plan.tracking_uri)}")
     if plan.points is None:
         print(f"  {space.search} chooses the trials as it goes, from {', '.join(space.space)}")
         return

@@ -287,11 +287,43 @@ def test_a_single_run_is_tracked_saved_and_resumed(tmp_path: Path) -> None:
     for net in "GFED":
         for key, value in undisturbed[net].items():
             assert torch.equal(value, resumed[net][key]), (net, key)
-    statuses = Store(tmp_path / "runs").rows("select status from runs")
-    assert statuses == [("FINISHED",)] * 3
+    store = Store(tmp_path / "runs")
+    runs = dict(store.rows("select name, run_uuid from runs where status = 'FINISHED'"))
+    assert set(runs) == {"one", "whole"}
+    assert len(store.rows("select * from runs")) == 2
+    for name in runs:  # each epoch once, whether the run was resumed or not
+        for key in ("eval/score", "train/g_loss", "perf/samples_per_s"):
+            found = store.rows("select step from metrics where run_uuid = ? and key = ? order by step", runs[name], key)
+            assert [step for (step,) in found] == [1, 2, 3, 4, 5]
+        images = (store.artifacts / runs[name] / "artifacts/images").glob("grid_ref*.png")
+        assert sorted(int(image.name.split("+")[2]) for image in images) == [0, 1, 2, 3, 4, 5]
     for shown in (first, more, whole):
         assert "Traceback" not in shown.stdout + shown.stderr
         assert "Warning" not in shown.stdout + shown.stderr
+
+
+def test_a_killed_run_is_recorded_once(tmp_path: Path) -> None:
+    """Killed between checkpoints, and before the first one: the epochs are trained again, their record stays."""
+    request(tmp_path, SPACE, training__save_interval=3)
+    command = [sys.executable, "-m", "raystar.train", "--config", str(tmp_path / "config.yaml")]
+    command += ["--out", str(tmp_path / "runs"), "--name", "one", "--epochs", "6"]
+    spool = tmp_path / "runs/one/spool.jsonl"
+    for done in (1, 4):
+        resume = ["--resume"] if spool.exists() else []
+        process = subprocess.Popen([*command, *resume], cwd=ROOT, stdout=subprocess.DEVNULL)
+        while f'"epoch":{done},' not in (spool.read_text() if spool.exists() else ""):
+            assert process.poll() is None
+            time.sleep(0.005)
+        process.kill()
+        process.wait()
+    more = run([*command, "--resume"])
+    assert more.returncode == 0, more.stdout + more.stderr
+    store = Store(tmp_path / "runs")
+    assert store.rows("select name, status from runs") == [("one", "FINISHED")]
+    steps = store.rows("select step from metrics where key = 'eval/score' order by step")
+    assert [step for (step,) in steps] == [1, 2, 3, 4, 5, 6]
+    images = store.artifacts.rglob("grid_noise*.png")
+    assert sorted(int(image.name.split("+")[2]) for image in images) == [0, 1, 2, 3, 4, 5, 6]
 
 
 def test_a_store_that_cannot_be_opened_is_one_error_and_leaves_the_name_free(tmp_path: Path) -> None:

@@ -37,10 +37,14 @@ class Flaky:
 @pytest.fixture
 def tracker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MlflowTracker:
     monkeypatch.setattr(tracking, "_RETRY_S", (0.01,))
+    monkeypatch.setattr(tracking, "_LAST_S", 0.1)
     monkeypatch.delenv("MLFLOW_EXPERIMENT_NAME", raising=False)
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     dataset = {"name": "d", "digest": "abc", "source": "here"}
-    made = MlflowTracker(uri, tmp_path / "artifacts", dataset, {"raystar.sweep": "s"}, "eval/score", True)
+    common = {"raystar.sweep": "s"}
+    made = MlflowTracker(
+        uri, tmp_path / "artifacts", dataset, common, "eval/score", True, spool=tmp_path / "spool.jsonl"
+    )
     made.begin()
     made.wait_until_connected()
     return made
@@ -84,8 +88,7 @@ def test_a_record_that_mlflow_refuses_is_told_and_holds_up_nothing(
     tracker: MlflowTracker, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tracker.start(PARENT, params={}, tags={}, text={}, name="s")
-    tracker.log(PARENT, 1, {"not a key!": 1.0}, {})
-    tracker.log(PARENT, 1, {}, {"grid_ref": tmp_path / "gone.png"})
+    tracker.log(PARENT, 1, {"not a key!": 1.0}, {"grid_ref": tmp_path / "gone.png"})
     tracker.log(PARENT, 2, {"eval/score": 1.0}, {})
     tracker.close()
     assert rows(tmp_path, "select step, value from metrics") == [(2, 1.0)]

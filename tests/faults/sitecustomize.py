@@ -4,8 +4,8 @@
 
     {"w_cyc": 2.0, "epoch": 2, "step": 3, "do": "nan", "times": 1}
 
-A trial is known by its `loss.w_cyc`. `do`: `nan` poisons a weight, `oom` and `raise` raise, `kill` sends the trial's own
-process SIGKILL, `alike` makes the ruler see no diversity, `half` writes half a checkpoint of the epoch, kills the
+A trial is known by its `loss.w_cyc`. `do`: `nan` poisons a weight, `oom` and `raise` raise, `kill` sends the trial's
+own process SIGKILL, `alike` makes the ruler see no diversity, `half` writes half a checkpoint of the epoch, kills the
 process whose number stands in the folder's file `driver`, and hangs. While a file `full` is there, no checkpoint can be
 written: the disk is full.
 """
