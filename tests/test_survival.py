@@ -214,7 +214,7 @@ def test_everything_that_can_go_wrong_with_trials(undisturbed: Path, faults: Fau
     faults.plan(
         [
             {"w_cyc": 2.0, "epoch": 3, "step": 2, "do": "kill", "times": 2},
-            {"w_cyc": 3.0, "epoch": 2, "do": "oom", "times": 3},
+            {"w_cyc": 3.0, "epoch": 2, "do": "oom", "times": 2},
             {"w_cyc": 4.0, "epoch": 2, "step": 3, "do": "nan"},
             {"w_cyc": 5.0, "epoch": 2, "do": "oom", **always},
             {"w_cyc": 6.0, "epoch": 2, "step": 1, "do": "raise"},
