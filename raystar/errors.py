@@ -26,7 +26,7 @@ class RaystarError(Exception):
 
 
 class TrialDiverged(RaystarError):  # noqa: N818  (says what happened)
-    """A loss became NaN or infinite; the optimisers did not move on it."""
+    """A loss became NaN or infinite, and the optimisers did not move on it; or it exploded."""
 
 
 class TrialOutOfMemory(RaystarError):  # noqa: N818

@@ -58,7 +58,10 @@ def read_record(out: Path, name: str) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
         raise RaystarError(f"--resume {name}: {path} cannot be read: {error}") from None
-    if not isinstance(content, dict) or not {"request", "config", "space", "data", "code", "tracking_uri"} <= content.keys():
+    if (
+        not isinstance(content, dict)
+        or not {"request", "config", "space", "data", "code", "tracking_uri"} <= content.keys()
+    ):
         raise RaystarError(f"--resume {name}: {path}: expected the record of a sweep of raystar {__version__}")
     return content
 

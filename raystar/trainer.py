@@ -49,6 +49,9 @@ METRICS = (
 )
 """Every metric that a run can report."""
 
+EXPLODED = 1e6
+"""A loss that is further from 0 has exploded: terms of a GAN that trains stay below some hundreds, R1's included."""
+
 MAX_SKIPPED = 0.1
 """Share of an epoch's batches that may be left out for want of memory before the run fails."""
 
@@ -126,7 +129,7 @@ class Trainer:
         """Trains epoch by epoch.
 
         Raises:
-            TrialDiverged: a loss became NaN or infinite; the weights have not moved on it.
+            TrialDiverged: a loss became NaN or infinite, and the weights have not moved on it; or it exploded.
             TrialOutOfMemory: more than `MAX_SKIPPED` of an epoch's batches did not fit; with several workers, one.
         """
         if self.config.training.use_compile and self.config.progress != "off":
@@ -216,7 +219,7 @@ class Trainer:
             if shown or logged:
                 everywhere = self.group.sum(torch.stack([values * weight, sums])).tolist()
                 current = dict(zip(LOGGED, everywhere[0], strict=True))
-                _check_finite(current, everywhere[1], epoch, step)
+                _check_losses(current, everywhere[1], epoch, step)
                 if shown and self.group.rank == 0:
                     self.display.step(epoch, step, current)
                 if logged and self.group.rank == 0:
@@ -224,7 +227,7 @@ class Trainer:
                     print(json.dumps(line), flush=True)
         sums = self.group.sum(sums)
         means = dict(zip(LOGGED, (sums / max(done, 1)).tolist(), strict=True))
-        _check_finite(means, means.values(), epoch, self.data.steps)
+        _check_losses(means, means.values(), epoch, self.data.steps)
         seconds = time.perf_counter() - started  # after the sums were read, so all steps are done
         metrics = {f"train/{name}": value for name, value in (means | now).items()}
         metrics |= {
@@ -258,11 +261,13 @@ def _out_of_memory(error: RuntimeError) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error).lower()
 
 
-def _check_finite(named: Mapping[str, float], sums: Any, epoch: int, step: int) -> None:
-    if all(map(_finite, sums)):
-        return
-    bad = [name for name, value in named.items() if not _finite(value)]
-    raise TrialDiverged(f"{' and '.join(bad) or 'a loss'} became NaN or infinite in epoch {epoch}, by step {step}")
+def _check_losses(named: Mapping[str, float], sums: Any, epoch: int, step: int) -> None:
+    if not all(map(_finite, sums)):
+        bad = [name for name, value in named.items() if not _finite(value)]
+        raise TrialDiverged(f"{' and '.join(bad) or 'a loss'} became NaN or infinite in epoch {epoch}, by step {step}")
+    large = [f"{name} {value:.3g}" for name, value in named.items() if abs(value) > EXPLODED]
+    if large:
+        raise TrialDiverged(f"losses exploded in epoch {epoch}, by step {step}: {', '.join(large)}")
 
 
 def _finite(value: float | Tensor) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -136,6 +137,22 @@ def test_seeds(config: Config, bank: Bank) -> None:
         return [p.metrics["train/g_loss"] for p in runs]
 
     assert losses(1) == losses(1) != losses(2)
+
+
+@pytest.mark.parametrize("display", [2, 100])
+def test_an_exploding_loss_ends_the_run(
+    config: Config, bank: Bank, monkeypatch: pytest.MonkeyPatch, display: int
+) -> None:
+    """Finite, but beyond what any GAN comes back from; seen at the next display, or at the end of the epoch."""
+
+    def step(state: TrainState, batch: Any, *, epoch: int, step: int) -> dict[str, torch.Tensor]:
+        return dict.fromkeys(LOGGED, torch.tensor(1.0)) | {"cyc": torch.tensor(1e9 if step >= 2 else 1.0)}
+
+    monkeypatch.setattr(trainer_module, "train_step", step)
+    config = override(config, {"training.display_interval": display})
+    by, value = (2, "1e+09") if display == 2 else (4, "7.5e+08")
+    with pytest.raises(TrialDiverged, match=re.escape(f"losses exploded in epoch 1, by step {by}: cyc {value}")):
+        list(Trainer(config, bank).run())
 
 
 def test_divergence_stops_before_the_weights_move(config: Config, bank: Bank, monkeypatch: pytest.MonkeyPatch) -> None:
