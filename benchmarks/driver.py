@@ -60,12 +60,8 @@ class Watch:
         now = (time.perf_counter(), time.thread_time())
         wall, cpu = (b - a for a, b in zip(self._last, now, strict=True))
         self._last = now
-        row = {
-            "results": self.results,
-            "ms": 1e3 * cpu / self.every,
-            "a_second": self.every / wall,
-            "mib": measure.resident_bytes() / 2**20,
-        }
+        memory = measure.resident_bytes() / 2**20
+        row = {"results": self.results, "ms": 1e3 * cpu / self.every, "a_second": self.every / wall, "mib": memory}
         self.rows.append(row)
         print("{results:8d} results  {ms:6.2f} ms of the main thread a result  {a_second:6.1f} a second  "
               "{mib:7.1f} MiB".format(**row), flush=True)  # fmt: skip

@@ -20,6 +20,7 @@ from raystar.summary import write_whole
 RECORD, JOURNAL, LOCK = "sweep.json", "journal.jsonl", "lock"
 """Files of a sweep's folder."""
 
+_KEYS = {"request", "config", "space", "trials", "data", "code", "tracking_uri"}
 _LIBRARIES = ("torch", "ray", "mlflow", "numpy")
 
 
