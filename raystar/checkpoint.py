@@ -14,7 +14,7 @@ import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -119,13 +119,46 @@ def save(path: str | Path, checkpoint: Mapping[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        with temporary.open("wb") as file:
-            torch.save({**checkpoint, "digest": digest(checkpoint)}, file)
-            file.flush()
-            os.fsync(file.fileno())
+        write(temporary, checkpoint)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write(path: Path, checkpoint: Mapping[str, Any]) -> None:
+    """Writes `checkpoint` with a digest inside and flushes it to the disk; whoever calls it gives it its name.
+
+    Raises:
+        OSError: the disk is full, or the like.
+    """
+    with path.open("wb") as file:
+        kept = _Reasons(file)
+        try:
+            torch.save({**checkpoint, "digest": digest(checkpoint)}, kept)  # type: ignore[arg-type]
+        except RuntimeError:  # torch's writer hides the reason behind its own
+            if kept.reason is not None:
+                raise kept.reason from None
+            raise
+        file.flush()
+        os.fsync(file.fileno())
+
+
+class _Reasons:
+    """A file that remembers why it could not be written."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.reason: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        try:
+            return self._file.write(data)
+        except OSError as error:
+            self.reason = error
+            raise
+
+    def flush(self) -> None:
+        self._file.flush()
 
 
 def load(path: str | Path) -> dict[str, Any]:

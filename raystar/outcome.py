@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import platform
 import sys
 import time
+from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
 
@@ -13,28 +13,25 @@ from raystar import checkpoint as checkpoints
 from raystar import export
 from raystar.config import overlay_yaml
 from raystar.plan import Plan
-from raystar.summary import DIVERGED, FAILED, Summary, TrialRecord, duration, write_whole
+from raystar.saved import checkpoint_name, picture_name, saved_epochs
+from raystar.summary import BROKEN, UNFINISHED, Summary, TrialRecord, duration, write_whole
 from raystar.table import announce, ranking
 
 BEST, FASTEST = "best", "fastest.yaml"
 
 
-def leave(plan: Plan, summary: Summary, best: TrialRecord, pictures: Path) -> dict[str, Path]:
+def leave(plan: Plan, summary: Summary, best: TrialRecord) -> dict[str, Path]:
     """Writes `best/`, or a speed sweep's `fastest.yaml`; returns what belongs to the record, by artifact name."""
     if plan.speed:
         return {FASTEST: _write_fastest(plan, summary, best)}
-    _export(plan, summary, best, pictures)
+    _export(plan, summary, best)
     return {f"{BEST}/{export.GRID}": plan.folder / BEST / export.GRID}
 
 
-def _export(plan: Plan, summary: Summary, best: TrialRecord, pictures: Path) -> None:
+def _export(plan: Plan, summary: Summary, best: TrialRecord) -> None:
     """Writes `best/` from the best trial's best checkpoint."""
-    path = _checkpoint_of(plan.folder / "trials" / best.trial, best.score_epoch)
-    if path is None:
-        best.checkpoint = None
+    if best.score_epoch is None or best.score_epoch not in saved_epochs(plan.storage, best.trial):
         return
-    best.checkpoint = str(path.relative_to(plan.folder))
-    grid = pictures / best.trial / f"grid_ref_{best.score_epoch:04d}.png"
     facts = {
         "sweep": plan.name,
         "trial": best.trial,
@@ -45,15 +42,13 @@ def _export(plan: Plan, summary: Summary, best: TrialRecord, pictures: Path) -> 
         "params": best.params,
         "run_id": best.run_id,
     }
-    export.write(plan.folder / BEST, checkpoints.load(path), facts, grid if grid.is_file() else None)
-
-
-def _checkpoint_of(folder: Path, epoch: int | None) -> Path | None:
-    """The checkpoint of `epoch` below a trial's folder."""
-    for meta in sorted(folder.glob("checkpoint_*/meta.json")):
-        if json.loads(meta.read_text(encoding="utf-8"))["epoch"] == epoch:
-            return meta.with_name("checkpoint.pt")
-    return None
+    picture = picture_name(best.trial, "grid_ref", best.score_epoch)
+    with ExitStack() as files:
+        name = checkpoint_name(best.trial, best.score_epoch)
+        checkpoint = checkpoints.load(files.enter_context(plan.storage.fetched(name)))
+        there = Path(picture).name in plan.storage.list(str(Path(picture).parent))
+        grid = files.enter_context(plan.storage.fetched(picture)) if there else None
+        export.write(plan.folder / BEST, checkpoint, facts, grid)
 
 
 def _write_fastest(plan: Plan, summary: Summary, best: TrialRecord) -> Path:
@@ -76,7 +71,7 @@ def tell(plan: Plan, summary: Summary, how_to_compare: tuple[str, str], error: s
     if error is not None:
         print(f"error: {error}", file=sys.stderr, flush=True)
     for record in summary.trials.values():
-        if record.status in (FAILED, DIVERGED):
+        if record.status in BROKEN:
             announce(f"  {record.trial} {record.status}: {record.reason}")
         if record.note is not None:
             announce(f"  {record.trial}: {record.note}")
@@ -92,6 +87,9 @@ def tell(plan: Plan, summary: Summary, how_to_compare: tuple[str, str], error: s
         announce("  " + "  ".join(f"{key}={value}" for key, value in summary.changed(best).items()))
         if left.exists():
             announce(f"  {'overlay' if plan.speed else 'files'}: {left}")
+    if any(record.status in UNFINISHED for record in summary.trials.values()) or len(summary.trials) < plan.trials:
+        out = "" if plan.out == Path("runs") else f" --out {plan.out}"
+        announce(f"go on:   python -m raystar.tune --resume {plan.name}{out}")
     command, address = how_to_compare
     announce(f"compare: {command}".rstrip() if command else f"compare: {address}")
     if command:

@@ -6,22 +6,32 @@ import argparse
 import dataclasses
 import os
 import re
+import shlex
+import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from raystar.codec import check_codec
-from raystar.config import Config, find_shipped, override, request_config
+from raystar.config import Config, find_shipped, override, read_mapping, request_config, signature, to_mapping
+from raystar.config import from_mapping as config_from_mapping
 from raystar.dataset import Bank, open_bank
-from raystar.errors import RaystarError
+from raystar.errors import RaystarError, redact
+from raystar.record import RECORD, code, differences, read_record
+from raystar.retention import check_space, checkpoint_bytes, needed_bytes
 from raystar.ruler import check_holdout
-from raystar.space import Space, load_space
+from raystar.space import Space
+from raystar.space import from_mapping as space_from_mapping
 from raystar.speed import check_steps
 from raystar.step import resolve_device
+from raystar.storage import Storage
 from raystar.summary import cache_dir, check_name
-from raystar.tracking import check_uri, default_uri
+from raystar.tracking import check_uri, default_uri, provenance
+
+DEFAULT_CONFIG = "configs/demo.yaml"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,12 +39,14 @@ class Plan:
     """A request that has passed every check that can be made before Ray starts."""
 
     name: str
-    folder: Path
     out: Path
     config: Config
     space: Space
     points: list[dict[str, Any]] | None
+    """The swept values of every trial; None where the search chooses as it goes."""
     trials: int
+    width: int
+    """Digits of a trial's number."""
     gpu_share: float
     """GPUs of each of a trial's workers."""
     cpus: int
@@ -43,6 +55,18 @@ class Plan:
     time_budget_s: float | None
     tracking_uri: str
     bank: Bank
+    record: Mapping[str, Any]
+    """What `sweep.json` says."""
+    resumed: bool = False
+    address: str | None = None
+    """Of a running Ray cluster."""
+    storage: Storage = dataclasses.field(kw_only=True)
+    """The sweep's folder for what trials save."""
+
+    @property
+    def folder(self) -> Path:
+        """The sweep's folder on this machine."""
+        return self.out / self.name
 
     @property
     def speed(self) -> bool:
@@ -65,6 +89,10 @@ class Plan:
         """Packed latents, the ruler and compiled code, shared by all sweeps below `out`."""
         return cache_dir(self.config, self.out)
 
+    def trial_name(self, number: int) -> str:
+        """`t00`, `t01`, ...; a sweep that is made longer keeps the names it has."""
+        return f"t{number:0{self.width}d}"
+
 
 def make_plan(args: argparse.Namespace) -> Plan:
     """Checks the whole request.
@@ -72,8 +100,6 @@ def make_plan(args: argparse.Namespace) -> Plan:
     Raises:
         RaystarError: the first thing that is wrong.
     """
-    config = request_config(args.config, args.overlay, args.set)
-    space = load_space(find_shipped(args.space), config)
     for flag, value in (
         ("--trials", args.trials),
         ("--epochs", args.epochs),
@@ -81,11 +107,44 @@ def make_plan(args: argparse.Namespace) -> Plan:
     ):
         if value is not None and value < 1:
             raise RaystarError(f"{flag}: expected at least 1, found {value}")
-    if args.trials is not None:
+    budget = _time_budget(args.time_budget) if args.time_budget else None
+    if args.resume is not None:
+        return _resumed(args, budget)
+    if args.space is None:
+        raise RaystarError("--space: expected a space file, for example search_spaces/loss.yaml, or --resume NAME")
+    name = args.name if args.name is not None else f"{Path(args.space).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+    check_name(name)
+    folder = args.out / name
+    if folder.exists():
+        goes_on = f"go on with --resume {name}, " if (folder / RECORD).exists() else ""
+        raise RaystarError(f"--name {name}: {folder} is there already; {goes_on}choose another name or remove it")
+    asked = {
+        "space": str(args.space),
+        "config": str(args.config),
+        "overlay": list(args.overlay),
+        "set": list(args.set),
+        "epochs": args.epochs,
+        "trials": args.trials,
+    }
+    config, content = _read(asked)
+    config, space = _settle(asked, config, content)
+    return _check(args, budget, name, asked, config, content, space)
+
+
+def _read(asked: Mapping[str, Any]) -> tuple[Config, dict[str, Any]]:
+    """The configuration and the content of the space file that a command names."""
+    config = request_config(asked["config"], asked["overlay"], asked["set"])
+    return config, dict(read_mapping(find_shipped(asked["space"])))
+
+
+def _settle(asked: Mapping[str, Any], config: Config, content: Mapping[str, Any]) -> tuple[Config, Space]:
+    """What the command's flags make of a configuration and a space."""
+    space = space_from_mapping(content, config, str(asked["space"]))
+    if asked["trials"] is not None:
         if space.search == "grid":
             raise RaystarError("--trials: a grid search runs every combination; use search: random to choose a number")
-        space = dataclasses.replace(space, trials=args.trials)
-    epochs = args.epochs or space.scheduler.max_epochs
+        space = dataclasses.replace(space, trials=asked["trials"])
+    epochs = asked["epochs"] or space.scheduler.max_epochs
     if epochs is not None:
         config = override(config, {"training.epochs": epochs}, "--epochs")
     if space.scheduler.type == "asha" and space.scheduler.grace_epochs > config.training.epochs:
@@ -94,29 +153,116 @@ def make_plan(args: argparse.Namespace) -> Plan:
             f"{config.training.epochs} epochs of a trial"
         )
     # In a sweep the terminal belongs to the table.
-    config = override(config, {"training.progress_style": "off", "training.log_json": False}, "sweep")
+    return override(config, {"training.progress_style": "off", "training.log_json": False}, "sweep"), space
+
+
+def _check(
+    args: argparse.Namespace,
+    budget: float | None,
+    name: str,
+    asked: Mapping[str, Any],
+    config: Config,
+    content: Mapping[str, Any],
+    space: Space,
+    *,
+    before: Mapping[str, Any] | None = None,
+) -> Plan:
+    """Everything that must hold before Ray starts. `before`: the record of the sweep that goes on."""
     gpu_share, cpus = _resources(config, space)
     points = space.points(config, resolve_device(config))
     trials = len(points) if points is not None else space.trials
-
-    name = args.name if args.name is not None else f"{Path(args.space).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
-    check_name(name)
-    folder = args.out / name
-    if folder.exists():
-        raise RaystarError(f"--name {name}: {folder} is there already; choose another name or remove it")
-
-    uri = args.tracking_uri or default_uri(args.out)
+    uri = _tracking_uri(args, before)
     check_uri(uri)
-    budget = _time_budget(args.time_budget) if args.time_budget else None
+    storage = Storage(args.storage or (before or {}).get("storage") or str(args.out)).child(name)
     bank = open_bank(config, cache_dir(config, args.out))
     if space.purpose == "speed":
         check_steps(config, bank)
     else:
         check_holdout(bank)
         check_codec(config)
+        at_a_time = max(1, usable_cpus() // (cpus * space.resources.workers))
+        check_space(storage, needed_bytes(checkpoint_bytes(config), at_a_time, space.keep, trials))
+    record: dict[str, Any] = {
+        "name": name,
+        "request": dict(asked),
+        "config": to_mapping(config),
+        "space": dict(content),
+        "trials": trials,
+        "points": points,
+        "gpus_per_trial": gpu_share * space.resources.workers,
+        "signature": signature(config),
+        "data": {"root": bank.root, "digest": bank.digest, "latents": len(bank.names)},
+        "storage": args.storage or (before or {}).get("storage"),
+        "tracking_uri": redact(uri),
+        "code": code(),
+        "command": (before or {}).get("command") or redact(shlex.join(["python", *sys.orig_argv[1:]])),
+        "git_commit": (before or {}).get("git_commit") or provenance().get("mlflow.source.git.commit"),
+    }
+    width = max(2, len(str((before or record)["trials"] - 1)))
     return Plan(
-        name, folder, args.out, config, space, points, trials, gpu_share, cpus, args.max_concurrent, budget, uri, bank
+        name, args.out, config, space, points, trials, width, gpu_share, cpus, args.max_concurrent, budget, uri, bank,
+        record, before is not None, args.address, storage=storage,
     )  # fmt: skip
+
+
+def _tracking_uri(args: argparse.Namespace, before: Mapping[str, Any] | None) -> str:
+    """Where records go; a sweep that goes on stays with its store."""
+    given = args.tracking_uri or default_uri(args.out)
+    if before is None:
+        return given
+    then = str(before["tracking_uri"])
+    if redact(given) == then:
+        return given
+    if args.tracking_uri is not None or redact(then + "x") != then + "x":
+        raise RaystarError(
+            f"--tracking-uri: this sweep's runs are in {then}"
+            + (f", not in {redact(given)}" if args.tracking_uri else "; give it again, with its password")
+        )
+    return then
+
+
+def _resumed(args: argparse.Namespace, budget: float | None) -> Plan:
+    """The plan of a sweep that goes on: its record's, unless what it was made from has changed and `--force` is given.
+
+    Raises:
+        RaystarError: what has changed; or anything that `make_plan` refuses.
+    """
+    name = args.resume
+    check_name(name, "--resume")
+    for flag, given in (
+        ("--name", args.name), ("--space", args.space), ("--overlay", args.overlay), ("--set", args.set),
+        ("--epochs", args.epochs), ("--storage", args.storage), ("--config", args.config != DEFAULT_CONFIG),
+    ):  # fmt: skip
+        if given:
+            raise RaystarError(f"--resume {name} goes on as the sweep was asked for; leave out {flag}")
+    before = read_record(args.out, name)
+    asked = {**before["request"], **({"trials": args.trials} if args.trials is not None else {})}
+    config, content = config_from_mapping(before["config"], RECORD), before["space"]
+    changed = differences(before["code"], code(), "code")
+    gone = [file for file in (asked["space"], asked["config"], *asked["overlay"]) if not find_shipped(file).is_file()]
+    if gone:
+        print(f"note: {' and '.join(gone)} not there any more; the sweep's record counts", file=sys.stderr)
+    else:
+        config_now, content_now = _read(asked)
+        config_now, _ = _settle(asked, config_now, content_now)
+        changed += differences(to_mapping(config), to_mapping(config_now), "configuration")
+        changed += differences(content, content_now, "space")
+        if args.force:
+            config, content = config_now, content_now
+    config, space = _settle(asked, config, content)
+    plan = _check(args, budget, name, asked, config, content, space, before=before)
+    changed += differences(before["data"], plan.record["data"], "data")
+    if plan.trials < before["trials"]:
+        raise RaystarError(f"--trials: sweep {name} has {before['trials']} trials; expected at least as many")
+    if changed and not args.force:
+        listed = "".join(f"\n  {line}" for line in changed)
+        raise RaystarError(
+            f"--resume {name}: not what the sweep began with:{listed}\n"
+            "put it back, or go on with what is there now with --force"
+        )
+    if changed:
+        print(f"note: {len(changed)} things have changed since sweep {name} began; --force goes on", file=sys.stderr)
+    return plan
 
 
 def _resources(config: Config, space: Space) -> tuple[float, int]:

@@ -16,6 +16,7 @@ import torch
 from raystar.compile import SPEED_KEYS, canonical
 from raystar.config import Config, check_value, get_value, key_field, override, read_mapping
 from raystar.errors import RaystarError, nearest
+from raystar.ledger import Collapse
 from raystar.speed import METRICS as SPEED_METRICS
 from raystar.trainer import METRICS
 
@@ -28,7 +29,7 @@ _FIXED_KEYS = ("training.epochs", "training.device", "model.num_domains", "model
 
 _KNOWN = (
     "description", "purpose", "metric", "mode", "trials", "baseline", "search", "seed", "scheduler", "resources",
-    "space",
+    "space", "collapse", "keep", "abort_after",
 )  # fmt: skip
 _PURPOSES = {"quality": ("score", "min"), "speed": ("speedup", "max")}  # with their metric and mode
 _DRAWS = 200  # for each trial, before a space is taken to hold no further combination
@@ -105,6 +106,11 @@ class Space:
     seed: int = 0
     scheduler: Scheduler = field(default_factory=Scheduler)
     resources: Resources = field(default_factory=Resources)
+    collapse: Collapse = field(default_factory=Collapse)
+    keep: int = 5
+    """Trials whose best checkpoints stay when all have ended."""
+    abort_after: int = 5
+    """Trials that go wrong one after the other before the sweep gives up; 0 never."""
 
     def points(self, config: Config, device: torch.device) -> list[dict[str, Any]] | None:
         """The swept keys' values of every trial, the baseline first; None where the search decides as it goes.
@@ -188,6 +194,9 @@ def from_mapping(content: Mapping[str, Any], config: Config, source: str) -> Spa
         seed=_whole(content.get("seed", 0), f"{source}: seed", 0),
         scheduler=_scheduler(content.get("scheduler", {}), source),
         resources=resources,
+        collapse=_collapse(content.get("collapse", {}), source),
+        keep=_whole(content.get("keep", Space.keep), f"{source}: keep", 1),
+        abort_after=_whole(content.get("abort_after", Space.abort_after), f"{source}: abort_after", 0),
     )
 
 
@@ -260,6 +269,15 @@ def _scheduler(content: Any, source: str) -> Scheduler:
             f"{where}.grace_epochs: expected at most max_epochs {found.max_epochs}, found {found.grace_epochs}"
         )
     return found
+
+
+def _collapse(content: Any, source: str) -> Collapse:
+    where = f"{source}: collapse"
+    _section(content, ("diversity", "epochs"), where)
+    diversity = _number(content.get("diversity", Collapse.diversity), f"{where}.diversity")
+    if not 0 <= diversity <= 1:
+        raise RaystarError(f"{where}.diversity: expected between 0 and 1, found {diversity:g}")
+    return Collapse(diversity, _whole(content.get("epochs", Collapse.epochs), f"{where}.epochs", 0))
 
 
 def _resources(content: Any, source: str) -> Resources:

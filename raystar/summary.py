@@ -9,6 +9,7 @@ import math
 import os
 import re
 import time
+from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,18 @@ from raystar import __version__
 from raystar.config import Config
 from raystar.errors import RaystarError
 
-RUNNING, PENDING = "running", "pending"
-FINISHED, STOPPED, DIVERGED, FAILED, INTERRUPTED = "finished", "stopped", "diverged", "failed", "interrupted"
+PENDING, STARTING, RUNNING = "pending", "starting", "running"
+FINISHED, STOPPED, INTERRUPTED = "finished", "stopped", "interrupted"
+DIVERGED, COLLAPSED, OUT_OF_MEMORY, FAILED, KILLED = "diverged", "collapsed", "out_of_memory", "failed", "killed"
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _RESERVED = ("cache", "artifacts", "mlflow.db")
+"""Statuses of trials. `STARTING` is never recorded: a group of workers says so that it is there."""
 COMPARABLE = (FINISHED, STOPPED, RUNNING, INTERRUPTED)
-"""Statuses whose trials may be best: a diverged or failed trial never is."""
+"""Statuses whose trials may be best."""
+BROKEN = (DIVERGED, COLLAPSED, OUT_OF_MEMORY, FAILED, KILLED)
+"""Statuses of trials that went wrong, each with its reason; they are never best."""
+UNFINISHED = (PENDING, RUNNING, INTERRUPTED, FAILED, KILLED)
+"""Statuses of trials that a resumed sweep runs, from their last checkpoints: what failed may be mended by then."""
 
 
 @dataclass
@@ -50,6 +57,14 @@ class TrialRecord:
 
 
 @dataclass
+class Ended:
+    """Of the trials that neither run nor wait."""
+
+    trials: int = 0
+    epochs: int = 0
+
+
+@dataclass
 class Summary:
     """A sweep as it stands; `write` keeps `summary.json` and `summary.csv` current."""
 
@@ -60,7 +75,21 @@ class Summary:
     baseline_trial: str | None
     status: str = RUNNING
     started: float = field(default_factory=time.time)
+    """Unix time; of a sweep that goes on, less the seconds that it ran before."""
     trials: dict[str, TrialRecord] = field(default_factory=dict)
+    running: dict[str, TrialRecord] = field(default_factory=dict)
+    ended: Ended = field(default_factory=Ended)
+    epochs_done: int = 0
+    _best: str | None = None
+    _counts: Counter[str] = field(default_factory=Counter)
+
+    def add(self, trial: str, params: dict[str, Any]) -> TrialRecord:
+        """The record of a trial, made where there is none."""
+        record = self.trials.get(trial)
+        if record is None:
+            record = self.trials[trial] = TrialRecord(trial, params)
+            self._counts[PENDING] += 1
+        return record
 
     def better(self, a: float, b: float | None) -> bool:
         """Whether `a` beats `b` in this sweep's mode; anything finite beats None."""
@@ -71,22 +100,50 @@ class Summary:
     def report(self, trial: str, epoch: int, metrics: dict[str, float]) -> bool:
         """Takes in one epoch of a trial; returns whether it is the trial's best so far."""
         record = self.trials[trial]
+        self.epochs_done += max(0, epoch - record.epochs)
         record.epochs = max(record.epochs, epoch)
         value = metrics.get(self.metric, math.nan)
         if not self.better(value, record.score):
             return False
         record.score, record.score_epoch, record.metrics = value, epoch, dict(metrics)
+        if record.status in COMPARABLE:
+            self._rank(record)
         return True
+
+    def settle(self, trial: str, status: str, reason: str | None = None) -> None:
+        """Gives a trial its status and what led to it."""
+        record = self.trials[trial]
+        self._counts[record.status] -= 1
+        self._counts[status] += 1
+        if status == RUNNING:
+            self.running[trial] = record
+        else:
+            self.running.pop(trial, None)
+        for was, sign in ((record.status, -1), (status, 1)):
+            if was not in (PENDING, RUNNING):
+                self.ended.trials += sign
+                self.ended.epochs += sign * record.epochs
+        record.status, record.reason = status, reason
+        if status in COMPARABLE:
+            self._rank(record)
+        elif self._best == trial:
+            self._best = None
+            for other in self.trials.values():
+                if other.status in COMPARABLE:
+                    self._rank(other)
+
+    def _rank(self, record: TrialRecord) -> None:
+        best, score = self.best, record.score
+        if score is None:
+            return
+        # Of equals the first by name: who reports first is chance.
+        if best is None or self.better(score, best.score) or (score == best.score and record.trial < best.trial):
+            self._best = record.trial
 
     @property
     def best(self) -> TrialRecord | None:
-        """The trial with the best score among those that neither diverged nor failed."""
-        best: TrialRecord | None = None
-        for record in self.trials.values():
-            comparable = record.status in COMPARABLE and record.score is not None
-            if comparable and (best is None or self.better(record.score or 0.0, best.score)):
-                best = record
-        return best
+        """The trial with the best score among those that are `COMPARABLE`; of equals the first by name."""
+        return self.trials[self._best] if self._best is not None else None
 
     @property
     def baseline(self) -> TrialRecord | None:
@@ -111,11 +168,8 @@ class Summary:
         return sorted(found, key=lambda r: (r.score or 0.0) * (1 if self.mode == "min" else -1))
 
     def counts(self) -> dict[str, int]:
-        """Trials by status."""
-        found: dict[str, int] = {}
-        for record in self.trials.values():
-            found[record.status] = found.get(record.status, 0) + 1
-        return found
+        """Trials by status, in the order in which trials got there first."""
+        return {status: n for status, n in self._counts.items() if n}
 
     def to_mapping(self) -> dict[str, Any]:
         """The content of `summary.json`."""
@@ -163,19 +217,14 @@ def cache_dir(config: Config, out: Path) -> Path:
     return Path(config.data.cache_dir).expanduser() if config.data.cache_dir else (out / "cache").resolve()
 
 
-def check_name(name: str) -> None:
+def check_name(name: str, flag: str = "--name") -> None:
     """Raises `RaystarError` for a name that is no plain file name, or one that raystar itself uses."""
     if not _NAME.fullmatch(name) or set(name) == {"."}:
         raise RaystarError(
-            f"--name {name!r}: expected up to 64 letters, digits, dots, dashes and underscores, and no path"
+            f"{flag} {name!r}: expected up to 64 letters, digits, dots, dashes and underscores, and no path"
         )
     if name in _RESERVED:
-        raise RaystarError(f"--name {name}: raystar keeps its own files under that name; choose another")
-
-
-def trial_name(number: int, trials: int) -> str:
-    """`t00`, `t01`, ... wide enough for `trials`."""
-    return f"t{number:0{max(2, len(str(trials - 1)))}d}"
+        raise RaystarError(f"{flag} {name}: raystar keeps its own files under that name; choose another")
 
 
 def duration(seconds: float) -> str:

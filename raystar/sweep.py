@@ -8,42 +8,47 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-import json
 import logging
+import math
 import os
-import platform
-import shlex
 import shutil
 import signal
 import sys
+import tempfile
 import threading
 import time
 import traceback
 import warnings
-from collections.abc import Callable
-from importlib.metadata import version
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from raystar import __version__, outcome
+from raystar import outcome
 from raystar.codec import open_codec, say
 from raystar.config import Config, get_value, override, signature, to_mapping, to_yaml
 from raystar.errors import RaystarError
+from raystar.journal import Journal, wait_for_space
+from raystar.ledger import ALONE, ENDED, EPOCH, NOTE, SESSION, STARTED, Ledger, Verdict
 from raystar.plan import Plan, usable_cpus
+from raystar.record import JOURNAL, RECORD, SPOOL, locked, write_record
+from raystar.retention import DiskWatch, Janitor, checkpoint_bytes
 from raystar.ruler import Ruler
+from raystar.rungs import Rungs
 from raystar.summary import (
-    DIVERGED,
+    BROKEN,
     FAILED,
     FINISHED,
     INTERRUPTED,
+    KILLED,
+    OUT_OF_MEMORY,
     PENDING,
     RUNNING,
+    STARTING,
     STOPPED,
+    UNFINISHED,
     Summary,
     TrialRecord,
-    trial_name,
-    write_whole,
 )
 from raystar.table import Board, announce
 from raystar.tracking import PARENT, MlflowTracker, provenance
@@ -63,7 +68,8 @@ _RAY_ENVIRONMENT = {
     "TUNE_FUNCTION_THREAD_TIMEOUT_S": "600",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
-    "TUNE_GLOBAL_CHECKPOINT_S": "5",
+    # The sweep's own journal is what goes on; writing Tune's state costs more with every trial.
+    "TUNE_GLOBAL_CHECKPOINT_S": "1000000000",
     # For trials of several workers: reports are passed on five times a second, a group waits as long as it must for
     # its processors, and nobody watches for a cloud that takes machines back (one more process a trial).
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
@@ -73,20 +79,33 @@ _RAY_ENVIRONMENT = {
 }
 
 
-def run(plan: Plan, command: list[str]) -> int:
-    """Runs a checked sweep to its end; returns the exit status of `python -m raystar.tune`.
+def run(plan: Plan) -> int:
+    """Runs a checked sweep, or the rest of one, to its end; returns the exit status of `python -m raystar.tune`.
 
     Raises:
-        RaystarError: Ray, the ruler or the tracking store cannot be started.
+        RaystarError: Ray, the ruler or the tracking store cannot be started, or the sweep is running already.
     """
+    plan.folder.mkdir(parents=True, exist_ok=plan.resumed)
+    with locked(plan.folder):
+        try:
+            return _run(plan)
+        except BaseException:
+            if not plan.resumed and not (plan.folder / JOURNAL).exists():  # nothing was begun: the name stays free
+                shutil.rmtree(plan.folder)
+            raise
+
+
+def _run(plan: Plan) -> int:
     space, config = plan.space, plan.config
-    plan.folder.mkdir(parents=True, exist_ok=False)
+    write_record(plan.folder, plan.record)
+    ledger = _ledger(plan)
+    left = _left(plan, ledger)
     announce(
-        f"sweep {plan.name}: {plan.trials} trials of up to {config.training.epochs} epochs, "
-        f"{len(plan.bank.domains)} domains, {sum(map(len, plan.bank.train))} latents; "
-        f"starting Ray, MLflow{'' if plan.speed else ', the ruler'}"
+        f"sweep {plan.name}{' goes on' if plan.resumed else ''}: {plan.trials} trials of up to "
+        f"{config.training.epochs} epochs{f', {left} to go' if plan.resumed else ''}, "
+        f"{len(plan.bank.domains)} domains, {sum(map(len, plan.bank.train))} latents"
+        + (f"; starting Ray, MLflow{'' if plan.speed else ', the ruler'}" if left else "")
     )
-    _write_request(plan, command)
     tracker = MlflowTracker(
         plan.tracking_uri,
         plan.out / "artifacts",
@@ -95,7 +114,10 @@ def run(plan: Plan, command: list[str]) -> int:
         space.metric,
         space.mode == "min",
         columns=list(space.space),
+        spool=plan.folder / SPOOL,
     )
+    if not left:
+        return _Sweep(plan, tracker, ledger, lambda: None).run()
     # Made while Ray starts and the trials' processes import; a trial that comes first waits for its file.
     ruler = _Background(lambda: None if plan.speed else Ruler.build(plan.bank, config, plan.cache_dir))
     try:
@@ -103,34 +125,34 @@ def run(plan: Plan, command: list[str]) -> int:
         if not plan.speed:
             config, note = _settle_codec(config)
             say(note)
-        return _Sweep(dataclasses.replace(plan, config=config), tracker, ruler.result).run()
+        return _Sweep(dataclasses.replace(plan, config=config), tracker, ledger, ruler.result).run()
     except RaystarError:
         tracker.close()
-        if not (plan.folder / "summary.json").exists():  # refused before any result: the name stays free
-            shutil.rmtree(plan.folder)
         raise
     finally:
         _stop_ray()
 
 
-def _write_request(plan: Plan, command: list[str]) -> None:
-    request = {
-        "name": plan.name,
-        "command": shlex.join(["python", *command]),
-        "config": to_mapping(plan.config),
-        "space": dataclasses.asdict(plan.space),
-        "trials": plan.trials,
-        "gpus_per_trial": plan.gpu_share * plan.space.resources.workers,
-        "signature": signature(plan.config),
-        "data": {"root": plan.bank.root, "digest": plan.bank.digest, "latents": len(plan.bank.names)},
-        "git_commit": provenance().get("mlflow.source.git.commit"),
-        "versions": {
-            "python": platform.python_version(),
-            "raystar": __version__,
-            **{name: version(name) for name in ("torch", "ray", "mlflow", "numpy")},
-        },
-    }
-    write_whole(plan.folder / "sweep.json", json.dumps(request, indent=1, default=str) + "\n")
+def _ledger(plan: Plan) -> Ledger:
+    """What is known of the sweep: the trials that are planned, and what its journal says of them."""
+    space, epochs = plan.space, plan.config.training.epochs
+    baseline = plan.trial_name(0) if space.baseline else None
+    summary = Summary(plan.name, space.metric, space.mode, plan.trials, baseline)
+    rungs = None
+    if space.scheduler.type == "asha":
+        rungs = Rungs(space.mode, space.scheduler.grace_epochs, space.scheduler.reduction_factor, epochs, baseline)
+    ledger = Ledger(summary, rungs, epochs, space.collapse)
+    if plan.resumed:
+        ledger.replay(Journal(plan.folder / JOURNAL))
+    for number, point in enumerate(plan.points or []):
+        summary.add(plan.trial_name(number), dict(point))
+    return ledger
+
+
+def _left(plan: Plan, ledger: Ledger) -> int:
+    """Trials that are still to be run, or run on."""
+    records = ledger.summary.trials.values()
+    return plan.trials - sum(r.status not in UNFINISHED or r.trial in ledger.due for r in records)
 
 
 class _Background:
@@ -162,9 +184,10 @@ def _start_ray(plan: Plan) -> None:
     import ray
 
     # Tune's imports take two seconds, most of which ray.init spends waiting for its processes.
-    imports = _Background(lambda: importlib.import_module("raystar.trial"))
+    imports = _Background(lambda: [importlib.import_module(f"raystar.{name}") for name in ("trial", "driver")])
     try:
         ray.init(
+            address="local",  # a cluster that happens to run on this machine is not meant
             # What steers a group of workers takes a hundredth beside them; how many groups fit, Plan.at_a_time says.
             num_cpus=usable_cpus() + (1 if plan.space.resources.workers > 1 else 0),
             include_dashboard=False,
@@ -197,41 +220,44 @@ def _settle_codec(config: Config) -> tuple[Config, str | None]:
 
 
 class _Sweep:
-    """The driver's side of a running sweep."""
+    """The driver's side of a running sweep: what happens goes to the journal, the ledger, MLflow and the screen."""
 
-    def __init__(self, plan: Plan, tracker: MlflowTracker, ruler_ready: Callable[[], Any]) -> None:
+    def __init__(self, plan: Plan, tracker: MlflowTracker, ledger: Ledger, ruler_ready: Callable[[], Any]) -> None:
         self.plan = plan
         self.tracker = tracker
+        self.ledger = ledger
         self.ruler_ready = ruler_ready
-        space = plan.space
-        self.baseline = trial_name(0, plan.trials) if space.baseline else None
-        self.summary = Summary(plan.name, space.metric, space.mode, plan.trials, self.baseline)
-        for number, point in enumerate(plan.points or []):
-            name = trial_name(number, plan.trials)
-            self.summary.trials[name] = TrialRecord(name, dict(point))
+        self.journal = Journal(plan.folder / JOURNAL)
+        self.summary = ledger.summary
         self.board = Board(self.summary, plan.config.training.epochs)
-        self.pictures = plan.folder / "pictures"
+        self.janitor = Janitor(plan.storage, plan.space.keep, plan.space.mode)
         self.interrupts = 0
+        self.given_up: str | None = None
+        """Why the sweep ends before its trials do, where nobody asked for that."""
         self.refused: RaystarError | None = None
-        self._began: dict[str, float] = {}
-        self._last_report: dict[int, tuple[str, float]] = {}  # by process: trial and time
+        self._fitting = False
+        self._deadline = time.time() + plan.time_budget_s if plan.time_budget_s is not None else math.inf
+        self._begun: set[str] = set()  # trials, in this session
+        self._ends: dict[str, tuple[str, str | None]] = {}  # status and reason that a trial's end will have
+        self._last_report: dict[tuple[str, int], tuple[str, float]] = {}  # by process: trial and time
         self._written = 0.0
+        self._write_every = 1.0
 
     # -- the run ------------------------------------------------------------------------------------
 
     def run(self) -> int:
-        """Runs the trials, then writes what is left to write; returns the exit status."""
+        """Runs what is left to run, then writes what is left to write; returns the exit status."""
         plan = self.plan
         self._open_parent()
-        announce(
-            f"{plan.at_a_time} trial{'s' if plan.at_a_time > 1 else ''} at a time; "
-            f"{plan.space.metric}, {'lower' if plan.space.mode == 'min' else 'higher'} is better"
-        )
+        self._happened(SESSION)
+        if plan.resumed:
+            self._catch_up()
         error: str | None = None
         restore_signals = self._catch_signals()
         self.board.start()
+        watch = DiskWatch(plan.storage.path, checkpoint_bytes(plan.config)) if plan.storage.path is not None else None
         try:
-            self._fit()
+            self._run_trials()
         except KeyboardInterrupt:
             self.interrupts = max(self.interrupts, 1)
         # Tune's own failures, not a trial's: what is done is kept and recorded, then the reason is told.
@@ -242,124 +268,167 @@ class _Sweep:
             trace.write_text(traceback.format_exc(), encoding="utf-8")
             error = f"{type(failure).__name__}: {(str(failure).strip().splitlines() or [''])[0]} (all of it in {trace})"
         finally:
+            if watch is not None:
+                watch.close()
             self.board.stop()
             restore_signals()
-        return self._finish(error)
+        return self._finish(error or self.given_up)
 
     def _open_parent(self) -> None:
         plan = self.plan
         self.tracker.start(
             PARENT,
             name=plan.name,
-            params={"trials": plan.trials, "epochs": plan.config.training.epochs, "search": plan.space.search},
+            params={"trials": plan.record["trials"], "epochs": self.ledger.epochs, "search": plan.space.search},
             tags={
                 "raystar.signature": signature(plan.config),
                 "raystar.seed": str(plan.config.training.seed),
                 **({"mlflow.note.content": plan.space.description} if plan.space.description else {}),
             },
-            text={
-                "config.yaml": to_yaml(plan.config),
-                "sweep.json": (plan.folder / "sweep.json").read_text(encoding="utf-8"),
-            },
+            text={"config.yaml": to_yaml(plan.config), RECORD: (plan.folder / RECORD).read_text(encoding="utf-8")},
         )
 
-    def _fit(self) -> None:
-        from ray import tune
-        from ray.tune.schedulers import FIFOScheduler
+    def _catch_up(self) -> None:
+        """Does what a process that was killed between two lines left undone."""
+        for event in self.journal:
+            name = event.get("trial", PARENT)
+            if event["event"] == EPOCH and event["epoch"] > self.tracker.last_epoch(name):
+                self._track_epoch(name, event)
+        for name, verdict in list(self.ledger.due.items()):
+            self._begun.add(name)
+            self._end(name, str(verdict.ends), verdict.reason)
+        for record in self.summary.trials.values():
+            if record.status in (*BROKEN, FINISHED, STOPPED, INTERRUPTED):
+                self.tracker.end(record.trial, record.status, record.reason)
+            self.janitor.known(record)
 
-        from raystar.trial import Asha, Recorder, Release, Request, TrialNames, run_trial
+    def _run_trials(self) -> None:
+        """Runs all trials, then those alone that were out of memory beside others."""
+        records = self.summary.trials
+        known = self.ledger.unfinished()
+        fresh = [name for name in map(self.plan.trial_name, range(self.plan.trials)) if name not in records]
+        names = [name for name in known if name not in self.ledger.alone]
+        if names or fresh:
+            how_many = "" if self.plan.address else f"{self._at_a_time()} at a time; "
+            better = "lower" if self.plan.space.mode == "min" else "higher"
+            announce(f"{how_many}{self.plan.space.metric}, {better} is better")
+            self._fit(names, fresh)
+        while not self.stopping and (name := next(iter(self._waiting_alone()), None)):
+            announce(f"{name} was out of memory beside others and is tried again by itself")
+            self._fit([name], [])
+
+    def _waiting_alone(self) -> list[str]:
+        return [name for name in self.ledger.unfinished() if name in self.ledger.alone and name not in self._ends]
+
+    def _at_a_time(self) -> int:
+        return self.plan.at_a_time
+
+    def _fit(self, names: list[str], fresh: list[str]) -> None:
+        """Has Tune run the trials `names`, whose values are known, and `fresh` ones, whose values it searches."""
+        from ray import tune
+
+        from raystar.driver import Recorder, Release, Stop, TrialNames, Warden
+        from raystar.trial import Request, run_trial
 
         plan, space = self.plan, self.plan.space
-        request = Request(
-            config=to_mapping(plan.config),
-            metric=space.metric,
-            mode=space.mode,
-            cache_dir=str(plan.cache_dir),
-            bank_key=plan.bank.key,
-            pictures_dir=str(self.pictures.resolve()),
-            trials_dir=str(plan.folder.resolve() / "trials"),
-            gpu_share=plan.gpu_share,
-            cpus=plan.cpus,
-            workers=space.resources.workers,
-            speed=plan.speed,
-        )
+        alone = bool(names) and names[0] in self.ledger.alone
         grouped = space.resources.workers > 1
+        gpu_share = math.ceil(plan.gpu_share) if alone else plan.gpu_share
         # A group of workers asks for its own; the function that steers it must ask for something, or Tune refuses it.
         resources: dict[str, float] = {"cpu": 0.01 if grouped else plan.cpus}
-        if plan.gpu_share and not grouped:
-            resources["gpu"] = plan.gpu_share
-        scheduler: Any = FIFOScheduler()
-        if space.scheduler.type == "asha":
-            scheduler = Asha(
-                self.baseline,
-                time_attr="epoch",
+        if gpu_share and not grouped:
+            resources["gpu"] = gpu_share
+        at_a_time = 1 if alone else self._at_a_time()
+        with tempfile.TemporaryDirectory(prefix="raystar-ray-", ignore_cleanup_errors=True) as scratch:
+            request = Request(
+                config=to_mapping(plan.config),
                 metric=space.metric,
                 mode=space.mode,
-                max_t=plan.config.training.epochs,
-                grace_period=space.scheduler.grace_epochs,
-                reduction_factor=space.scheduler.reduction_factor,
+                cache_dir=str(plan.cache_dir),
+                bank_key=plan.bank.key,
+                storage=plan.storage.uri,
+                scratch=scratch,
+                known={name: record.epochs for name, record in self.summary.trials.items() if record.epochs},
+                gpu_share=gpu_share,
+                cpus=plan.cpus,
+                workers=space.resources.workers,
+                speed=plan.speed,
             )
-        tuner = tune.Tuner(
-            tune.with_resources(tune.with_parameters(run_trial, request=request), resources),
-            param_space={key: d.to_ray() for key, d in space.space.items()},
-            tune_config=tune.TuneConfig(
-                search_alg=self._search(),
-                scheduler=scheduler,
-                num_samples=plan.trials,
-                # The function of a stopped trial still waits for its group of workers: it ends with its process.
-                # And what one setting compiled would be in the next one's way, and in its memory.
-                reuse_actors=not grouped and not plan.speed,
-                time_budget_s=plan.time_budget_s,
-                trial_name_creator=TrialNames(plan.trials),
-                trial_dirname_creator=str,
-            ),
-            run_config=tune.RunConfig(
-                name="trials",
-                storage_path=str(plan.folder.resolve()),
-                verbose=0,
-                callbacks=[Release(), Recorder(self)],
-                # A process that dies starts again from its trial's last checkpoint; exceptions never come here.
-                failure_config=tune.FailureConfig(max_failures=2),
-                checkpoint_config=tune.CheckpointConfig(
-                    num_to_keep=1, checkpoint_score_attribute=space.metric, checkpoint_score_order=space.mode
+            tuner = tune.Tuner(
+                tune.with_resources(tune.with_parameters(run_trial, request=request), resources),
+                param_space={key: d.to_ray() for key, d in space.space.items()},
+                tune_config=tune.TuneConfig(
+                    search_alg=self._search(names, fresh, at_a_time),
+                    scheduler=Warden(self),
+                    num_samples=len(names) + len(fresh),
+                    # The function of a stopped trial still waits for its group of workers: it ends with its process.
+                    # And what one setting compiled would be in the next one's way, and in its memory.
+                    reuse_actors=not grouped and not plan.speed,
+                    trial_name_creator=TrialNames([*names, *fresh]),
+                    trial_dirname_creator=str,
                 ),
-            ),
-        )
-        tuner.fit()
+                run_config=tune.RunConfig(
+                    name="trials",
+                    storage_path=scratch,
+                    verbose=0,
+                    stop=Stop(self),
+                    callbacks=[Release(), Recorder(self)],
+                    # A process that dies starts again from its trial's last checkpoint, as often as `Recorder` says;
+                    # what a trial raises never comes here.
+                    failure_config=tune.FailureConfig(max_failures=-1),
+                ),
+            )
+            self._fitting = True
+            try:
+                tuner.fit()
+            finally:
+                self._fitting = False
 
-    def _search(self) -> Any:
+    def _search(self, names: list[str], fresh: list[str], at_a_time: int) -> Any:
+        points = [dict(self.summary.trials[name].params) for name in names]
+        if not fresh:
+            from ray.tune.search.basic_variant import BasicVariantGenerator
+
+            # Drawn and checked by `Space.points`, or chosen before: Tune only hands them out.
+            return BasicVariantGenerator(points_to_evaluate=points, max_concurrent=at_a_time)
+        from ray.tune.search import ConcurrencyLimiter
+        from ray.tune.search.optuna import OptunaSearch
+        from ray.tune.search.search_generator import SearchGenerator
+
         plan, space = self.plan, self.plan.space
-        if space.search == "tpe":
-            from ray.tune.search import ConcurrencyLimiter
-            from ray.tune.search.optuna import OptunaSearch
-
-            # It tells of every study it opens, and warns of a baseline that lies outside the searched ranges.
-            logging.getLogger("optuna").setLevel(logging.ERROR)
-            warnings.filterwarnings("ignore", module="optuna")
-            start = [{key: get_value(plan.config, key) for key in space.space}] if space.baseline else None
-            search = OptunaSearch(metric=space.metric, mode=space.mode, points_to_evaluate=start, seed=space.seed)
-            return ConcurrencyLimiter(search, max_concurrent=plan.at_a_time)
-        from ray.tune.search.basic_variant import BasicVariantGenerator
-
-        # Drawn and checked by `Space.points`: Tune only hands them out.
-        return BasicVariantGenerator(points_to_evaluate=plan.points, max_concurrent=plan.at_a_time)
+        # It tells of every study it opens, and warns of a baseline that lies outside the searched ranges.
+        logging.getLogger("optuna").setLevel(logging.ERROR)
+        warnings.filterwarnings("ignore", module="optuna")
+        if space.baseline and plan.trial_name(0) in fresh:
+            points.append({key: get_value(plan.config, key) for key in space.space})
+        told = [r for r in self.summary.trials.values() if r.trial not in names and r.score is not None]
+        search = OptunaSearch(
+            space={key: d.to_ray() for key, d in space.space.items()},
+            metric=space.metric,
+            mode=space.mode,
+            points_to_evaluate=points or None,
+            # Begun anew with the same seed, it would first propose what it proposed before.
+            seed=space.seed + len(told) + len(names),
+        )
+        for record in told:
+            search.add_evaluated_point(record.params, record.score)
+        return SearchGenerator(ConcurrencyLimiter(search, max_concurrent=at_a_time))
 
     def _catch_signals(self) -> Callable[[], None]:
         """The first Ctrl-C or SIGTERM stops after saving, a third at once."""
 
         def handle(number: int, frame: FrameType | None) -> None:
             self.interrupts += 1
-            if signal.getsignal(signal.SIGUSR1) is signal.SIG_IGN:
-                raise KeyboardInterrupt  # Tune has not begun, so there is nothing to save
-            if self.interrupts == 1:
-                print("\nstopping after saving; press Ctrl-C twice more to stop at once", file=sys.stderr, flush=True)
-                signal.raise_signal(signal.SIGUSR1)  # Tune saves its state and ends the run on this one
-            elif self.interrupts >= 3:
+            if not self._fitting or self.interrupts >= 3:
                 raise KeyboardInterrupt
+            if self.interrupts == 1:
+                print(
+                    "\nstopping when each running trial has saved its epoch; press Ctrl-C twice more to stop at once",
+                    file=sys.stderr,
+                    flush=True,
+                )
 
         old = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-        # Until Tune takes it, SIGUSR1 would end the process.
-        old[signal.SIGUSR1] = signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
         def restore() -> None:
             for number, handler in old.items():
@@ -367,18 +436,31 @@ class _Sweep:
 
         return restore
 
-    # -- what the callback tells --------------------------------------------------------------------
+    # -- what `driver` asks --------------------------------------------------------------------------
+
+    @property
+    def stopping(self) -> bool:
+        """Whether no trial is to be begun, and those that run are to end with their next report."""
+        return bool(self.interrupts) or self.given_up is not None or time.time() > self._deadline
+
+    @property
+    def stop_now(self) -> bool:
+        """Whether the running trials are to end at once."""
+        if self.given_up is not None or time.time() > self._deadline:
+            return True
+        return bool(self.interrupts) and not self.summary.counts().get(RUNNING)
+
+    # -- what `driver` tells -------------------------------------------------------------------------
 
     def trial_started(self, name: str, params: dict[str, Any]) -> None:
         """A trial begins, or begins again after its process died."""
-        if not self._began:  # until now, the cores were busy with what the first step waits for
+        if not self._begun:  # until now, the cores were busy with what the first step waits for
             self.tracker.begin()
-        record = self.summary.trials.setdefault(name, TrialRecord(name, dict(params)))
-        again = name in self._began
-        record.status = RUNNING
-        self._began.setdefault(name, time.time())
-        if again:
+        self._happened(STARTED, trial=name, params=params)
+        if name in self._begun:
             return
+        self._begun.add(name)
+        self._ends.pop(name, None)
         try:
             config = override(self.plan.config, params, "trial")
         except RaystarError:  # a combination that the search made up as it went: the trial fails and says why
@@ -390,14 +472,14 @@ class _Sweep:
                 "raystar.trial": name,
                 "raystar.signature": signature(config),
                 "raystar.seed": str(config.training.seed),
-                "raystar.baseline": str(name == self.baseline).lower(),
+                "raystar.baseline": str(name == self.summary.baseline_trial).lower(),
             },
             text={"config.yaml": to_yaml(config)},
         )
-        self.board.changed(record)
+        self.board.changed(self.summary.trials[name])
 
-    def trial_reported(self, name: str, result: dict[str, Any]) -> None:
-        """A trial reports an epoch, or that it cannot go on."""
+    def trial_reported(self, name: str, report: dict[str, Any]) -> bool:
+        """A trial reports an epoch, or that it cannot go on; returns whether it may."""
         if not self._last_report:  # what started beside Ray must have worked before the first result counts
             try:
                 self.tracker.wait_until_connected()
@@ -406,48 +488,81 @@ class _Sweep:
                 self.refused = refused  # Tune wraps what its callbacks raise
                 raise
         record = self.summary.trials[name]
-        now = time.time()
-        record.wall_s = round(now - self._began[name], 3)
-        self._measure_idle(record, result, now)
-        if result["status"] in (DIVERGED, FAILED):
-            record.status, record.reason = result["status"], result["reason"]
-            return
-        epoch = int(result["epoch"])
+        self._measure_idle(record, report)
+        if report["status"] == STARTING:
+            return True
+        if report["status"] in BROKEN:
+            self._ends[name] = (report["status"], report["reason"])
+            return True
+        if report.get("note"):
+            self._happened(NOTE, trial=name, note=report["note"])
+        epoch = int(report["epoch"])
         if epoch <= record.epochs:  # its process died after this report and repeats it, bit for bit
-            return
-        metrics = {key: float(value) for key, value in result.items() if "/" in key and isinstance(value, int | float)}
-        labels = result.get("labels")
-        if labels and epoch == 1:
-            record.note = labels.get("raystar.compile_note")
-            self.tracker.attach(name, {}, labels, {})
-        # Tune names what it keeps itself; of what a group of workers has saved, Ray Train gives the path.
-        kept = result.get("checkpoint_dir_name") or Path(result.get("checkpoint_path", "")).name
-        if self.summary.report(name, epoch, metrics) and kept:
-            record.checkpoint = f"trials/{name}/{kept}/checkpoint.pt"
-        for step, key in ((0, "first_images"), (epoch, "images")):
-            pictures = {name: Path(path) for name, path in (result.get(key) or {}).items()}
-            if pictures or step:
-                self.tracker.log(name, step, metrics if step else {}, pictures)
-        self.board.changed(record, metrics.get(self.summary.metric))
-        self._write(now)
+            return name not in self._ends
+        kept = {key: report[key] for key in ("metrics", "images", "first_images", "labels") if report.get(key)}
+        verdict = self._happened(EPOCH, trial=name, epoch=epoch, **kept)
+        self._track_epoch(name, {"epoch": epoch, **kept})
+        if not self.plan.speed:
+            self.janitor.epoch(record, epoch)
+        self.board.changed(record, report["metrics"].get(self.summary.metric))
+        self._write()
+        if verdict.ends is not None:
+            self._ends[name] = (verdict.ends, verdict.reason)
+        return verdict.ends is None
 
-    def trial_ended(self, name: str, reason: str | None, failed: bool) -> None:
-        """A trial is over: at its end, stopped by the scheduler, or failed."""
+    def _track_epoch(self, name: str, event: Mapping[str, Any]) -> None:
+        epoch, labels = int(event["epoch"]), event.get("labels")
+        if labels and epoch == 1:
+            self.tracker.attach(name, {}, labels, {})
+            if note := labels.get("raystar.compile_note"):
+                self._happened(NOTE, trial=name, note=note)
+        if event.get("first_images"):
+            self.tracker.log(name, 0, {}, event["first_images"])
+        self.tracker.log(name, epoch, event["metrics"], event.get("images", {}))
+
+    def trial_ended(self, name: str, deaths: int | None) -> None:
+        """A trial is over: at its end, stopped, or broken."""
+        record = self.summary.trials.get(name)
+        if record is None or name not in self._begun or record.status != RUNNING:
+            return  # it never ran
+        status: str
+        reason: str | None
+        if deaths is not None:
+            status, reason = KILLED, f"its process died {deaths} times without finishing an epoch in between"
+        elif name in self._ends:
+            status, reason = self._ends[name]
+        elif record.epochs >= self.ledger.epochs:
+            status, reason = FINISHED, None
+        elif self.stopping:
+            status, reason = INTERRUPTED, self._why_stopping()
+        else:
+            status, reason = FAILED, f"ended after epoch {record.epochs} of {self.ledger.epochs} without a word"
+        if status == OUT_OF_MEMORY and name not in self.ledger.alone:
+            self._happened(ALONE, trial=name, reason=reason)
+            self._begun.discard(name)
+            self.tracker.end(name, INTERRUPTED, f"{reason}; it is tried again by itself")
+            self.board.changed(record)
+            return
+        self._end(name, status, reason)
+
+    def _why_stopping(self) -> str:
+        if self.interrupts:
+            return "interrupted"
+        return f"the sweep gave up: {self.given_up}" if self.given_up is not None else "the time budget was used up"
+
+    def _end(self, name: str, status: str, reason: str | None) -> None:
         record = self.summary.trials[name]
-        if failed:
-            record.status, record.reason = FAILED, reason
-        elif record.status == RUNNING:
-            whole = record.epochs >= self.plan.config.training.epochs
-            record.status = FINISHED if whole else STOPPED
-            if not whole:
-                budget = self.plan.time_budget_s
-                late = budget is not None and time.time() - self.summary.started >= budget
-                record.reason = "the time budget was used up" if late else f"stopped early after epoch {record.epochs}"
+        self._happened(ENDED, trial=name, status=status, reason=reason)
         record.run_id = self.tracker.run_id(name)
         self._record_best(record)
-        self.tracker.end(name, record.status, record.reason)
+        self.tracker.end(name, status, reason)
+        self.janitor.ended(record)
         self.board.changed(record)
-        self._write(0.0)
+        broken, limit = self.ledger.broken_in_a_row, self.plan.space.abort_after
+        if limit and len(broken) >= limit and not self.stopping:
+            first = self.summary.trials[broken[0]]
+            self.given_up = f"{len(broken)} trials in a row went wrong, the first, {first.trial}: {first.reason}"
+        self._write()
 
     def _record_best(self, record: TrialRecord) -> None:
         """The trial's best, which the summary ranks by, where MLflow's tables can sort by it too."""
@@ -458,24 +573,32 @@ class _Sweep:
         note += f" of {record.epochs}" + (f"; {record.reason}" if record.reason else "")
         self.tracker.attach(record.trial, {}, {"mlflow.note.content": note}, found)
 
-    def _measure_idle(self, record: TrialRecord, result: dict[str, Any], now: float) -> None:
+    def _measure_idle(self, record: TrialRecord, report: Mapping[str, Any]) -> None:
         """How long the trial's process trained nothing between the trial before and this one's first step."""
-        pid, first_step = result.get("pid"), result.get("first_step_at")
-        if pid is None:
-            return
-        before = self._last_report.get(pid)
+        process, first_step, now = (report["host"], report["pid"]), report.get("first_step_at"), time.time()
+        before = self._last_report.get(process)
         if before is not None and before[0] != record.trial and first_step is not None:
             record.idle_s = round(max(0.0, first_step - before[1]), 3)
-        self._last_report[pid] = (record.trial, now)
+        self._last_report[process] = (record.trial, now)
 
-    def _write(self, now: float) -> None:
-        """Keeps the files current; at most once a second, however many trials report."""
-        if now and now - self._written < 1.0:
+    def _happened(self, event: str, **facts: Any) -> Verdict:
+        """Writes an event to the journal, then takes it in."""
+        record = {"event": event, "at": time.time(), **facts}
+        self.journal.append(record)
+        return self.ledger.apply(record)
+
+    def _write(self, *, now: bool = False) -> None:
+        """Keeps the files current, seldom enough that a long sweep does nothing else."""
+        began = time.time()
+        if not now and began - self._written < self._write_every:
             return
         for record in self.summary.trials.values():
             record.run_id = record.run_id or self.tracker.run_id(record.trial)
-        self.summary.write(self.plan.folder)
-        self._written = now or time.time()
+            record.checkpoint = self.janitor.checkpoint(record)
+        wait_for_space(self.plan.folder, lambda: self.summary.write(self.plan.folder))
+        self.journal.sync()
+        self._written = time.time()
+        self._write_every = max(1.0, 20 * (self._written - began))
 
     # -- the end ------------------------------------------------------------------------------------
 
@@ -483,31 +606,28 @@ class _Sweep:
         summary, plan = self.summary, self.plan
         for record in summary.trials.values():
             if record.status == RUNNING:
-                record.status = INTERRUPTED if self.interrupts else FAILED
-                record.reason = record.reason or ("interrupted" if self.interrupts else error)
-                self._record_best(record)
-                self.tracker.end(record.trial, record.status, record.reason)
-            elif record.status == PENDING and self._all_should_have_run():
-                record.status, record.reason = FAILED, f"Ray did not run it (see trials/{record.trial}/error.txt)"
+                reason = self._why_stopping() if self.stopping else error
+                self._end(record.trial, INTERRUPTED, reason)
+            elif record.status == PENDING and not self.stopping and error is None:
+                self._happened(ENDED, trial=record.trial, status=FAILED, reason="Ray did not run it")
+        self.janitor.close()
         done = [r for r in summary.trials.values() if r.status in (FINISHED, STOPPED)]
-        summary.status = INTERRUPTED if self.interrupts else FINISHED if done and not error else FAILED
+        late = time.time() > self._deadline
+        summary.status = INTERRUPTED if self.interrupts else FINISHED if (done or late) and not error else FAILED
         best = summary.best
         files: dict[str, Path] = {}
         if best is not None:
-            files = outcome.leave(plan, summary, best, self.pictures)
-        self._write(0.0)
+            files = outcome.leave(plan, summary, best)
+        self._write(now=True)
         files |= {name: plan.folder / name for name in ("summary.json", "summary.csv")}
         tags = {"raystar.best_trial": best.trial, "raystar.best_run": best.run_id or ""} if best else {}
         metrics = {f"best/{self.summary.short_metric}": best.score} if best and best.score is not None else {}
         self.tracker.attach(PARENT, {k: v for k, v in files.items() if v.is_file()}, tags, metrics)
         self.tracker.end(PARENT, summary.status, error)
         self.tracker.close()
-        self._write(0.0)
+        self._write(now=True)
+        self.journal.close()
         outcome.tell(plan, summary, self.tracker.how_to_compare(), error)
         if self.interrupts:
             return 130
-        return 0 if done else 1
-
-    def _all_should_have_run(self) -> bool:
-        budget = self.plan.time_budget_s
-        return not self.interrupts and (budget is None or time.time() - self.summary.started < budget)
+        return 0 if summary.status == FINISHED else 1

@@ -10,7 +10,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from raystar.summary import PENDING, RUNNING, Summary, TrialRecord, duration
+from raystar.summary import BROKEN, RUNNING, Summary, TrialRecord, duration
 
 _ROWS = 16
 _STYLES = {
@@ -18,8 +18,8 @@ _STYLES = {
     "running": "cyan",
     "stopped": "dim",
     "pending": "dim",
-    "diverged": "red",
-    "failed": "red",
+    "interrupted": "yellow",
+    **dict.fromkeys(BROKEN, "red"),
 }
 
 
@@ -70,16 +70,14 @@ class Board:
 
     def rest_s(self) -> float | None:
         """An estimate of the seconds left, once a trial has ended: what is left, at the pace so far."""
-        records = list(self.summary.trials.values())
-        ended = [r for r in records if r.status not in (RUNNING, PENDING)]
-        epochs_done = sum(r.epochs for r in records)
-        if not ended or not epochs_done:
+        ended, epochs_done, running = self.summary.ended, self.summary.epochs_done, self.summary.running
+        if not ended.trials or not epochs_done:
             return None
         pace = (time.time() - self.summary.started) / epochs_done
-        usual = sum(r.epochs for r in ended) / len(ended)
+        usual = ended.epochs / ended.trials
         # A trial that has outlived the usual one is likely to run to its end.
-        left = sum((usual if r.epochs < usual else self.epochs) - r.epochs for r in records if r.status == RUNNING)
-        waiting = self.summary.planned - len(ended) - sum(r.status == RUNNING for r in records)
+        left = sum((usual if r.epochs < usual else self.epochs) - r.epochs for r in running.values())
+        waiting = self.summary.planned - ended.trials - len(running)
         return pace * (left + usual * waiting)
 
     def _render(self) -> Group:

@@ -148,6 +148,7 @@ class MlflowTracker:
         primary_metric: str,
         lower_is_better: bool,
         columns: Sequence[str] = (),
+        spool: Path | None = None,
     ) -> None:
         self.uri = uri
         self.artifacts = artifacts
@@ -218,6 +219,9 @@ class MlflowTracker:
         """See `Tracker`."""
         at = int(time.time() * 1000)
         self._tasks.put(lambda: self._end(trial, status, reason, at))
+
+    def last_epoch(self, trial: str) -> int:
+        return 0
 
     def run_id(self, trial: str) -> str | None:
         """See `Tracker`."""

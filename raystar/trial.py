@@ -7,40 +7,36 @@ import functools
 import gc
 import json
 import os
-import tempfile
 import time
 import traceback
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any
 
 import ray.train
 import torch
 from ray import tune
 from ray.exceptions import RayActorError
 from ray.train.torch import TorchTrainer
-from ray.tune.experiment import Trial
 from ray.tune.integration.ray_train import TuneReportCallback
-from ray.tune.schedulers import ASHAScheduler, TrialScheduler
-from ray.util.placement_group import PlacementGroup, get_current_placement_group, remove_placement_group
+from ray.util.placement_group import get_current_placement_group
 
-from raystar import checkpoint as checkpoints
 from raystar.codec import Codec, open_codec
 from raystar.config import Config, from_mapping, override
 from raystar.dataset import Bank, reopen_bank
 from raystar.distributed import ALONE, Group
-from raystar.errors import RaystarError, TrialDiverged, WorkerLost
+from raystar.errors import RaystarError, TrialDiverged, TrialOutOfMemory, WorkerLost
 from raystar.ruler import Ruler
+from raystar.saved import Restored, TrialFiles
 from raystar.speed import measure
 from raystar.step import resolve_device
-from raystar.summary import DIVERGED, FAILED, RUNNING, trial_name
+from raystar.storage import Storage
+from raystar.summary import DIVERGED, FAILED, OUT_OF_MEMORY, RUNNING, STARTING
 from raystar.trainer import Progress, Trainer
 
-CHECKPOINT, META = "checkpoint.pt", "meta.json"
 WORST = 1e9
-"""Reported by a trial that has no score to give: ASHA never stops a NaN, and stumbles over a missing value."""
+"""Reported by a trial that has no score to give: Tune's searchers stumble over a missing value."""
 
 
 @dataclass(frozen=True)
@@ -53,9 +49,12 @@ class Request:
     cache_dir: str
     bank_key: str
     """Of the latents that the sweep began with."""
-    pictures_dir: str
-    trials_dir: str
-    """Where every trial has a folder by its name."""
+    storage: str
+    """Path or URI of the sweep's folder in the storage."""
+    scratch: str
+    """A folder for what Ray itself writes about groups of workers; nothing is read back from it."""
+    known: Mapping[str, int]
+    """Epochs of each trial that the driver knew of when it began or went on."""
     gpu_share: float
     """Of each worker."""
     cpus: int
@@ -86,15 +85,11 @@ def train_loop(settings: dict[str, Any]) -> None:
     torch.set_num_threads(request.cpus)
     try:
         _train(settings, report, ALONE)
-    except TrialDiverged as error:
-        report.ended(DIVERGED, str(error))
-    except RaystarError as error:
-        report.ended(FAILED, str(error))
     # Whatever a trial raises is that trial's result: the sweep goes on, and the trace is kept for the curious.
     except Exception as error:
-        folder = Path(tune.get_context().get_trial_dir())
-        (folder / "error.txt").write_text(traceback.format_exc(), encoding="utf-8")
-        report.ended(FAILED, _in_short(error))
+        if not isinstance(error, RaystarError):
+            report.files.save_error(traceback.format_exc())
+        report.ended(*_what_ended(error))
     finally:
         # The process goes on to the next trial: nothing of this one may stay in its memory.
         gc.collect()
@@ -110,6 +105,14 @@ def _return_free_memory() -> None:
     """
     with suppress(AttributeError, OSError):
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def _what_ended(error: Exception) -> tuple[str, str]:
+    """Status and reason of a trial that raised `error`."""
+    if isinstance(error, RaystarError):
+        status = {TrialDiverged: DIVERGED, TrialOutOfMemory: OUT_OF_MEMORY}.get(type(error), FAILED)
+        return status, str(error)
+    return FAILED, _in_short(error)
 
 
 def _in_short(error: Exception) -> str:
@@ -140,19 +143,14 @@ def _train(settings: dict[str, Any], report: _Report, group: Group) -> None:
     first = group.rank == 0
     ruler = _ruler(config, request) if first else None
     codec = _codec(config) if first and config.grid_every else None
-    trainer = Trainer(config, bank, ruler, codec, checkpoint=report.restored(), group=group)
+    restored = report.repeat()
+    where = report.files.storage.at(f"trials/{settings['trial']}")
+    trainer = Trainer(config, bank, ruler, codec, checkpoint=restored.checkpoint, source=where, group=group)
     for progress in trainer.run():
         report.epoch(progress, trainer.first_step_at)
 
 
 # -- several workers -------------------------------------------------------------------------------
-
-_AHEAD = 3
-"""Epochs that a group may have saved and the driver not yet heard of: one on its way, one in the queue, one before it.
-
-They may be better than the best that the driver knows, whose checkpoint must outlast them: it is the one to export
-should the trial be stopped here.
-"""
 
 
 class _GroupTrainer(TorchTrainer):  # type: ignore[misc]
@@ -199,14 +197,10 @@ def _run_group(settings: dict[str, Any]) -> None:
             num_workers=request.workers, use_gpu=request.gpu_share > 0, resources_per_worker=resources
         ),
         run_config=ray.train.RunConfig(
-            # The trial's own folder: a trial that starts again finds there what it has saved.
             name=settings["trial"],
-            storage_path=request.trials_dir,
+            storage_path=request.scratch,
             callbacks=[delivery],
             failure_config=ray.train.FailureConfig(max_failures=0, controller_failure_limit=0),
-            checkpoint_config=ray.train.CheckpointConfig(
-                num_to_keep=1 + _AHEAD, checkpoint_score_attribute=request.metric, checkpoint_score_order=request.mode
-            ),
         ),
     )
     try:
@@ -215,18 +209,10 @@ def _run_group(settings: dict[str, Any]) -> None:
         failure = _failure(error.worker_failures)
         if failure is None:
             raise
-        folder = Path(request.trials_dir) / settings["trial"]
         if not isinstance(failure, RaystarError):
-            (folder / "error.txt").write_text(str(error), encoding="utf-8")
-        status = DIVERGED if isinstance(failure, TrialDiverged) else FAILED
-        reason = str(failure) if isinstance(failure, RaystarError) else _in_short(failure)
-        delivery.send(_ended(request, status, reason, _last_epoch(folder) + 1))
+            TrialFiles(Storage(request.storage), settings["trial"]).save_error(str(error))
+        delivery.send(_ended(request, *_what_ended(failure)))
     delivery.wait()
-
-
-def _last_epoch(folder: Path) -> int:
-    """The last epoch that a trial saved, 0 before its first."""
-    return max((json.loads(meta.read_text())["epoch"] for meta in folder.glob(f"checkpoint_*/{META}")), default=0)
 
 
 def _failure(failures: Mapping[int, Exception]) -> Exception | None:
@@ -291,58 +277,58 @@ def _open_codec(config: Config, device: str) -> Codec:
 
 
 class _Report:
-    """The seam between a trial and Ray: reports to Tune, from the trial's own process."""
+    """The seam between a trial and Ray: saves epochs and reports them to Tune, from the trial's own process."""
 
     def __init__(self, request: Request, trial: str) -> None:
         self.request = request
         self.trial = trial
+        self.files = TrialFiles(Storage(request.storage), trial)
         self.last: dict[str, float] = {}
-        self.epoch_number = 0
+        self.note: str | None = None
 
-    def restored(self) -> dict[str, Any] | None:
-        """The checkpoint that this trial starts again from, after its process died."""
-        return _read(tune.get_checkpoint())
+    def repeat(self) -> Restored:
+        """Reports again what was saved and may not have been heard of; returns where to go on."""
+        restored = self.files.restore()
+        self.note = restored.note
+        for report in self.files.reports(self.request.known.get(self.trial, 0), restored.epoch):
+            self._send(report)
+        if restored.epoch:
+            (last,) = self.files.reports(restored.epoch - 1, restored.epoch)
+            self.last = last["metrics"]
+        return restored
 
     def epoch(self, progress: Progress, first_step_at: float | None) -> None:
         """Saves and reports one epoch. Epochs that the ruler left out repeat its last metrics, for ASHA's sake."""
-        self.epoch_number = progress.epoch
         self.last = {key: value for key, value in self.last.items() if key.startswith("eval/")} | progress.metrics
-        images = {key: self._save_picture(key, image, progress.epoch) for key, image in progress.images.items()}
-        first_images = {key: self._save_picture(key, image, 0) for key, image in progress.first_images.items()}
-        result = {
-            **self.last,
+        pictures = {(key, progress.epoch): image for key, image in progress.images.items()}
+        pictures |= {(key, 0): image for key, image in progress.first_images.items()}
+        saved = {place: self.files.save_picture(place[0], image, place[1]) for place, image in pictures.items()}
+        report = {
             "epoch": progress.epoch,
             "status": RUNNING,
-            "images": images,
-            "first_images": first_images,
+            "metrics": self.last,
+            "images": {key: path for (key, epoch), path in saved.items() if epoch},
+            "first_images": {key: path for (key, epoch), path in saved.items() if not epoch},
             "labels": progress.labels,
-            "first_step_at": first_step_at,
-            "pid": os.getpid(),
         }
-        with tempfile.TemporaryDirectory(prefix="raystar-") as folder:
-            checkpoints.save(Path(folder) / CHECKPOINT, progress.checkpoint)
-            meta = {"epoch": progress.epoch, self.request.metric: self.last[self.request.metric]}
-            (Path(folder) / META).write_text(json.dumps(meta), encoding="utf-8")
-            self._send(result, folder)
+        self.files.save(progress.epoch, report, progress.checkpoint)
+        self._send(report | {"first_step_at": first_step_at}, saved=True)
 
     def speed(self, epoch: int, metrics: dict[str, float], labels: dict[str, str]) -> None:
         """Reports one epoch of a trial that measures speed: there is nothing to save."""
-        self.epoch_number = epoch
-        tune.report({**metrics, "epoch": epoch, "status": RUNNING, "labels": labels, "pid": os.getpid()})
-
-    def _send(self, result: dict[str, Any], folder: str) -> None:
-        tune.report(result, checkpoint=tune.Checkpoint.from_directory(folder))
+        self._send({"epoch": epoch, "status": RUNNING, "metrics": metrics, "labels": labels}, saved=True)
 
     def ended(self, status: str, reason: str) -> None:
         """The last report of a trial that did not come to its end."""
-        tune.report(_ended(self.request, status, reason, self.epoch_number + 1))
+        self._tell(_ended(self.request, status, reason))
 
-    def _save_picture(self, key: str, image: Any, epoch: int) -> str:
-        folder = Path(self.request.pictures_dir) / self.trial
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"{key}_{epoch:04d}.png"
-        image.save(path, compress_level=1)  # MLflow writes it again; time matters here, not bytes
-        return str(path)
+    def _send(self, report: dict[str, Any], *, saved: bool = False) -> None:
+        note, self.note = self.note, None
+        value = report["metrics"][self.request.metric]
+        self._tell(_message(report | {"note": note}, self.request.metric, value) | {"saved": saved})
+
+    def _tell(self, message: dict[str, Any]) -> None:
+        tune.report(message)
 
 
 class _GroupReport(_Report):
@@ -352,9 +338,10 @@ class _GroupReport(_Report):
         super().__init__(request, trial)
         self.first = group.rank == 0
 
-    def restored(self) -> dict[str, Any] | None:
-        """The checkpoint that this trial starts again from, after one of its processes died."""
-        return _read(ray.train.get_checkpoint())
+    def repeat(self) -> Restored:
+        """Tells the driver first what the group holds: a trial may be stopped before its first epoch."""
+        self._tell(_ended(self.request, STARTING, ""))
+        return super().repeat()
 
     def epoch(self, progress: Progress, first_step_at: float | None) -> None:
         """Saves and reports one epoch, in the first worker; the others wait for it."""
@@ -363,137 +350,18 @@ class _GroupReport(_Report):
         else:
             ray.train.report({})
 
-    def _send(self, result: dict[str, Any], folder: str) -> None:
-        held = {"placement_group": get_current_placement_group().id.hex()}  # for `Release`
-        ray.train.report(result | held, checkpoint=ray.train.Checkpoint.from_directory(folder))
+    def _tell(self, message: dict[str, Any]) -> None:
+        held = {"placement_group": get_current_placement_group().id.hex()}  # for `driver.Release`
+        ray.train.report(message | held if self.first else {})
 
 
-def _read(found: Any) -> dict[str, Any] | None:
-    """What Ray kept of a trial that starts again, if anything."""
-    if found is None:
-        return None
-    with found.as_directory() as folder:
-        return checkpoints.load(Path(folder) / CHECKPOINT)
+def _message(report: dict[str, Any], metric: str, value: float) -> dict[str, Any]:
+    """What Tune is told: the metric for its searchers, and the report in one piece, which it need not take apart."""
+    who = {"pid": os.getpid(), "host": os.uname().nodename}
+    return {"report": json.dumps(report | who), metric: value}
 
 
-def _ended(request: Request, status: str, reason: str, epoch: int) -> dict[str, Any]:
-    """The last report of a trial that did not come to its end."""
-    return {
-        request.metric: WORST if request.mode == "min" else -WORST,
-        # A later epoch than the last, so that ASHA sees it; its metric is nobody's best.
-        "epoch": epoch,
-        "status": status,
-        "reason": reason,
-        "pid": os.getpid(),
-    }
-
-
-# -- the driver's side of Tune: module-level, since Tune pickles what it is given -------------------
-
-
-class TrialNames:
-    """Names trials in the order in which Tune first asks. Tune asks copies of this, hence the shared dictionary."""
-
-    numbers: ClassVar[dict[str, int]] = {}
-
-    def __init__(self, trials: int) -> None:
-        self.trials = trials
-        self.numbers.clear()
-
-    def __call__(self, trial: Trial) -> str:
-        return trial_name(self.numbers.setdefault(trial.trial_id, len(self.numbers)), self.trials)
-
-
-class Asha(ASHAScheduler):  # type: ignore[misc]
-    """ASHA that lets one trial, the baseline, run to its end: the others are measured against it.
-
-    Its results still count in the rungs.
-    """
-
-    def __init__(self, exempt: str | None, **settings: Any) -> None:
-        super().__init__(**settings)
-        self.exempt = exempt
-        self.last_epoch = settings["max_t"]
-
-    def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
-        """See `ray.tune.schedulers.TrialScheduler`."""
-        decision: str = super().on_trial_result(tune_controller, trial, result)
-        if str(trial) == self.exempt and result["epoch"] < self.last_epoch:
-            return str(TrialScheduler.CONTINUE)
-        return decision
-
-
-class Release(tune.Callback):  # type: ignore[misc]
-    """Gives back what a group of workers holds when its trial ends.
-
-    Ray keeps the placement group of a trial that Tune stops, or whose process is killed: later trials would wait for
-    its processors for ever. Taking it away also ends the workers.
-    """
-
-    def __init__(self) -> None:
-        self.held: dict[str, str] = {}  # placement group by trial
-
-    def on_trial_result(
-        self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **info: Any
-    ) -> None:
-        """See `ray.tune.Callback`."""
-        if "placement_group" in result:
-            self.held[str(trial)] = result["placement_group"]
-
-    def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
-        """See `ray.tune.Callback`."""
-        self._release(trial)
-
-    def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
-        """See `ray.tune.Callback`."""
-        self._release(trial)
-
-    def on_trial_recover(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
-        """See `ray.tune.Callback`."""
-        self._release(trial)
-
-    def _release(self, trial: Trial) -> None:
-        held = self.held.pop(str(trial), None)
-        if held is not None:
-            remove_placement_group(PlacementGroup(ray.PlacementGroupID(bytes.fromhex(held))))
-
-
-class Listener(Protocol):
-    """Who hears what happens to trials."""
-
-    def trial_started(self, name: str, params: dict[str, Any]) -> None:
-        """A trial begins, or begins again after its process died."""
-
-    def trial_reported(self, name: str, result: dict[str, Any]) -> None:
-        """A trial reports an epoch, or that it cannot go on."""
-
-    def trial_ended(self, name: str, reason: str | None, failed: bool) -> None:
-        """A trial is over."""
-
-
-class Recorder(tune.Callback):  # type: ignore[misc]
-    """Hands Tune's events to a listener in the driver."""
-
-    def __init__(self, listener: Listener) -> None:
-        self.listener = listener
-
-    def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
-        """See `ray.tune.Callback`."""
-        self.listener.trial_started(str(trial), dict(trial.config))
-
-    def on_trial_result(
-        self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **info: Any
-    ) -> None:
-        """See `ray.tune.Callback`."""
-        self.listener.trial_reported(str(trial), result)
-
-    def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
-        """See `ray.tune.Callback`."""
-        self.listener.trial_ended(str(trial), None, failed=False)
-
-    def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
-        """See `ray.tune.Callback`."""
-        self.listener.trial_ended(str(trial), f"its process died {trial.num_failures} times", failed=True)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {}  # the listener belongs to the running driver, not to Tune's saved state
+def _ended(request: Request, status: str, reason: str) -> dict[str, Any]:
+    """A message without an epoch: the trial did not come to its end, or has not begun."""
+    worst = WORST if request.mode == "min" else -WORST
+    return _message({"status": status, "reason": reason}, request.metric, worst)

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
 from raystar.errors import run_cli
-from raystar.plan import Plan, make_plan
-from raystar.summary import trial_name
-
-DEFAULT_CONFIG = "configs/demo.yaml"
+from raystar.plan import DEFAULT_CONFIG, Plan, make_plan
 
 
 def parser() -> argparse.ArgumentParser:
@@ -21,7 +17,7 @@ def parser() -> argparse.ArgumentParser:
         "early, records all of them in MLflow and exports the best.",
         epilog="Exit status: 0 at least one trial finished, 1 none did, 2 the request was wrong, 130 interrupted.",
     )
-    p.add_argument("--space", metavar="FILE", required=True, help="what to search, for example search_spaces/loss.yaml")
+    p.add_argument("--space", metavar="FILE", help="what to search, for example search_spaces/loss.yaml")
     p.add_argument("--config", metavar="FILE", default=DEFAULT_CONFIG, help=f"the configuration ({DEFAULT_CONFIG})")
     p.add_argument(
         "--overlay", metavar="FILE", action="append", default=[],
@@ -39,6 +35,12 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--tracking-uri", metavar="URI", help="MLflow store ($MLFLOW_TRACKING_URI, else a SQLite file in --out)"
     )
+    p.add_argument("--resume", metavar="NAME", help="go on with a sweep that ended, however it ended")
+    p.add_argument(
+        "--force", action="store_true", help="with --resume: go on although code, configuration, space or data changed"
+    )
+    p.add_argument("--address", metavar="A", help="run on the Ray cluster there (auto, or HOST:PORT)")
+    p.add_argument("--storage", metavar="URI", help="where trials save: a path or fsspec URI that every node reaches")
     p.add_argument("--dry-run", action="store_true", help="check everything, list the trials and stop")
     return p
 
@@ -52,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     from raystar.sweep import run  # Ray takes seconds to import; a wrong request is answered before that
 
-    return run(plan, sys.orig_argv[1:])
+    return run(plan)
 
 
 def print_plan(plan: Plan) -> None:
@@ -76,7 +78,7 @@ def print_plan(plan: Plan) -> None:
             else {k: v for k, v in point.items() if v != plan.points[0][k]}
         )
         values = "  ".join(f"{key}={value}" for key, value in shown.items())
-        print(f"  {trial_name(number, plan.trials)}{' (baseline)' if number == 0 and space.baseline else ''}: {values}")
+        print(f"  {plan.trial_name(number)}{' (baseline)' if number == 0 and space.baseline else ''}: {values}")
 
 
 if __name__ == "__main__":

@@ -15,9 +15,9 @@ PACKAGE = ROOT / "raystar"
 
 # Imports go downward in this order (design, section 1); a module may import only what stands before it.
 ORDER = [
-    "errors", "config", "dataset", "kernels", "model", "loss", "distributed", "step", "compile", "parity", "speed",
-    "checkpoint", "ruler", "codec", "grid", "trainer", "summary", "table", "tracking", "space", "trial", "export",
-    "plan", "outcome", "sweep", "tune", "train",
+    "errors", "journal", "config", "dataset", "kernels", "model", "loss", "distributed", "step", "compile", "parity",
+    "speed", "checkpoint", "ruler", "codec", "grid", "trainer", "summary", "table", "tracking", "space", "trial",
+    "export", "plan", "outcome", "sweep", "tune", "train",
 ]  # fmt: skip
 MAY_IMPORT = {"ray": {"trial", "space", "sweep"}, "mlflow": {"tracking"}}
 

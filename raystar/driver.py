@@ -1,0 +1,168 @@
+"""The driver's side of Ray Tune: what hears of trials, decides, and frees what they held.
+
+Module-level classes, since Tune pickles what it is given; what belongs to the running driver stays out of that.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any, ClassVar, Protocol
+
+import ray
+from ray import tune
+from ray.tune.experiment import Trial
+from ray.tune.schedulers import FIFOScheduler, TrialScheduler
+from ray.util.placement_group import PlacementGroup, remove_placement_group
+
+MAX_DEATHS = 3
+"""Times that a trial's process may die, without an epoch saved in between, and be started again."""
+
+
+class TrialNames:
+    """Names trials in the order in which Tune first asks. Tune asks copies of this, hence the shared dictionary."""
+
+    numbers: ClassVar[dict[str, int]] = {}
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.names = list(names)
+        self.numbers.clear()
+
+    def __call__(self, trial: Trial) -> str:
+        return self.names[self.numbers.setdefault(trial.trial_id, len(self.numbers))]
+
+
+class Listener(Protocol):
+    """Who hears what happens to trials, and says what is to become of them."""
+
+    @property
+    def stopping(self) -> bool:
+        """Whether no trial is to be begun, and those that run are to end with their next report."""
+
+    @property
+    def stop_now(self) -> bool:
+        """Whether the running trials are to end at once."""
+
+    def trial_started(self, name: str, params: dict[str, Any]) -> None:
+        """A trial begins, or begins again after its process died."""
+
+    def trial_reported(self, name: str, result: dict[str, Any]) -> bool:
+        """A trial reports an epoch, or that it cannot go on; returns whether it may."""
+
+    def trial_ended(self, name: str, deaths: int | None) -> None:
+        """A trial is over; `deaths` of its process ended it, or None."""
+
+
+class Warden(FIFOScheduler):  # type: ignore[misc]
+    """Asks the listener about every report. Trials begin in their order, and none while the sweep is stopping."""
+
+    def __init__(self, listener: Listener) -> None:
+        super().__init__()
+        self.listener = listener
+
+    def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
+        """See `ray.tune.schedulers.TrialScheduler`."""
+        report = json.loads(result.get("report", "{}"))  # there is none if the trial ended without one
+        goes_on = not report or self.listener.trial_reported(str(trial), report)
+        return str(TrialScheduler.CONTINUE if goes_on and not self.listener.stopping else TrialScheduler.STOP)
+
+    def choose_trial_to_run(self, tune_controller: Any) -> Trial | None:
+        """See `ray.tune.schedulers.TrialScheduler`. Tune starts pending trials by itself, in their order."""
+        if self.listener.stopping:
+            tune_controller.search_alg.set_finished()
+            for trial in tune_controller.get_live_trials():
+                if trial.status == Trial.PENDING:
+                    tune_controller.stop_trial(trial)
+        return None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
+
+
+class Stop(tune.Stopper):  # type: ignore[misc]
+    """Ends all trials when the listener wants that."""
+
+    def __init__(self, listener: Listener) -> None:
+        self.listener: Listener | None = listener
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        return False
+
+    def stop_all(self) -> bool:
+        """See `ray.tune.Stopper`."""
+        return self.listener is not None and self.listener.stop_now
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"listener": None}
+
+
+class Release(tune.Callback):  # type: ignore[misc]
+    """Gives back what a group of workers holds when its trial ends.
+
+    Ray keeps the placement group of a trial that Tune stops, or whose process is killed: later trials would wait for
+    its processors for ever. Taking it away also ends the workers.
+    """
+
+    def __init__(self) -> None:
+        self.held: dict[str, str] = {}  # placement group by trial
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **info: Any
+    ) -> None:
+        """See `ray.tune.Callback`."""
+        if "placement_group" in result:
+            self.held[str(trial)] = result["placement_group"]
+
+    def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        """See `ray.tune.Callback`."""
+        self._release(trial)
+
+    def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        """See `ray.tune.Callback`."""
+        self._release(trial)
+
+    def on_trial_recover(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        """See `ray.tune.Callback`."""
+        self._release(trial)
+
+    def _release(self, trial: Trial) -> None:
+        held = self.held.pop(str(trial), None)
+        if held is not None:
+            remove_placement_group(PlacementGroup(ray.PlacementGroupID(bytes.fromhex(held))))
+
+
+class Recorder(tune.Callback):  # type: ignore[misc]
+    """Hands Tune's events to the listener, and counts deaths: a process that dies begins again, but not for ever."""
+
+    def __init__(self, listener: Listener) -> None:
+        self.listener = listener
+        self.deaths: dict[str, int] = {}  # of a trial's process since its last report
+
+    def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        """See `ray.tune.Callback`."""
+        self.listener.trial_started(str(trial), dict(trial.config))
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **info: Any
+    ) -> None:
+        """See `ray.tune.Callback`. `Warden` has dealt with the report itself."""
+        if result.get("saved"):
+            self.deaths.pop(str(trial), None)
+            trial.max_failures = -1
+
+    def on_trial_recover(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        """See `ray.tune.Callback`."""
+        deaths = self.deaths[str(trial)] = self.deaths.get(str(trial), 0) + 1
+        if deaths >= MAX_DEATHS:
+            trial.max_failures = trial.num_failures  # the next one is the last
+
+    def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        """See `ray.tune.Callback`."""
+        self.listener.trial_ended(str(trial), None)
+
+    def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        """See `ray.tune.Callback`."""
+        self.listener.trial_ended(str(trial), self.deaths.get(str(trial), 0) + 1)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}  # the listener belongs to the running driver, not to Tune's saved state

@@ -1,0 +1,145 @@
+"""Append-only JSON lines that outlive their process, and what waits while the disk is full."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_FULL_S = 1.0  # between two attempts on a full disk
+_BLOCK = 1 << 16
+
+
+class Journal:
+    """Append-only JSON lines: a record is with the operating system once `append` returns, on the disk after `sync`.
+
+    A line that a killed process left unfinished is not read, and is cut off before the next one is written. On a full
+    disk, writing waits. Threads may share a journal; of the processes, one writes.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file: int | None = None
+        self._lock = threading.Lock()
+
+    def append(self, record: Mapping[str, Any]) -> int:
+        """Writes one record, whole or not at all; returns the offset behind it."""
+        line = json.dumps(record, separators=(",", ":")).encode() + b"\n"
+        with self._lock:
+            return wait_for_space(self.path, lambda: self._write(line))
+
+    def sync(self) -> None:
+        """Returns once what was appended survives a power cut."""
+        with self._lock:
+            wait_for_space(self.path, lambda: os.fsync(self._opened()))
+
+    def close(self) -> None:
+        """Gives the file back; the next `append` opens it again."""
+        with self._lock:
+            if self._file is not None:
+                os.close(self._file)
+            self._file = None
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        """The records, oldest first."""
+        return (record for record, _ in self.read())
+
+    def read(self, start: int = 0) -> Iterator[tuple[dict[str, Any], int]]:
+        """The records from the offset `start` on, each with the offset behind it; none where there is no file.
+
+        A damaged line between whole ones (a power cut may leave one) is told and left out.
+        """
+        try:
+            file = self.path.open("rb")
+        except FileNotFoundError:
+            return
+        with file:
+            file.seek(start)
+            for line in file:
+                if not line.endswith(b"\n"):
+                    return
+                start += len(line)
+                with contextlib.suppress(ValueError):
+                    record = json.loads(line)
+                    if isinstance(record, dict):
+                        yield record, start
+                        continue
+                _tell(f"note: {self.path}: the line that ends at byte {start} is damaged and left out")
+
+    def _opened(self) -> int:
+        if self._file is None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            new = not self.path.exists()
+            file = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            os.ftruncate(file, _end_of_lines(file))
+            if new:
+                sync_folder(self.path.parent)
+            self._file = file
+        return self._file
+
+    def _write(self, line: bytes) -> int:
+        file = self._opened()
+        end = os.lseek(file, 0, os.SEEK_END)
+        try:
+            left = memoryview(line)
+            while left:  # a disk that fills up takes a part first
+                left = left[os.write(file, left) :]
+        except BaseException:
+            os.ftruncate(file, end)
+            raise
+        return end + len(line)
+
+
+def _end_of_lines(file: int) -> int:
+    """The offset behind the last line that was written whole."""
+    end = os.lseek(file, 0, os.SEEK_END)
+    while end:
+        start = max(0, end - _BLOCK)
+        newline = os.pread(file, end - start, start).rfind(b"\n")
+        if newline >= 0:
+            return start + newline + 1
+        end = start
+    return 0
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes names that were created or replaced in `folder` survive a power cut."""
+    opened = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
+
+
+def wait_for_space(path: Path | str, operation: Callable[[], T]) -> T:
+    """Runs `operation` until the disk that holds `path` has space for it; tells when it begins to wait and goes on."""
+    waiting = False
+    while True:
+        try:
+            done = operation()
+        except OSError as error:
+            if error.errno not in _FULL:
+                raise
+            if not waiting:
+                _tell(f"note: the disk that holds {path} is full; waiting: free some space and it goes on")
+            waiting = True
+            time.sleep(_FULL_S)
+        else:
+            if waiting:
+                _tell(f"note: the disk that holds {path} has space again; going on")
+            return done
+
+
+def _tell(line: str) -> None:
+    with contextlib.suppress(OSError):  # stderr may go to a file on the same disk
+        print(line, file=sys.stderr, flush=True)

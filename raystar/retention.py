@@ -1,0 +1,150 @@
+"""Disk space: which checkpoints a sweep keeps, how much room they need, and what is said when there is none."""
+
+from __future__ import annotations
+
+import bisect
+import shutil
+import sys
+import threading
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+
+from raystar.config import Config
+from raystar.errors import RaystarError
+from raystar.model import Nets
+from raystar.saved import checkpoint_name, saved_epochs
+from raystar.storage import Storage
+from raystar.summary import FINISHED, STOPPED, UNFINISHED, TrialRecord
+
+_RECENT = 2  # checkpoints of a trial that can still go on: should the last one be damaged, the one before it serves
+_EXTRA_BYTES = 1 << 20  # a trial's pictures and records, about
+_LOOK_S = 2.0
+
+
+def checkpoint_bytes(config: Config) -> int:
+    """Size of a trial's checkpoint: weights and AdamW's two moments, float32."""
+    with torch.device("meta"):
+        nets = Nets(config.model, len(config.data.domains))
+    return 12 * sum(parameter.numel() for _, net in nets.items() for parameter in net.parameters())
+
+
+def check_space(storage: Storage, needed: int) -> None:
+    """Refuses a sweep that would fill the disk.
+
+    Raises:
+        RaystarError: less than `needed` bytes are free.
+    """
+    free = storage.free_bytes()
+    if free is not None and free < needed:
+        raise RaystarError(
+            f"{storage.uri}: {_size(free)} are free, and this sweep's checkpoints take about {_size(needed)}; free "
+            "some space, choose another --out or --storage, or lower keep in the space file"
+        )
+
+
+def needed_bytes(checkpoint: int, at_a_time: int, keep: int, trials: int) -> int:
+    """What a sweep's checkpoints and pictures take at most, about."""
+    return checkpoint * (at_a_time * (_RECENT + 2) + min(keep, trials)) + trials * _EXTRA_BYTES
+
+
+class Janitor:
+    """Keeps each trial's latest and best checkpoints while it can go on, and afterwards those of the best trials.
+
+    Files are removed in a thread: a distant storage must not hold up the sweep.
+    """
+
+    def __init__(self, storage: Storage, keep: int, mode: str) -> None:
+        self.storage = storage
+        self.keep = keep
+        self._sign = 1 if mode == "min" else -1
+        self._there: dict[str, list[int]] = {}  # epochs with a checkpoint, by trial, as the driver knows them
+        self._best: list[tuple[float, str]] = []  # of the trials that have ended, the best first
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="raystar-janitor")
+
+    def known(self, record: TrialRecord) -> None:
+        """Takes in a trial of a sweep that goes on."""
+        if record.epochs:
+            self._there[record.trial] = saved_epochs(self.storage, record.trial)
+            self.ended(record)
+
+    def epoch(self, record: TrialRecord, epoch: int) -> None:
+        """A trial has saved `epoch`."""
+        there = self._there.setdefault(record.trial, [])
+        there.append(epoch)
+        recent = there[-_RECENT:]
+        self._reduce(record.trial, [*recent, *([record.score_epoch] if record.score_epoch else [])])
+
+    def ended(self, record: TrialRecord) -> None:
+        """A trial is over, for good or until the sweep is resumed."""
+        if record.status in UNFINISHED:
+            return
+        if record.status not in (FINISHED, STOPPED) or record.score is None or record.score_epoch is None:
+            self._reduce(record.trial, [])
+            return
+        self._reduce(record.trial, [record.score_epoch])
+        bisect.insort(self._best, (self._sign * record.score, record.trial))
+        for _, name in self._best[self.keep :]:
+            self._reduce(name, [])
+        del self._best[self.keep :]
+
+    def checkpoint(self, record: TrialRecord) -> str | None:
+        """Where the checkpoint of a trial's best epoch lies in the storage, if it is kept."""
+        if record.score_epoch is None or record.score_epoch not in self._there.get(record.trial, []):
+            return None
+        return checkpoint_name(record.trial, record.score_epoch)
+
+    def close(self) -> None:
+        """Returns when everything is removed that is to be."""
+        self._thread.shutdown()
+
+    def _reduce(self, trial: str, keep: Sequence[int]) -> None:
+        there = self._there.get(trial, [])
+        gone = [epoch for epoch in there if epoch not in keep]
+        if gone:
+            self._there[trial] = [epoch for epoch in there if epoch in keep]
+            self._thread.submit(self._remove, trial, gone)
+
+    def _remove(self, trial: str, epochs: Sequence[int]) -> None:
+        try:
+            for epoch in epochs:
+                self.storage.delete(checkpoint_name(trial, epoch))
+        except OSError as error:  # costs space, nothing else
+            print(f"note: old checkpoints of {trial} cannot be removed: {error}", file=sys.stderr, flush=True)
+
+
+class DiskWatch:
+    """Says when the disk that trials save to is full, since they wait then, and when it is not any more."""
+
+    def __init__(self, folder: Path, needed: int) -> None:
+        self.folder = folder
+        self.needed = needed
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._look, name="raystar-disk", daemon=True)
+        self._thread.start()
+
+    def _look(self) -> None:
+        full = False
+        while not self._over.wait(_LOOK_S):
+            free = shutil.disk_usage(self.folder).free
+            if (free < self.needed) != full:
+                full = not full
+                print(
+                    f"note: the disk that holds {self.folder} is full ({_size(free)} free, a checkpoint takes "
+                    f"{_size(self.needed)}); trials wait until there is space again"
+                    if full
+                    else f"note: the disk that holds {self.folder} has space again; trials go on",
+                    file=sys.stderr,
+                    flush=True,
+                )
+
+    def close(self) -> None:
+        """Stops looking."""
+        self._over.set()
+        self._thread.join()
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
