@@ -29,18 +29,20 @@ class ClusterProcess:
         self.environment = dict(environment)
         self.address = ""
         self.nodes: list[str] = []
+        self.homes = Path()
+        """Of nodes that do not share one, by the test's own names for them."""
         self._folder = tempfile.TemporaryDirectory(prefix="raystar-cluster-")
         self._socket = f"{self._folder.name}/socket"
-        self._log = Path(self._folder.name, "log").open("w+")
-        # Standard input is none of Ray's: one of its processes makes it non-blocking, for everybody who shares it.
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.cluster", self._socket],
-            cwd=ROOT,
-            env=self.environment,
-            stdin=subprocess.DEVNULL,
-            stdout=self._log,
-            stderr=subprocess.STDOUT,
-        )
+        self._log = Path(self._folder.name, "log")
+        with self._log.open("w") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "tests.cluster", self._socket],
+                cwd=ROOT,
+                env=self.environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
 
     def add(self, cpus: int, environment: Mapping[str, str] | None = None, **resources: float) -> str:
         """Adds a node, the head first, whose processes see `environment` besides; its id."""
@@ -59,7 +61,6 @@ class ClusterProcess:
         if self._process.poll() is None:
             self._ask(do="close")
         self._process.wait(timeout=60)
-        self._log.close()
         self._folder.cleanup()
 
     def _ask(self, **command: Any) -> dict[str, Any]:
@@ -77,8 +78,7 @@ class ClusterProcess:
         return json.loads(answer)
 
     def _said(self) -> str:
-        self._log.seek(0)
-        return f"the cluster's process failed:\n{self._log.read()}"
+        return f"the cluster's process failed:\n{self._log.read_text()}"
 
 
 @contextmanager
