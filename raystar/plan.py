@@ -168,8 +168,8 @@ def _check(
     before: Mapping[str, Any] | None = None,
 ) -> Plan:
     """Everything that must hold before Ray starts. `before`: the record of the sweep that goes on."""
-    gpu_share, cpus = _resources(config, space)
-    points = space.points(config, resolve_device(config))
+    gpu_share, cpus = _resources(config, space, args.address)
+    points = space.points(config, resolve_device(config) if args.address is None else torch.device("cpu"))
     trials = len(points) if points is not None else space.trials
     uri = _tracking_uri(args, before)
     check_uri(uri)
@@ -189,7 +189,6 @@ def _check(
         "space": dict(content),
         "trials": trials,
         "points": points,
-        "gpus_per_trial": gpu_share * space.resources.workers,
         "signature": signature(config),
         "data": {"root": bank.root, "digest": bank.digest, "latents": len(bank.names)},
         "storage": args.storage or (before or {}).get("storage"),
@@ -265,15 +264,26 @@ def _resumed(args: argparse.Namespace, budget: float | None) -> Plan:
     return plan
 
 
-def _resources(config: Config, space: Space) -> tuple[float, int]:
-    """GPUs and processors that each worker of a trial gets; checked against this machine before anything starts."""
+def share_of_gpu(config: Config, space: Space, there: int) -> float:
+    """GPUs of each worker of a trial, where there are so many."""
+    gpus = space.resources.gpus
+    if gpus == "auto":
+        whole = space.purpose == "speed" or space.resources.workers > 1
+        gpus = (1.0 if whole else 0.5) if there and config.training.device != "cpu" else 0.0
+    return float(gpus)
+
+
+def _resources(config: Config, space: Space, address: str | None) -> tuple[float, int]:
+    """GPUs and processors that each worker of a trial gets; checked against this machine, if trials run here."""
     there = torch.cuda.device_count() if torch.cuda.is_available() else 0
     speed, workers = space.purpose == "speed", space.resources.workers
     trial = "a trial wants" if workers == 1 else f"{workers} workers want"
-    gpus, cpus = space.resources.gpus, space.resources.cpus
-    if gpus == "auto":
-        gpus = (1.0 if speed or workers > 1 else 0.5) if there and config.training.device != "cpu" else 0.0
-    gpus = float(gpus)
+    gpus, cpus = share_of_gpu(config, space, there), space.resources.cpus
+    if address is not None:
+        if speed:
+            raise RaystarError("--address: a speed sweep measures one machine; run it there, without --address")
+        _check_shares(config, space)
+        return gpus, 1 if cpus == "auto" else int(cpus)
     if cpus == "auto":
         cpus = usable_cpus() // workers if speed and not gpus else 1
     cpus = max(1, int(cpus))

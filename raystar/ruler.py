@@ -419,12 +419,18 @@ def _in_chunks(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         return torch.cat([function(chunk) for chunk in x.split(_CHUNK)])
 
 
+def features_file(bank: Bank, config: Config, cache_dir: str | Path) -> Path:
+    """Where `Ruler.build` keeps the features that it has trained."""
+    facts = [_VERSION, bank.digest, list(bank.domains), config.training.latent_scale]
+    key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+    return Path(cache_dir) / f"ruler-{key}.safetensors"
+
+
 def _cached_features(bank: Bank, config: Config, cache_dir: str | Path | None) -> _Features:
     scale = config.training.latent_scale
-    key = hashlib.sha256(json.dumps([_VERSION, bank.digest, list(bank.domains), scale]).encode()).hexdigest()[:16]
     if cache_dir is None:
         return _fresh_features(bank, scale)
-    path = Path(cache_dir) / f"ruler-{key}.safetensors"
+    path = features_file(bank, config, cache_dir)
     path.parent.mkdir(parents=True, exist_ok=True)
     # One process of the node makes it, the others wait for the file.
     with path.with_suffix(".lock").open("w") as lock:

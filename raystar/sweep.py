@@ -24,16 +24,16 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from raystar import outcome
+from raystar import cluster, outcome
 from raystar.codec import open_codec, say
 from raystar.config import Config, get_value, override, signature, to_mapping, to_yaml
 from raystar.errors import RaystarError
 from raystar.journal import Journal, wait_for_space
 from raystar.ledger import ALONE, ENDED, EPOCH, NOTE, SESSION, STARTED, Ledger, Verdict
-from raystar.plan import Plan, usable_cpus
+from raystar.plan import Plan, share_of_gpu, usable_cpus
 from raystar.record import JOURNAL, RECORD, locked, write_record
 from raystar.retention import DiskWatch, Janitor, checkpoint_bytes
-from raystar.ruler import Ruler
+from raystar.ruler import Ruler, features_file
 from raystar.rungs import Rungs
 from raystar.summary import (
     BROKEN,
@@ -53,7 +53,8 @@ from raystar.summary import (
 from raystar.table import Board, announce
 from raystar.tracking import PARENT, SPOOL, MlflowTracker, provenance
 
-_OBJECT_STORE_BYTES = 128 * 2**20  # trials exchange nothing but small results
+_LEARNING = 8  # trials at a time on a cluster, for a search that learns
+_PLACING_S = 3600.0  # for nodes to fetch latents from a distant storage
 
 # Read by Ray while it is imported; why each is needed is written down in the design's facts.
 _RAY_ENVIRONMENT = {
@@ -96,41 +97,49 @@ def run(plan: Plan) -> int:
 
 
 def _run(plan: Plan) -> int:
-    space, config = plan.space, plan.config
     write_record(plan.folder, plan.record)
     ledger = _ledger(plan)
     left = _left(plan, ledger)
     announce(
         f"sweep {plan.name}{' goes on' if plan.resumed else ''}: {plan.trials} trials of up to "
-        f"{config.training.epochs} epochs{f', {left} to go' if plan.resumed else ''}, "
+        f"{plan.config.training.epochs} epochs{f', {left} to go' if plan.resumed else ''}, "
         f"{len(plan.bank.domains)} domains, {sum(map(len, plan.bank.train))} latents"
         + (f"; starting Ray, MLflow{'' if plan.speed else ', the ruler'}" if left else "")
     )
+    if not left:
+        return _tracked(plan, ledger, None, lambda: None)
+    # Made while Ray starts and the trials' processes import; a trial that comes first waits for its file.
+    ruler = _Background(lambda: None if plan.speed else Ruler.build(plan.bank, plan.config, plan.cache_dir))
+    try:
+        _start_ray(plan)
+        placed = None
+        if plan.address is not None:
+            plan, placed = _on_the_cluster(plan, ruler)
+        if not plan.speed:
+            config, note = _settle_codec(plan.config)
+            say(note)
+            plan = dataclasses.replace(plan, config=config)
+        return _tracked(plan, ledger, placed, ruler.result)
+    finally:
+        cluster.stop()
+
+
+def _tracked(plan: Plan, ledger: Ledger, placed: cluster.Placed | None, ruler_ready: Callable[[], Any]) -> int:
     tracker = MlflowTracker(
         plan.tracking_uri,
         plan.out / "artifacts",
         {"name": Path(plan.bank.root).name or "latents", "digest": plan.bank.digest, "source": plan.bank.root},
         {**provenance(), "raystar.sweep": plan.name},
-        space.metric,
-        space.mode == "min",
-        columns=list(space.space),
+        plan.space.metric,
+        plan.space.mode == "min",
+        columns=list(plan.space.space),
         spool=plan.folder / SPOOL,
     )
-    if not left:
-        return _Sweep(plan, tracker, ledger, lambda: None).run()
-    # Made while Ray starts and the trials' processes import; a trial that comes first waits for its file.
-    ruler = _Background(lambda: None if plan.speed else Ruler.build(plan.bank, config, plan.cache_dir))
     try:
-        _start_ray(plan)
-        if not plan.speed:
-            config, note = _settle_codec(config)
-            say(note)
-        return _Sweep(dataclasses.replace(plan, config=config), tracker, ledger, ruler.result).run()
+        return _Sweep(plan, tracker, ledger, placed, ruler_ready).run()
     except RaystarError:
         tracker.close()
         raise
-    finally:
-        _stop_ray()
 
 
 def _ledger(plan: Plan) -> Ledger:
@@ -178,35 +187,38 @@ class _Background:
 
 
 def _start_ray(plan: Plan) -> None:
+    if plan.address is None:
+        # Trials compile once a sweep, not once each; the cache is shared by every sweep below --out.
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(plan.cache_dir / "inductor"))
     os.environ.update(_RAY_ENVIRONMENT)
-    # Trials compile once a sweep, not once each; the cache is shared by every sweep below --out.
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(plan.cache_dir / "inductor"))
-    import ray
-
-    # Tune's imports take two seconds, most of which ray.init spends waiting for its processes.
+    # Tune's imports take two seconds, most of which Ray spends waiting for its processes.
     imports = _Background(lambda: [importlib.import_module(f"raystar.{name}") for name in ("trial", "driver")])
-    try:
-        ray.init(
-            address="local",  # a cluster that happens to run on this machine is not meant
-            # What steers a group of workers takes a hundredth beside them; how many groups fit, Plan.at_a_time says.
-            num_cpus=usable_cpus() + (1 if plan.space.resources.workers > 1 else 0),
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            object_store_memory=_OBJECT_STORE_BYTES,
-            namespace="raystar",
-        )
-    except (RuntimeError, ConnectionError, OSError, ValueError) as error:
-        raise RaystarError(f"Ray cannot be started: {(str(error).splitlines() or ['unknown reason'])[0]}") from None
+    # What steers a group of workers takes a hundredth beside them; how many groups fit, Plan.at_a_time says.
+    cpus = usable_cpus() + (1 if plan.space.resources.workers > 1 else 0)
+    cluster.start(plan.address, cpus=cpus, environment=_RAY_ENVIRONMENT)
     imports.result()
-    for name in ("ray", "ray.tune", "ray.train", "ray.data"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
-def _stop_ray() -> None:
-    ray = sys.modules.get("ray")
-    if ray is not None and ray.is_initialized():
-        ray.shutdown()
+def _on_the_cluster(plan: Plan, ruler: _Background) -> tuple[Plan, cluster.Placed]:
+    """Checks that the cluster's nodes can run the sweep, and gives them what trials need."""
+    space = plan.space
+    where = f"{space.source}: resources"
+    cluster.check_tracking(plan.tracking_uri)
+    gpus = share_of_gpu(plan.config, space, int(sum(node.gpus for node in cluster.nodes())))
+    fit = cluster.check_resources(plan.cpus, gpus, space.resources.workers, where)
+    cluster.probe_storage(plan.storage.uri)
+    ruler.result()
+    placed = cluster.place_data(
+        to_mapping(plan.config),
+        plan.bank,
+        plan.cache_dir,
+        [] if plan.speed else [features_file(plan.bank, plan.config, plan.cache_dir)],
+        plan.storage.child("shared"),
+        timeout_s=_PLACING_S,
+    )
+    there = cluster.nodes()
+    announce(f"{len(there)} node{'s' if len(there) > 1 else ''}, {fit} trials at a time; nodes that join are used")
+    return dataclasses.replace(plan, gpu_share=gpus), placed
 
 
 def _settle_codec(config: Config) -> tuple[Config, str | None]:
@@ -222,8 +234,16 @@ def _settle_codec(config: Config) -> tuple[Config, str | None]:
 class _Sweep:
     """The driver's side of a running sweep: what happens goes to the journal, the ledger, MLflow and the screen."""
 
-    def __init__(self, plan: Plan, tracker: MlflowTracker, ledger: Ledger, ruler_ready: Callable[[], Any]) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        tracker: MlflowTracker,
+        ledger: Ledger,
+        placed: cluster.Placed | None,
+        ruler_ready: Callable[[], Any],
+    ) -> None:
         self.plan = plan
+        self.placed = placed
         self.tracker = tracker
         self.ledger = ledger
         self.ruler_ready = ruler_ready
@@ -309,7 +329,7 @@ class _Sweep:
         fresh = [name for name in map(self.plan.trial_name, range(self.plan.trials)) if name not in records]
         names = [name for name in known if name not in self.ledger.alone]
         if names or fresh:
-            how_many = "" if self.plan.address else f"{self._at_a_time()} at a time; "
+            how_many = "" if self.plan.address else f"{self.plan.at_a_time} at a time; "
             better = "lower" if self.plan.space.mode == "min" else "higher"
             announce(f"{how_many}{self.plan.space.metric}, {better} is better")
             self._fit(names, fresh)
@@ -319,9 +339,6 @@ class _Sweep:
 
     def _waiting_alone(self) -> list[str]:
         return [name for name in self.ledger.unfinished() if name in self.ledger.alone]
-
-    def _at_a_time(self) -> int:
-        return self.plan.at_a_time
 
     def _fit(self, names: list[str], fresh: list[str]) -> None:
         """Has Tune run the trials `names`, whose values are known, and `fresh` ones, whose values it searches."""
@@ -338,13 +355,15 @@ class _Sweep:
         resources: dict[str, float] = {"cpu": 0.01 if grouped else plan.cpus}
         if gpu_share and not grouped:
             resources["gpu"] = gpu_share
-        at_a_time = 1 if alone else self._at_a_time()
+        # On a cluster all trials are handed to Ray, which gives each to the first node that has room, also a new one.
+        at_a_time = 1 if alone else plan.max_concurrent or 0 if plan.address else plan.at_a_time
         with tempfile.TemporaryDirectory(prefix="raystar-ray-", ignore_cleanup_errors=True) as scratch:
             request = Request(
                 config=to_mapping(plan.config),
                 metric=space.metric,
                 mode=space.mode,
                 cache_dir=str(plan.cache_dir),
+                placed=self.placed,
                 bank_key=plan.bank.key,
                 storage=plan.storage.uri,
                 scratch=scratch,
@@ -412,7 +431,8 @@ class _Sweep:
         )
         for record in told:
             search.add_evaluated_point(record.params, record.score)
-        return SearchGenerator(ConcurrencyLimiter(search, max_concurrent=at_a_time))
+        # A search that learns has little to go on if all its trials begin at once.
+        return SearchGenerator(ConcurrencyLimiter(search, max_concurrent=at_a_time or _LEARNING))
 
     def _catch_signals(self) -> Callable[[], None]:
         """The first Ctrl-C or SIGTERM stops after saving, a third at once."""

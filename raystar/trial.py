@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import functools
 import gc
 import json
@@ -11,7 +12,6 @@ import time
 import traceback
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import Any
 
 import ray.train
@@ -22,6 +22,7 @@ from ray.train.torch import TorchTrainer
 from ray.tune.integration.ray_train import TuneReportCallback
 from ray.util.placement_group import get_current_placement_group
 
+from raystar.cluster import Placed, ensure_local
 from raystar.codec import Codec, open_codec
 from raystar.config import Config, from_mapping, override
 from raystar.dataset import Bank, reopen_bank
@@ -39,7 +40,7 @@ WORST = 1e9
 """Reported by a trial that has no score to give: Tune's searchers stumble over a missing value."""
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Request:
     """What all trials of a sweep share; it travels to the workers, so it holds plain values only."""
 
@@ -47,6 +48,8 @@ class Request:
     metric: str
     mode: str
     cache_dir: str
+    """The driver's; on a cluster `placed` says which is this node's."""
+    placed: Placed | None
     bank_key: str
     """Of the latents that the sweep began with."""
     storage: str
@@ -133,6 +136,10 @@ def _train(settings: dict[str, Any], report: _Report, group: Group) -> None:
     if 0 < request.gpu_share < 1:
         # A trial that shares its GPU fails on its own share instead of taking its neighbour's.
         torch.cuda.set_per_process_memory_fraction(request.gpu_share)
+    if request.placed is not None:
+        cache = ensure_local(request.placed)
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache / "inductor"))
+        request = dataclasses.replace(request, cache_dir=str(cache))
     bank = _bank(config, request)
     if request.speed:
         for epoch, (metrics, labels) in enumerate(

@@ -17,10 +17,10 @@ PACKAGE = ROOT / "raystar"
 ORDER = [
     "errors", "journal", "storage", "config", "dataset", "kernels", "model", "loss", "distributed", "step", "compile",
     "parity", "speed", "checkpoint", "ruler", "codec", "grid", "trainer", "rungs", "summary", "saved", "ledger",
-    "table", "spool", "tracking", "space", "retention", "trial", "driver", "export", "record", "plan", "outcome",
-    "sweep", "tune", "train",
+    "table", "spool", "tracking", "space", "retention", "cluster", "trial", "driver", "export", "record", "plan",
+    "outcome", "sweep", "tune", "train",
 ]  # fmt: skip
-MAY_IMPORT = {"ray": {"trial", "driver", "space", "sweep"}, "mlflow": {"tracking"}}
+MAY_IMPORT = {"ray": {"cluster", "trial", "driver", "space", "sweep"}, "mlflow": {"tracking"}}
 
 
 def _imports(path: Path) -> set[str]:
