@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import bisect
-import shutil
 import sys
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import torch
 
@@ -118,8 +116,8 @@ class Janitor:
 class DiskWatch:
     """Says when the disk that trials save to is full, since they wait then, and when it is not any more."""
 
-    def __init__(self, folder: Path, needed: int) -> None:
-        self.folder = folder
+    def __init__(self, storage: Storage, needed: int) -> None:
+        self.storage = storage
         self.needed = needed
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._look, name="raystar-disk", daemon=True)
@@ -128,14 +126,16 @@ class DiskWatch:
     def _look(self) -> None:
         full = False
         while not self._over.wait(_LOOK_S):
-            free = shutil.disk_usage(self.folder).free
+            free = self.storage.free_bytes()
+            if free is None:  # nobody knows
+                return
             if (free < self.needed) != full:
                 full = not full
                 print(
-                    f"note: the disk that holds {self.folder} is full ({_size(free)} free, a checkpoint takes "
+                    f"note: the disk that holds {self.storage.uri} is full ({_size(free)} free, a checkpoint takes "
                     f"{_size(self.needed)}); trials wait until there is space again"
                     if full
-                    else f"note: the disk that holds {self.folder} has space again; trials go on",
+                    else f"note: the disk that holds {self.storage.uri} has space again; trials go on",
                     file=sys.stderr,
                     flush=True,
                 )

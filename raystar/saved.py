@@ -88,6 +88,7 @@ class TrialFiles:
 
     def restore(self) -> Restored:
         """The newest checkpoint that can be read."""
+        self.storage.tidy(f"trials/{self.trial}")
         found: dict[str, Any] | None = None
         damaged: list[str] = []
         for epoch in reversed(saved_epochs(self.storage, self.trial)):

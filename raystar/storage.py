@@ -106,6 +106,12 @@ class Storage:
         except FileNotFoundError:
             return
 
+    def tidy(self, folder: str) -> None:
+        """Removes what processes that were killed had not written whole."""
+        if self.path is not None:
+            for left in (self.path / folder).glob(".*.part*"):
+                left.unlink(missing_ok=True)
+
     def at(self, name: str) -> str:
         """A file's path or URI, for whoever opens it elsewhere."""
         return f"{self.uri}/{name}"

@@ -275,7 +275,7 @@ class _Sweep:
         error: str | None = None
         restore_signals = self._catch_signals()
         self.board.start()
-        watch = DiskWatch(plan.storage.path, checkpoint_bytes(plan.config)) if plan.storage.path is not None else None
+        watch = DiskWatch(plan.storage, checkpoint_bytes(plan.config))
         try:
             self._run_trials()
         except KeyboardInterrupt:
@@ -288,8 +288,7 @@ class _Sweep:
             trace.write_text(traceback.format_exc(), encoding="utf-8")
             error = f"{type(failure).__name__}: {(str(failure).strip().splitlines() or [''])[0]} (all of it in {trace})"
         finally:
-            if watch is not None:
-                watch.close()
+            watch.close()
             self.board.stop()
             restore_signals()
         return self._finish(error or self.given_up)
