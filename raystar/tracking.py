@@ -40,6 +40,7 @@ PARENT = ""
 
 _RETRY_S = (0.2, 0.5, 1.0, 2.0, 5.0)
 _LAST_S = 40.0  # how long a record is tried once nothing else is left to do
+_TOLD = 2  # attempts before anything is said
 _READ_ATTEMPTS = 6  # of a picture that is no picture: it may be about to be written again
 _ASK_S = 5.0  # how long a server may take to say what it is
 _MARK = "raystar.record"  # tag by which a run is found whose creation was not answered
@@ -396,13 +397,15 @@ class MlflowTracker:
             self._attempt = attempt
             try:
                 step()
+                if attempt > _TOLD:
+                    print("note: MLflow takes records again", file=sys.stderr, flush=True)
                 return
             except Exception as error:
                 reason = _in_a_line(error)
                 if _is_final(error, attempt):
                     print(f"error: MLflow refuses a record: {reason}", file=sys.stderr, flush=True)
                     return
-            if attempt == 2:
+            if attempt == _TOLD:
                 print(f"note: MLflow takes no records now ({reason}); trying again", file=sys.stderr, flush=True)
             if self._closing_since is not None and time.monotonic() - max(began, self._closing_since) >= _LAST_S:
                 self._give_up(f"MLflow is away ({reason})")
@@ -433,6 +436,7 @@ class MlflowTracker:
         # Telemetry would look for the network; alembic tells of every migration of a new store.
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
         os.environ.setdefault("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false")
+        os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "15")
         # Its own attempts would create a second run where only the answer was lost; `_persist` looks first.
         os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "0"
