@@ -20,10 +20,16 @@ from typing import Any, Literal
 
 import yaml
 
-from raystar.errors import RaystarError, nearest
+from raystar.errors import RaystarError, is_file, is_folder, key_text, misspelt, nearest, show
 
 MAX_FILE_BYTES = 1_000_000
 """A configuration or space file is text written by hand; anything larger is the wrong file."""
+
+MAX_NODES, MAX_DEPTH, MAX_SCALAR = 10_000, 32, 10_000
+"""Values in one file, aliases written out; levels of them; characters of one. A small file can claim much."""
+
+MAX_WHOLE = 2**31 - 1
+"""Largest whole number of any key."""
 
 
 def _key(
@@ -219,31 +225,89 @@ def key_field(key: str, source: str) -> dataclasses.Field[Any]:
         for candidate in fields(SECTIONS[section]):
             if candidate.name == name:
                 return candidate
-    raise RaystarError(f"{source}: unknown key '{key}'{nearest(key, known_keys())}")
+    raise RaystarError(f"{source}: unknown key {misspelt(key, known_keys())}")
 
 
 # -- reading files ---------------------------------------------------------------------------------
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """Safe YAML that refuses a key written twice: the second would silently win."""
+    """Safe YAML that refuses a key written twice, since the second would silently win, and files without measure."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self._nodes = self._depth = 0
+        self._sizes: dict[int, int] = {}
+        """Nodes below a finished node, aliases written out, by the node's id."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        """The next node; counted, so that aliases of aliases end here and not in the memory."""
+        mark = self.peek_event().start_mark
+        if self.check_event(yaml.AliasEvent):
+            node = super().compose_node(parent, index)
+            if id(node) not in self._sizes:
+                raise yaml.constructor.ConstructorError(None, None, "an alias stands inside of what it means", mark)
+            self._count(self._sizes[id(node)], mark)
+            return node
+        before, self._depth = self._nodes, self._depth + 1
+        self._count(1, mark)
+        if self._depth > MAX_DEPTH:
+            raise yaml.constructor.ConstructorError(None, None, f"nested deeper than {MAX_DEPTH} levels", mark)
+        if self.check_event(yaml.ScalarEvent) and len(self.peek_event().value) > MAX_SCALAR:
+            raise yaml.constructor.ConstructorError(None, None, f"a value of over {MAX_SCALAR} characters", mark)
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        self._sizes[id(node)] = self._nodes - before
+        return node
+
+    def _count(self, nodes: int, mark: yaml.Mark) -> None:
+        self._nodes += nodes
+        if self._nodes > MAX_NODES:
+            words = f"more than {MAX_NODES} values (aliases written out)"
+            raise yaml.constructor.ConstructorError(None, None, words, mark)
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        """The value of a node; PyYAML raises nearly anything at a text that is not of its `!!type`."""
+        try:
+            return super().construct_object(node, deep)
+        except (ValueError, KeyError, IndexError, TypeError, AttributeError, OverflowError):
+            kind = node.tag.rpartition(":")[2]
+            raise yaml.constructor.ConstructorError(
+                None, None, f"no {kind} that can be read: {show(node.value)}", node.start_mark
+            ) from None
 
 
 def _mapping_without_duplicates(loader: _StrictLoader, node: yaml.MappingNode) -> dict[Any, Any]:
-    loader.flatten_mapping(node)
-    seen: dict[Any, Any] = {}
+    own: dict[Any, Any] = {}
+    merged: list[yaml.Node] = []
     for key_node, value_node in node.value:
+        if key_node.tag == "tag:yaml.org,2002:merge":
+            merged.append(value_node)
+            continue
         key = loader.construct_object(key_node, deep=True)
         try:
-            repeated = key in seen
+            repeated = key in own
         except TypeError as error:
             raise yaml.constructor.ConstructorError(
-                None, None, f"a key must be text, found {key!r}", key_node.start_mark
+                None, None, f"a key must be text, found {show(key)}", key_node.start_mark
             ) from error
         if repeated:
-            raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is written twice", key_node.start_mark)
-        seen[key] = loader.construct_object(value_node, deep=True)
-    return seen
+            raise yaml.constructor.ConstructorError(
+                None, None, f"key {show(key)} is written twice", key_node.start_mark
+            )
+        own[key] = loader.construct_object(value_node, deep=True)
+    # What is merged (`<<`) gives way to what stands here, and of several mappings the first counts.
+    found: dict[Any, Any] = {}
+    for value_node in merged:
+        several = isinstance(value_node, yaml.SequenceNode)
+        content = loader.construct_object(value_node, deep=True)
+        for mapping in reversed(content if several else [content]):
+            if not isinstance(mapping, dict):
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"<< takes a mapping, found {show(mapping)}", value_node.start_mark
+                )
+            found |= mapping
+    return found | own
 
 
 _StrictLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping_without_duplicates)
@@ -253,6 +317,20 @@ def _parse_yaml(text: str) -> Any:
     return yaml.load(text, Loader=_StrictLoader)
 
 
+def _pairs_without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"key {show(key)} is written twice")
+        found[key] = value
+    return found
+
+
+def _parse_json(text: str) -> Any:
+    """JSON is nearly YAML, but a YAML parser takes the two halves of an escaped emoji for two characters."""
+    return json.loads(text, object_pairs_hook=_pairs_without_duplicates)
+
+
 def read_mapping(path: str | Path) -> dict[str, Any]:
     """Reads a YAML or JSON file that holds one mapping.
 
@@ -260,36 +338,43 @@ def read_mapping(path: str | Path) -> dict[str, Any]:
         RaystarError: missing, unreadable, over a megabyte, not YAML, a key twice, or not a mapping.
     """
     path = Path(path)
-    if not path.is_file():
-        found = "a folder" if path.is_dir() else "nothing"
-        near = (
-            nearest(path.name, [p.name for p in path.parent.glob("*") if p.is_file()]) if path.parent.is_dir() else ""
-        )
+    if not is_file(path):
+        found = "a folder" if is_folder(path) else "nothing"
+        near = nearest(path.name, _names_in(path.parent)) if is_folder(path.parent) else ""
         raise RaystarError(f"{path}: expected a YAML or JSON file, found {found}{near}")
-    if path.stat().st_size > MAX_FILE_BYTES:
-        raise RaystarError(f"{path}: {path.stat().st_size} bytes is no configuration (limit {MAX_FILE_BYTES})")
+    kind, parse = ("JSON", _parse_json) if path.suffix == ".json" else ("YAML", _parse_yaml)
     try:
-        # JSON is read by the YAML parser too, which keeps one duplicate-key check and one error form.
-        content = _parse_yaml(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise RaystarError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
-    except (UnicodeDecodeError, ValueError, RecursionError) as error:
-        raise RaystarError(f"{path}: not readable as text: {error}") from None
+        if path.stat().st_size > MAX_FILE_BYTES:
+            raise RaystarError(f"{path}: {path.stat().st_size} bytes is no configuration (limit {MAX_FILE_BYTES})")
+        content = parse(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise RaystarError(f"{path}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise RaystarError(f"{path}: not readable as text: {error}") from None
+    except RecursionError:
+        raise RaystarError(f"{path}: not readable as {kind}: nested too deeply") from None
+    except (yaml.YAMLError, ValueError) as error:
+        raise RaystarError(f"{path}: not readable as {kind}: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
-        raise RaystarError(f"{path}: expected a mapping at the top, found {_show(content)}")
+        raise RaystarError(f"{path}: expected a mapping at the top, found {show(content)}")
     return content
+
+
+def _names_in(folder: Path) -> list[str]:
+    try:
+        return [path.name for path in folder.iterdir() if is_file(path)]
+    except OSError:
+        return []
 
 
 def find_shipped(path: str | Path) -> Path:
     """`path` itself, or the file of that name that ships with raystar when the working folder has none."""
     path = Path(path)
-    if path.exists() or path.is_absolute():
+    if is_file(path) or is_folder(path) or path.is_absolute():
         return path
     package = Path(__file__).resolve().parent
     for root in (package.parent, package):  # a clone; an installed wheel
-        if (root / path).is_file():
+        if is_file(root / path):
             return root / path
     return path
 
@@ -316,12 +401,12 @@ def from_mapping(mapping: Mapping[Any, Any], source: str, base: Config | None = 
     flat: dict[str, Any] = {}
     for section, content in mapping.items():
         if section not in SECTIONS:
-            raise RaystarError(f"{source}: unknown section '{section}'{nearest(str(section), SECTIONS)}")
+            raise RaystarError(f"{source}: unknown section {misspelt(section, SECTIONS)}")
         if content is None:
             continue
         if not isinstance(content, Mapping):
-            raise RaystarError(f"{source}: {section}: expected a section of keys, found {_show(content)}")
-        flat.update({f"{section}.{name}": value for name, value in content.items()})
+            raise RaystarError(f"{source}: {section}: expected a section of keys, found {show(content)}")
+        flat.update({f"{section}.{key_text(name)}": value for name, value in content.items()})
     return override(Config() if base is None else base, flat, source)
 
 
@@ -337,8 +422,9 @@ def override(config: Config, values: Mapping[str, Any], source: str = "override"
     """
     sections: dict[str, dict[str, Any]] = {}
     for key, value in values.items():
-        checked = check_value(str(key), value, source)
-        section, _, name = str(key).partition(".")
+        key = key_text(key)
+        checked = check_value(key, value, source)
+        section, _, name = key.partition(".")
         sections.setdefault(section, {})[name] = checked
     changed = {name: dataclasses.replace(getattr(config, name), **new) for name, new in sections.items()}
     config = dataclasses.replace(config, **changed)
@@ -367,11 +453,11 @@ def parse_assignment(text: str) -> tuple[str, Any]:
     """Splits a `--set` argument `key=value`; the value is read as YAML."""
     key, equals, value = text.partition("=")
     if not equals or not key.strip():
-        raise RaystarError(f"--set {text}: expected key=value, for example --set loss.w_cyc=2.0")
+        raise RaystarError(f"--set {key_text(text)}: expected key=value, for example --set loss.w_cyc=2.0")
     try:
         return key.strip(), _parse_yaml(value)
     except (yaml.YAMLError, ValueError, RecursionError):
-        raise RaystarError(f"--set {text}: the value cannot be read as YAML") from None
+        raise RaystarError(f"--set {key_text(text)}: the value cannot be read as YAML") from None
 
 
 # -- checking one value ----------------------------------------------------------------------------
@@ -388,7 +474,7 @@ def check_value(key: str, value: Any, source: str) -> Any:
         if key == "data.domains":
             _check_domains(checked)
     except ValueError as error:
-        raise RaystarError(f"{source}: {key}: {error}, found {_show(value)} ({spec.metadata['meaning']})") from None
+        raise RaystarError(f"{source}: {key}: {error}, found {show(value)} ({spec.metadata['meaning']})") from None
     return checked
 
 
@@ -406,7 +492,7 @@ def _convert(hint: Any, value: Any) -> Any:
             raise ValueError(f"expected one of {', '.join(choices)}")
         return value
     if origin is tuple:
-        if not isinstance(value, list | tuple) or not all(isinstance(v, str) for v in value):
+        if not isinstance(value, list | tuple) or not all(_is_text(v) for v in value):
             raise ValueError("expected a list of names")
         return tuple(value)
     if hint is bool:
@@ -414,17 +500,27 @@ def _convert(hint: Any, value: Any) -> Any:
             raise ValueError("expected true or false")
         return value
     if hint is str:
-        if not isinstance(value, str) or not value or "\0" in value:
+        if not _is_text(value) or not value or "\0" in value:
             raise ValueError("expected text")
         return value
     number = _number(value)
     if hint is int:
         if number is None or not number.is_integer():
             raise ValueError("expected a whole number")
-        return int(value) if isinstance(value, int) else int(number)
+        if abs(number) > MAX_WHOLE:
+            raise ValueError(f"expected a whole number up to {MAX_WHOLE}")
+        return int(number)
     if number is None:
         raise ValueError("expected a number")
     return number
+
+
+def _is_text(value: Any) -> bool:
+    """Half of an escaped pair such as \\ud83d is text to Python, but no file can be named or written with it."""
+    try:
+        return isinstance(value, str) and value.encode() is not None
+    except UnicodeEncodeError:
+        return False
 
 
 def _number(value: Any) -> float | None:
@@ -435,7 +531,7 @@ def _number(value: Any) -> float | None:
         number = float(value)
     except (ValueError, OverflowError):
         return None
-    return number if math.isfinite(number) else None
+    return number + 0.0 if math.isfinite(number) else None  # -0.0 equals 0.0, so it must not sign differently
 
 
 def _check_limits(value: Any, limits: Mapping[str, float | None]) -> None:
@@ -457,11 +553,6 @@ def _check_domains(domains: tuple[str, ...]) -> None:
     for name in domains:
         if not name.strip() or name in (".", "..") or re.search(r"[/\\\0]", name):
             raise ValueError(f"expected names of folders directly below data.data_root, not {name!r}")
-
-
-def _show(value: Any) -> str:
-    text = "null" if value is None else repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 # -- writing ---------------------------------------------------------------------------------------

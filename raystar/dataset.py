@@ -10,14 +10,14 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
+import itertools
 import json
 import math
 import os
-import pickle
 import re
+import stat
 import sys
 import time
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -33,6 +33,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from raystar import pt
 from raystar.config import Config, DataConfig
 from raystar.errors import RaystarError, nearest
 
@@ -133,7 +134,10 @@ def data_root(root: str) -> Path:
         from raystar import demo
 
         return demo.latents_path()
-    return Path(root).expanduser()
+    try:
+        return Path(root).expanduser()
+    except RuntimeError:
+        raise RaystarError(f"{root}: no home folder of that user is known; write the whole path") from None
 
 
 def open_bank(config: Config, cache_dir: str | Path, *, verbose: bool = True) -> Bank:
@@ -156,10 +160,10 @@ def open_bank(config: Config, cache_dir: str | Path, *, verbose: bool = True) ->
     cache = Path(cache_dir)
     array_path, index_path = cache / f"latents-{key}.npy", cache / f"latents-{key}.json"
     sizes = [part.size for part in parts]
-    packed = _open_packed(cache, key)
+    packed = _open_packed(cache, key, data)
     if packed is None or [len(part.names) for part in packed.parts] != sizes:
         _pack(parts, config.model.latent_channels, array_path, index_path, verbose)
-        packed = _open_packed(cache, key)
+        packed = _open_packed(cache, key, data)
     if packed is None:
         raise RaystarError(f"{array_path}: cannot be read back after it was written; is the disk sound?")
     return _split(packed, key, data)
@@ -173,7 +177,7 @@ def reopen_bank(config: Config, cache_dir: str | Path, key: str) -> Bank:
     Raises:
         RaystarError: the packed file is gone or damaged.
     """
-    packed = _open_packed(Path(cache_dir), key)
+    packed = _open_packed(Path(cache_dir), key, config.data)
     if packed is None:
         raise RaystarError(
             f"{Path(cache_dir) / f'latents-{key}.npy'}: the packed latents are gone or damaged; start again"
@@ -197,23 +201,52 @@ class _Packed(NamedTuple):
     parts: list[_PackedPart]
 
 
-def _open_packed(cache: Path, key: str) -> _Packed | None:
+def _open_packed(cache: Path, key: str, data: DataConfig) -> _Packed | None:
     """The packed latents; None if they are not there, or damaged and to be made again."""
+    array = cache / f"latents-{key}.npy"
     try:
         index = json.loads((cache / f"latents-{key}.json").read_text())
         parts = [_PackedPart(**part) for part in index["parts"]]
         # Copy-on-write: pages stay shared between processes, and torch wants memory that may be written to.
-        latents = np.load(cache / f"latents-{key}.npy", mmap_mode="c", allow_pickle=False)
+        latents = np.load(array, mmap_mode="c", allow_pickle=False)
         rows = sum(len(part.names) for part in parts)
-        if len(latents) != rows or sum(len(part.turns) for part in parts) != rows:
+        sides = [False, True] if data.eval_data_root is not None else [False]
+        if (
+            [(part.held, part.domain) for part in parts] != list(itertools.product(sides, range(len(data.domains))))
+            or not all(_sound(part) for part in parts)
+            or not re.fullmatch(r"[0-9a-f]{64}", index["digest"])
+            or latents.dtype not in (np.float16, np.float32)
+            or latents.ndim != 4
+            or len(latents) != rows
+            or latents.offset + latents.nbytes != array.stat().st_size
+        ):
             return None
-        return _Packed(torch.from_numpy(latents), str(index["digest"]), parts)
-    except (OSError, ValueError, KeyError, TypeError):
+        return _Packed(torch.from_numpy(latents), index["digest"], parts)
+    # Whatever a damaged index or array makes its reader raise, both are made again.
+    except Exception:
         return None
+
+
+def _sound(part: _PackedPart) -> bool:
+    """Whether names and turns are such that nothing goes wrong, or grows without limit, in splitting them."""
+    turns = np.array(part.turns)
+    return (
+        len(part.names) == len(part.turns) > 0
+        and all(isinstance(name, str) for name in part.names)
+        and turns.dtype == np.int64
+        and 0 <= int(turns.min()) <= int(turns.max()) < len(turns)
+    )
 
 
 def _list(root: str, domains: Sequence[str], key: str, held: bool) -> list[_Part]:
     path = data_root(root)
+    try:
+        return _list_files(path, domains, key, held)
+    except (OSError, UnicodeEncodeError) as error:  # a name that is too long, a folder that may not be read
+        raise RaystarError(f"{key}: {path}: cannot be read: {pt.reason(error)}") from None
+
+
+def _list_files(path: Path, domains: Sequence[str], key: str, held: bool) -> list[_Part]:
     if path.is_file():
         return _list_packed(path, domains, key, held)
     if not path.is_dir():
@@ -244,14 +277,19 @@ def _list_packed(path: Path, domains: Sequence[str], key: str, held: bool) -> li
     try:
         with safetensors.safe_open(path, framework="np") as file:
             present = sorted(file.keys())
-            counts = {d: file.get_slice(d).get_shape()[0] for d in domains if d in present}
-    except (safetensors.SafetensorError, OSError, IndexError) as error:
-        raise RaystarError(f"{key}: {path}: not a readable packed file: {error}") from None
+            shapes = {d: list(file.get_slice(d).get_shape()) for d in domains if d in present}
+    # A damaged header can make the reader raise nearly anything, and all of it means the same.
+    except Exception as error:
+        raise RaystarError(f"{key}: {path}: not a readable packed file: {pt.reason(error)}") from None
     for domain in domains:
-        if not counts.get(domain):
+        if not shapes.get(domain, [0])[:1] > [0]:
             raise RaystarError(
                 f"{key}: {path}: holds no domain '{domain}'{nearest(domain, present)}; it has {', '.join(present)}"
             )
+        # Rows without numbers take no room, so a few bytes could claim any count of them.
+        if 0 in shapes[domain]:
+            raise RaystarError(f"{key}: {path}: {domain}: expected latents [n,C,H,W], found {shapes[domain]}")
+    counts = {domain: shape[0] for domain, shape in shapes.items()}
     return [_Part(number, domain, held, path, [], counts[domain]) for number, domain in enumerate(domains)]
 
 
@@ -466,8 +504,11 @@ def _readers(parts: list[_Part], channels: int) -> Iterator[tuple[str, Callable[
             continue
         import safetensors
 
-        with safetensors.safe_open(part.place, framework="pt") as source:
-            rows = source.get_tensor(part.domain_name)
+        try:
+            with safetensors.safe_open(part.place, framework="pt") as source:
+                rows = source.get_tensor(part.domain_name)
+        except Exception as error:  # a type that only the file knows; or it was damaged since it was listed
+            raise RaystarError(f"{part.place}: {part.domain_name}: cannot be read: {pt.reason(error)}") from None
         for row, name in zip(rows, part.names, strict=True):
             yield f"{part.place}[{name}]", partial(_check_row, row, channels)
 
@@ -482,23 +523,7 @@ def read_latent(path: str, channels: int) -> NDArray[Any]:
     Raises:
         ValueError: why the file cannot be used.
     """
-    try:
-        if path.endswith(".npy"):
-            value = np.load(path, allow_pickle=False)
-        else:
-            with warnings.catch_warnings():  # of pickle protocols, just before it refuses them
-                warnings.simplefilter("ignore")
-                value = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
-        raise ValueError("a pickle that holds more than tensors; it was not opened, since it could run code") from None
-    except ValueError as error:
-        if "pickle" in str(error).lower():
-            raise ValueError("holds pickled objects; they were not opened, since they could run code") from None
-        raise ValueError(f"truncated or damaged ({error})") from None
-    # A damaged file can make the readers raise nearly anything, and all of it means the same.
-    except Exception as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"truncated or damaged ({reason})") from None
+    value = _read_npy(path) if path.endswith(".npy") else pt.read(path)
     if isinstance(value, dict):
         value = next((value[k] for k in ("latent", "x") if k in value), None)
         if value is None:
@@ -506,6 +531,21 @@ def read_latent(path: str, channels: int) -> NDArray[Any]:
     if isinstance(value, Tensor):
         value = _as_array(value)
     return check_latent(value, channels)
+
+
+def _read_npy(path: str) -> Any:
+    try:
+        # A pipe would be waited for, and some devices never end.
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise OSError("not a file")
+        return np.load(path, allow_pickle=False)
+    # A damaged file can make the reader raise nearly anything, and all of it means the same.
+    except Exception as error:
+        if "Object arrays cannot be loaded" in str(error):
+            raise ValueError("holds pickled objects; they were not opened, since they could run code") from None
+        if "contains pickled" in str(error):  # what numpy says of anything that it does not know
+            raise ValueError("not an .npy file; it was not opened as a pickle, since it could run code") from None
+        raise ValueError(f"truncated or damaged ({pt.reason(error)})") from None
 
 
 def _as_array(tensor: Tensor) -> NDArray[Any]:

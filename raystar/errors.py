@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import difflib
 import re
+import reprlib
 import sys
 from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
 
 # Up to the last @ before the path; or, after a user's name, up to the next @, since some passwords hold a slash.
 _IN_URI = re.compile(r"""((?<![\w+.-])[\w+.-]+://)(?:[^\s/?#"'<>]*|[^\s/?#:@"'<>]*:(?!\d+/)[^\s@"'<>]*)@""")
@@ -70,6 +73,52 @@ def nearest(name: str, known: Iterable[str]) -> str:
         tail = difflib.get_close_matches(name.rsplit(".", 1)[-1], list(tails), n=1, cutoff=0.6)
         close = [tails[t] for t in tail]
     return f" (did you mean '{close[0]}'?)" if close else ""
+
+
+class _Short(reprlib.Repr):
+    """Looks at a few items of a few levels only: aliases can make a small file's `repr` endless."""
+
+    def repr_int(self, x: int, level: int) -> str:
+        """Python refuses to write down a number of more than 4300 digits."""
+        return repr(x) if abs(x) < 10**40 else f"a number of {x.bit_length()} bits"
+
+
+_SHORT = _Short()
+_SHORT.maxlevel = 3
+_SHORT.maxlist = _SHORT.maxtuple = _SHORT.maxdict = _SHORT.maxset = 8
+_SHORT.maxstring = _SHORT.maxother = 60
+
+
+def show(value: Any) -> str:
+    """What was found, as an error quotes it: at most 60 characters of any value."""
+    text = "null" if value is None else _SHORT.repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def key_text(key: Any) -> str:
+    """A key as an error names it: text as it stands, up to a length, and anything else as `show` does."""
+    return (key if len(key) <= 200 else key[:197] + "...") if isinstance(key, str) else show(key)
+
+
+def misspelt(key: Any, known: Iterable[str]) -> str:
+    """`"'w_cycl' (did you mean 'w_cyc'?)"`: a key that is not known, and the nearest that is."""
+    return f"'{key_text(key)}'{nearest(key_text(key), known)}"
+
+
+def is_file(path: Path) -> bool:
+    """`Path.is_file`, False also for a name that no file system takes or a place that may not be looked into."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
+
+
+def is_folder(path: Path) -> bool:
+    """`Path.is_dir`, False also for a name that no file system takes or a place that may not be looked into."""
+    try:
+        return path.is_dir()
+    except (OSError, ValueError):
+        return False
 
 
 def run_cli(main: Callable[[], int]) -> None:

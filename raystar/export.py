@@ -16,13 +16,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from raystar import checkpoint as checkpoints
+from raystar import pt
 from raystar.config import Config, from_mapping, load_config, to_yaml
-from raystar.errors import RaystarError, nearest, run_cli
+from raystar.errors import RaystarError, is_file, nearest, run_cli
 from raystar.model import NAMES, Nets
 
 WEIGHTS, CONFIG, METRICS, GRID, README = "model.safetensors", "config.yaml", "metrics.json", "grid.png", "README.md"
@@ -109,19 +109,19 @@ def load(folder: str | Path, device: torch.device | str | None = None) -> Transl
         RaystarError: a file is missing, damaged or does not fit the others.
     """
     folder = Path(folder)
-    if not (folder / WEIGHTS).is_file():
+    if not is_file(folder / WEIGHTS):
         raise RaystarError(f"{folder}: expected an exported model ({WEIGHTS}), found none")
     config = load_config(folder / CONFIG)
     try:
         tensors = load_file(folder / WEIGHTS)
-    except (SafetensorError, OSError) as error:
-        raise RaystarError(f"{folder / WEIGHTS}: truncated or damaged ({error})") from None
+    # A damaged file can make the reader raise nearly anything, and all of it means the same.
+    except Exception as error:
+        raise RaystarError(f"{folder / WEIGHTS}: truncated or damaged ({pt.reason(error)})") from None
     states: dict[str, dict[str, Tensor]] = {name: {} for name in NAMES}
     for key, value in tensors.items():
         net, _, parameter = key.partition(".")
         states.setdefault(net, {})[parameter] = value
-    nets = Nets.create(config.model, config.num_domains, seed=0)
-    nets.load_state_dict(states, str(folder / WEIGHTS))
+    nets = Nets.of(config.model, config.num_domains, states, str(folder / WEIGHTS))
     return Translator(nets, config, torch.device(device) if device is not None else _default_device())
 
 
@@ -216,13 +216,19 @@ def _export_checkpoint(path: Path, out: Path) -> None:
     if not isinstance(checkpoint.get("config"), dict):
         raise RaystarError(f"{path}: holds no configuration, so the networks' sizes are unknown")
     nets_config = from_mapping(checkpoint["config"], str(path))
-    nets = Nets.create(nets_config.model, nets_config.num_domains, seed=0)
-    nets.load_state_dict({name: checkpoint[name] for name in NAMES}, str(path))
-    metrics = checkpoint.get("metrics") or {}
-    facts = {"trial": path.stem, "epoch": checkpoint.get("epoch"), "metrics": metrics, "params": {}}
+    Nets.of(nets_config.model, nets_config.num_domains, {name: checkpoint[name] for name in NAMES}, str(path))
+    # Other trainers' files hold here what they like; what is no plain number is left out.
+    found = checkpoint.get("metrics")
+    metrics = {str(k): v for k, v in found.items() if _is_number(v)} if isinstance(found, dict) else {}
+    epoch = checkpoint.get("epoch")
+    facts = {"trial": path.stem, "epoch": epoch if _is_number(epoch) else None, "metrics": metrics, "params": {}}
     if "eval/score" in metrics:
         facts |= {"metric": "eval/score", "score": metrics["eval/score"]}
     write(out, checkpoint, facts, None)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 if __name__ == "__main__":

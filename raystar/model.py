@@ -5,6 +5,7 @@ Shapes: B batch, C latent channels, H x W latent size, S style_dim, Z latent_dim
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 
 import torch
@@ -210,6 +211,27 @@ class Nets:
             torch.manual_seed(seed)
             return cls(config, num_domains)
 
+    @classmethod
+    def of(cls, config: ModelConfig, num_domains: int, states: dict[str, dict[str, Tensor]], source: str) -> Nets:
+        """Networks with the weights `states`. None are made, however large, before the weights are seen to fit them.
+
+        Raises:
+            RaystarError: a network, parameter or shape that does not fit, naming `source`.
+        """
+        counts = (config.n_res_blocks, config.mapping_shared_layers, config.d_layers, num_domains)
+        held = sum(map(len, states.values()))
+        if max(counts) > held:
+            raise RaystarError(f"{source}: does not fit the configuration: {held} tensors for {max(counts)} layers")
+        try:
+            with torch.device("meta"), warnings.catch_warnings():  # that nothing is copied, which is the point
+                warnings.simplefilter("ignore")
+                cls(config, num_domains).load_state_dict(states, source)
+        except (RuntimeError, OverflowError) as error:  # sizes that no memory has
+            raise RaystarError(f"{source}: does not fit the configuration: {str(error).splitlines()[0]}") from None
+        nets = cls.create(config, num_domains, seed=0)
+        nets.load_state_dict(states, source)
+        return nets
+
     def items(self) -> Iterator[tuple[str, nn.Module]]:
         """(name, network) in the order G, F, E, D."""
         return ((name, getattr(self, name)) for name in NAMES)
@@ -235,7 +257,7 @@ class Nets:
                 raise RaystarError(f"{source}: holds no weights of network {name}")
             try:
                 net.load_state_dict(states[name])
-            except RuntimeError as error:
+            except (RuntimeError, TypeError, AttributeError) as error:
                 first = [line.strip()[:160] for line in str(error).splitlines()[1:2]]
                 raise RaystarError(
                     f"{source}: network {name} does not fit the configuration: {''.join(first)}"

@@ -31,11 +31,12 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
+from raystar.checkpoint import digest
 from raystar.config import Config
 from raystar.dataset import Bank
 from raystar.errors import RaystarError
@@ -435,20 +436,31 @@ def _cached_features(bank: Bank, config: Config, cache_dir: str | Path | None) -
     # One process of the node makes it, the others wait for the file.
     with path.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if path.is_file():
-            try:
-                with safe_open(path, framework="pt") as file:
-                    state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dict)
-                features = _Features(bank.shape[0], len(bank.domains))
-                features.load_state_dict(state)
-                return features.eval().requires_grad_(False)
-            except (SafetensorError, RuntimeError):
-                path.unlink()  # a damaged cache is made again
+        found = _read_features(path, bank)
+        if found is not None:
+            return found
         features = _fresh_features(bank, scale)
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        save_file({k: v.contiguous() for k, v in features.state_dict().items()}, temporary)
+        state = {k: v.contiguous() for k, v in sorted(features.state_dict().items())}
+        save_file(state, temporary, metadata={"digest": digest(state)})
         os.replace(temporary, path)
     return features
+
+
+def _read_features(path: Path, bank: Bank) -> _Features | None:
+    """Cached features; None if they are not there, or damaged and to be made again."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            state = {name: file.get_tensor(name) for name in sorted(file.keys())}
+            recorded = (file.metadata() or {}).get("digest")
+        if digest(state) != recorded:  # one bit, and trials would be measured with another ruler
+            return None
+        features = _Features(bank.shape[0], len(bank.domains))
+        features.load_state_dict(state)
+        return features.eval().requires_grad_(False)
+    # Whatever a damaged file makes its reader raise, it is made again.
+    except Exception:
+        return None
 
 
 def _fresh_features(bank: Bank, scale: float) -> _Features:

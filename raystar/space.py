@@ -14,8 +14,8 @@ import numpy as np
 import torch
 
 from raystar.compile import SPEED_KEYS, canonical
-from raystar.config import Config, check_value, get_value, key_field, override, read_mapping
-from raystar.errors import RaystarError, nearest
+from raystar.config import MAX_WHOLE, Config, check_value, get_value, key_field, override, read_mapping
+from raystar.errors import RaystarError, key_text, misspelt, show
 from raystar.ledger import Collapse
 from raystar.speed import METRICS as SPEED_METRICS
 from raystar.trainer import METRICS
@@ -32,6 +32,7 @@ _KNOWN = (
     "space", "collapse", "keep", "abort_after",
 )  # fmt: skip
 _PURPOSES = {"quality": ("score", "min"), "speed": ("speedup", "max")}  # with their metric and mode
+_MOST = 10_000  # trials, or combinations of a grid: more would never be run, and hardly be listed
 _DRAWS = 200  # for each trial, before a space is taken to hold no further combination
 _SEARCHES = ("random", "grid", "tpe")
 
@@ -54,6 +55,13 @@ class Distribution:
         if self.kind == "uniform":
             return _rounded(float(rng.uniform(low, high)), low, high)
         return _rounded(math.exp(rng.uniform(math.log(low), math.log(high))), low, high)
+
+    @property
+    def size(self) -> float:
+        """How many values there are to draw; infinitely many in a range of numbers."""
+        if self.kind == "choice":
+            return len(set(self.values))
+        return self.values[1] - self.values[0] if self.kind == "randint" else math.inf
 
     def to_ray(self) -> Any:
         """The same distribution as Ray Tune's."""
@@ -136,15 +144,26 @@ class Space:
             draws = _DRAWS * self.trials
             combinations = (tuple(d.draw(rng) for d in self.space.values()) for _ in range(draws))
         points: dict[tuple[Any, ...], dict[str, Any]] = {}
-        for values in itertools.chain((tuple(point.values()) for point in base), combinations):
-            drawn = override(config, dict(zip(self.space, values, strict=True)), self.source)
-            if self.purpose == "speed":
-                drawn = canonical(drawn, device)
-            point = {key: get_value(drawn, key) for key in self.space}
-            points.setdefault(tuple(point.values()), point)
-            if self.search != "grid" and len(points) == self.trials:
+        for values in (tuple(point.values()) for point in base):
+            self._add(points, values, config, device)
+        seen: set[tuple[Any, ...]] = set()
+        there_are = math.prod(d.size for d in self.space.values())
+        for values in combinations:
+            if self.search != "grid" and (len(points) == self.trials or len(seen) == there_are):
                 break
+            if values not in seen:
+                seen.add(values)
+                self._add(points, values, config, device)
         return list(points.values())
+
+    def _add(
+        self, points: dict[tuple[Any, ...], Any], values: tuple[Any, ...], config: Config, device: torch.device
+    ) -> None:
+        drawn = override(config, dict(zip(self.space, values, strict=True)), self.source)
+        if self.purpose == "speed":
+            drawn = canonical(drawn, device)
+        point = {key: get_value(drawn, key) for key in self.space}
+        points.setdefault(tuple(point.values()), point)
 
 
 def load_space(path: str | Path, config: Config) -> Space:
@@ -160,13 +179,13 @@ def from_mapping(content: Mapping[str, Any], config: Config, source: str) -> Spa
     """A `Space` from a mapping read from `source`."""
     for key in content:
         if key not in _KNOWN:
-            raise RaystarError(f"{source}: unknown key '{key}'{nearest(str(key), _KNOWN)}; known: {', '.join(_KNOWN)}")
+            raise RaystarError(f"{source}: unknown key {misspelt(key, _KNOWN)}; known: {', '.join(_KNOWN)}")
     ranges = content.get("space")
     if not isinstance(ranges, Mapping) or not ranges:
         raise RaystarError(
             f"{source}: space: expected the keys to search, for example loss.w_cyc: {{uniform: [0.5, 2]}}"
         )
-    space = {str(key): _distribution(str(key), value, source) for key, value in ranges.items()}
+    space = {key_text(key): _distribution(key_text(key), value, source) for key, value in ranges.items()}
     search = _one_of(content.get("search", "random"), _SEARCHES, f"{source}: search")
     if search == "grid" and (ranged := [key for key, d in space.items() if d.kind != "choice"]):
         raise RaystarError(f"{source}: search grid needs choices, but {', '.join(ranged)} has a range")
@@ -177,26 +196,33 @@ def from_mapping(content: Mapping[str, Any], config: Config, source: str) -> Spa
     if purpose == "speed":
         _check_speed(space, search, resources, source)
     metric, mode = _PURPOSES[purpose]
+    description = content.get("description", "")
     baseline = _boolean(content.get("baseline", True), f"{source}: baseline")
-    trials = _whole(content.get("trials", 12), f"{source}: trials", 1)
+    trials = _whole(content.get("trials", 12), f"{source}: trials", 1, _MOST)
     if search == "grid":
-        trials = math.prod(len(d.values) for d in space.values()) + (1 if baseline else 0)
+        combinations = math.prod(len(d.values) for d in space.values())
+        if combinations > _MOST:
+            raise RaystarError(
+                f"{source}: search grid: expected at most {_MOST} combinations, found {combinations}; "
+                "leave out choices, or use search: random"
+            )
+        trials = combinations + (1 if baseline else 0)
     return Space(
         source=source,
         metric=_metric(content.get("metric", metric), SPEED_METRICS if purpose == "speed" else METRICS, source),
         mode=_one_of(content.get("mode", mode), ("min", "max"), f"{source}: mode"),
         trials=trials,
         space=space,
-        description=str(content.get("description", "")),
+        description=description if isinstance(description, str) else show(description),
         purpose=purpose,
         baseline=baseline,
         search=search,
-        seed=_whole(content.get("seed", 0), f"{source}: seed", 0),
+        seed=_whole(content.get("seed", 0), f"{source}: seed", 0, MAX_WHOLE),
         scheduler=_scheduler(content.get("scheduler", {}), source),
         resources=resources,
         collapse=_collapse(content.get("collapse", {}), source),
-        keep=_whole(content.get("keep", Space.keep), f"{source}: keep", 1),
-        abort_after=_whole(content.get("abort_after", Space.abort_after), f"{source}: abort_after", 0),
+        keep=_whole(content.get("keep", Space.keep), f"{source}: keep", 1, _MOST),
+        abort_after=_whole(content.get("abort_after", Space.abort_after), f"{source}: abort_after", 0, _MOST),
     )
 
 
@@ -223,21 +249,19 @@ def _distribution(key: str, value: Any, source: str) -> Distribution:
         raise RaystarError(f"{where}: cannot be searched: trials could not be compared, or would not differ")
     if not isinstance(value, Mapping) or len(value) != 1:
         raise RaystarError(
-            f"{where}: expected one of {', '.join(KINDS)}, as in {{uniform: [0.5, 2.0]}}; found {value!r}"
+            f"{where}: expected one of {', '.join(KINDS)}, as in {{uniform: [0.5, 2.0]}}; found {show(value)}"
         )
     ((kind, values),) = value.items()
     if kind not in KINDS:
-        raise RaystarError(
-            f"{where}: unknown distribution '{kind}'{nearest(str(kind), KINDS)}; known: {', '.join(KINDS)}"
-        )
+        raise RaystarError(f"{where}: unknown distribution {misspelt(kind, KINDS)}; known: {', '.join(KINDS)}")
     if not isinstance(values, list | tuple) or not values:
-        raise RaystarError(f"{where}: {kind}: expected a list, found {values!r}")
+        raise RaystarError(f"{where}: {kind}: expected a list, found {show(values)}")
     if kind == "choice":
         return Distribution(kind, tuple(check_value(key, v, f"{source}: space") for v in values))
     if len(values) != 2:
-        raise RaystarError(f"{where}: {kind}: expected [low, high], found {list(values)}")
+        raise RaystarError(f"{where}: {kind}: expected [low, high], found {show(list(values))}")
     if kind == "randint":
-        low, high = (_whole(v, f"{where}: randint", None) for v in values)
+        low, high = (_whole(v, f"{where}: randint", -MAX_WHOLE) for v in values)
         # The upper end is excluded, as in Python and Ray, so high - 1 is the largest value drawn.
         for value_drawn in (low, high - 1):
             check_value(key, value_drawn, f"{source}: space")
@@ -301,10 +325,10 @@ def _resources(content: Any, source: str) -> Resources:
 
 def _section(content: Any, known: tuple[str, ...], where: str) -> None:
     if not isinstance(content, Mapping):
-        raise RaystarError(f"{where}: expected keys {', '.join(known)}, found {content!r}")
+        raise RaystarError(f"{where}: expected keys {', '.join(known)}, found {show(content)}")
     for key in content:
         if key not in known:
-            raise RaystarError(f"{where}: unknown key '{key}'{nearest(str(key), known)}; known: {', '.join(known)}")
+            raise RaystarError(f"{where}: unknown key {misspelt(key, known)}; known: {', '.join(known)}")
 
 
 def _metric(name: Any, metrics: Sequence[str], source: str) -> str:
@@ -313,32 +337,35 @@ def _metric(name: Any, metrics: Sequence[str], source: str) -> str:
         if name in (metric, metric.partition("/")[2]):
             return metric
     tails = [metric.partition("/")[2] for metric in metrics]
-    raise RaystarError(f"{source}: metric: unknown '{name}'{nearest(str(name), tails)}; known: {', '.join(tails)}")
+    raise RaystarError(f"{source}: metric: unknown {misspelt(name, tails)}; known: {', '.join(tails)}")
 
 
 def _one_of(value: Any, choices: tuple[str, ...], where: str) -> str:
     if not isinstance(value, str) or value not in choices:
-        raise RaystarError(f"{where}: expected one of {', '.join(choices)}, found {value!r}")
+        raise RaystarError(f"{where}: expected one of {', '.join(choices)}, found {show(value)}")
     return value
 
 
 def _boolean(value: Any, where: str) -> bool:
     if not isinstance(value, bool):
-        raise RaystarError(f"{where}: expected true or false, found {value!r}")
+        raise RaystarError(f"{where}: expected true or false, found {show(value)}")
     return value
 
 
-def _whole(value: Any, where: str, at_least: int | None) -> int:
+def _whole(value: Any, where: str, at_least: int, at_most: int = MAX_WHOLE) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
-        raise RaystarError(f"{where}: expected a whole number, found {value!r}")
-    if at_least is not None and value < at_least:
-        raise RaystarError(f"{where}: expected at least {at_least}, found {value}")
+        raise RaystarError(f"{where}: expected a whole number, found {show(value)}")
+    if value < at_least:
+        raise RaystarError(f"{where}: expected at least {at_least}, found {show(value)}")
+    if value > at_most:
+        raise RaystarError(f"{where}: expected at most {at_most}, found {show(value)}")
     return value
 
 
 def _number(value: Any, where: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise RaystarError(f"{where}: expected a number, found {value!r}")
+    # A whole number that is no float is beyond every limit here, and beyond isfinite.
+    if isinstance(value, bool) or not isinstance(value, int | float) or not -1e300 < value < 1e300:
+        raise RaystarError(f"{where}: expected a number, found {show(value)}")
     return float(value)
 
 

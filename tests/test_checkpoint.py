@@ -472,7 +472,7 @@ def test_another_architecture_is_one_clear_line(saved: Path) -> None:
 
 def test_networks_optimisers_and_epochs_that_are_missing(saved: Path) -> None:
     whole = checkpoints.load(saved)
-    missing = {"E": "network E", "opt_g": "optimiser opt_g", "opt_d": "optimiser opt_d", "epoch": "found None"}
+    missing = {"E": "network E", "opt_g": "optimiser opt_g", "opt_d": "optimiser opt_d", "epoch": "found null"}
     for name, words in missing.items():
         assert words in restoring({key: value for key, value in whole.items() if key != name})
     assert "optimiser opt_g" in restoring(whole | {"opt_g": whole["opt_d"]})

@@ -119,6 +119,42 @@ def test_bad_files(tmp_path: Path, text: str, words: list[str]) -> None:
         assert word in str(caught.value)
 
 
+def test_merges_give_way_to_a_sections_own_keys(tmp_path: Path) -> None:
+    text = "{model: &a {base_dim: 8}, loss: {<<: [{w_cyc: 2, w_id: 2}, {w_id: 3, w_adv: 3}], w_cyc: 4}}"
+    (tmp_path / "c.yaml").write_text(text)
+    config = load_config(tmp_path / "c.yaml")
+    assert (config.loss.w_cyc, config.loss.w_id, config.loss.w_adv, config.model.base_dim) == (4, 2, 3, 8)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('{"loss": {"w_cyc": 1, "w_cyc": 2}}', ["'w_cyc' is written twice"]),
+        ('{"loss": {"w_cyc": NaN}}', ["loss.w_cyc", "a number", "nan"]),
+        ('{"loss": {"w_cyc": 1e999}}', ["a number"]),
+        ("{loss: {w_cyc: 1}}", ["not readable as JSON"]),
+        ('{"data": {"domains": ["a", "\\ud83d"]}}', ["a list of names"]),
+    ],
+)
+def test_bad_json_files(tmp_path: Path, text: str, words: list[str]) -> None:
+    (tmp_path / "c.json").write_text(text)
+    with pytest.raises(RaystarError) as caught:
+        load_config(tmp_path / "c.json")
+    for word in [str(tmp_path / "c.json"), *words]:
+        assert word in str(caught.value)
+
+
+def test_json_keeps_letters_beyond_16_bits(tmp_path: Path) -> None:
+    """json.dumps writes them as two halves, which YAML takes for two characters."""
+    config = override(Config(), {"data.domains": ["\U0001f600", "x"]})
+    (tmp_path / "c.json").write_text(json.dumps(to_mapping(config), indent="\t"))
+    assert load_config(tmp_path / "c.json") == config
+
+
+def test_equal_configurations_have_one_signature() -> None:
+    assert signature(override(Config(), {"loss.w_cyc": -0.0})) == signature(override(Config(), {"loss.w_cyc": 0}))
+
+
 def test_missing_binary_and_huge_files(tmp_path: Path) -> None:
     (tmp_path / "demo.yaml").write_text("")
     with pytest.raises(RaystarError, match=r"demoo\.yaml.*found nothing.*did you mean 'demo\.yaml'"):

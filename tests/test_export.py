@@ -317,6 +317,15 @@ def test_checkpoints_that_cannot_be_exported(saved: Path, tmp_path: Path) -> Non
     assert not (tmp_path / "out").exists()
 
 
+def test_metrics_of_another_trainer_that_are_no_numbers(saved: Path, tmp_path: Path) -> None:
+    whole = torch.load(saved, weights_only=True)
+    del whole["digest"]
+    whole["metrics"] = {"loss": torch.tensor(0.5), "best": None, "eval/score": 1.5}
+    torch.save(whole, tmp_path / "latest.pt")
+    assert export.main(["--checkpoint", str(tmp_path / "latest.pt"), "--out", str(tmp_path / "out")]) == 0
+    assert json.loads((tmp_path / "out/metrics.json").read_text())["metrics"] == {"eval/score": 1.5}
+
+
 def test_the_best_of_a_sweep(folder: Path, tmp_path: Path) -> None:
     runs, out = tmp_path / "runs", tmp_path / "out"
     folder.rename(tmp_path / "kept")

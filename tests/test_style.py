@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tests.support import ROOT
 
@@ -15,8 +16,8 @@ PACKAGE = ROOT / "raystar"
 
 # Imports go downward in this order (design, section 1); a module may import only what stands before it.
 ORDER = [
-    "errors", "journal", "storage", "config", "dataset", "kernels", "model", "loss", "distributed", "step", "compile",
-    "parity", "speed", "checkpoint", "ruler", "codec", "grid", "trainer", "rungs", "summary", "saved", "ledger",
+    "errors", "journal", "storage", "config", "pt", "dataset", "kernels", "model", "loss", "distributed", "step",
+    "compile", "parity", "speed", "checkpoint", "ruler", "codec", "grid", "trainer", "rungs", "summary", "saved", "ledger",
     "table", "spool", "tracking", "space", "retention", "cluster", "trial", "driver", "export", "record", "plan",
     "outcome", "sweep", "tune", "train",
 ]  # fmt: skip
@@ -65,6 +66,67 @@ def test_training_and_export_run_without_ray_and_mlflow(module: str) -> None:
     code = f"import sys, {module}; print([m for m in ('ray', 'mlflow', 'diffusers') if m in sys.modules])"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert found.stdout.strip() == "[]"
+
+
+def _calls(tree: ast.AST) -> list[tuple[str, dict[str, str]]]:
+    """Every call with its keyword arguments, as they are written."""
+    return [
+        (ast.unparse(node.func), {word.arg or "**": ast.unparse(word.value) for word in node.keywords})
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call)
+    ]
+
+
+RUNS_CODE = {"eval", "exec", "compile", "__import__", "os.system", "os.popen", "yaml.unsafe_load", "yaml.full_load"}
+MUST_SAY = {
+    "torch.load": ("weights_only", "True"),
+    "np.load": ("allow_pickle", "False"),
+    "yaml.load": ("Loader", "_StrictLoader"),
+}
+
+
+def _unsafe(source: str) -> list[str]:
+    """What would run code that a file holds."""
+    tree = ast.parse(source)
+    found = [name for name, _ in _calls(tree) if name in RUNS_CODE]
+    for name, words in _calls(tree):
+        key, value = MUST_SAY.get(name, ("", ""))
+        if (
+            words.get(key, "") != value
+            or words.get("shell") == "True"
+            or (
+                name.startswith(("pickle.", "cloudpickle.", "marshal.", "shelve.", "dill.", "joblib."))
+                and not name.endswith("Error")
+            )
+        ):
+            found.append(name)
+    # Under another name none of this would be seen.
+    aliased = {"load", "loads", "Unpickler", "unsafe_load", "full_load", "system", "popen"}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module in ("torch", "numpy", "pickle", "yaml", "os", "marshal"):
+            found += [alias.name for alias in node.names if alias.name in aliased]
+    return found
+
+
+def test_nothing_runs_code_that_a_file_holds() -> None:
+    found = {str(path): unsafe for path in PACKAGE.rglob("*.py") if (unsafe := _unsafe(path.read_text()))}
+    assert not found
+    from raystar.config import _StrictLoader
+
+    assert issubclass(_StrictLoader, yaml.SafeLoader)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "torch.load(path)", "torch.load(path, weights_only=False)", "np.load(path, allow_pickle=True)", "np.load(path)",
+        "yaml.load(text, Loader=yaml.Loader)", "yaml.unsafe_load(text)", "pickle.loads(data)", "pickle.Unpickler(file)",
+        "eval(text)", "exec(text)", "from torch import load", "from pickle import loads as read", "os.system(text)",
+        "subprocess.run(text, shell=True)",
+    ],
+)  # fmt: skip
+def test_code_that_would_be_run_is_found(source: str) -> None:
+    assert _unsafe(source)
 
 
 def test_public_functions_have_docstrings() -> None:
