@@ -22,6 +22,7 @@ import tempfile
 import threading
 import time
 import uuid
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -149,7 +150,7 @@ def _check_server(uri: str) -> None:
             f"{shown}: nothing answers there ({_in_a_line(error)}); start a server, for example "
             "mlflow server --backend-store-uri sqlite:///mlflow.db --port 5000"
         ) from None
-    if status == 403 and "host" in body.lower():
+    if status == 403 and "host header" in body.lower():
         raise RaystarError(f"{shown}: the server refuses this host name; start it with --allowed-hosts, or use its IP")
     if status in (401, 403):
         raise RaystarError(
@@ -179,9 +180,12 @@ def _ask(uri: str) -> tuple[int, str]:
         auth = None  # requests takes the URI's
     insecure = (env("MLFLOW_TRACKING_INSECURE_TLS") or "").lower() in ("true", "1")
     verify = False if insecure else env("MLFLOW_TRACKING_SERVER_CERT_PATH") or True
-    with requests.get(
-        f"{uri.rstrip('/')}/version", headers=headers, auth=auth, verify=verify, timeout=_ASK_S, stream=True
-    ) as answer:
+    with (
+        warnings.catch_warnings(action="ignore"),
+        requests.get(  # it warns of what the user asked for
+            f"{uri.rstrip('/')}/version", headers=headers, auth=auth, verify=verify, timeout=_ASK_S, stream=True
+        ) as answer,
+    ):
         return answer.status_code, answer.raw.read(500, decode_content=True).decode(errors="replace")
 
 
