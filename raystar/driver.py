@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Protocol
 import ray
 from ray import tune
 from ray.tune.experiment import Trial
+from ray.tune.progress_reporter import TrialProgressCallback
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 
@@ -30,6 +31,19 @@ class TrialNames:
 
     def __call__(self, trial: Trial) -> str:
         return self.names[self.numbers.setdefault(trial.trial_id, len(self.numbers))]
+
+
+class Silent(TrialProgressCallback):  # type: ignore[misc]
+    """Takes the place of Tune's own lines about trials, some of which its settings do not suppress."""
+
+    def on_trial_result(self, *args: Any, **info: Any) -> None:
+        """See `ray.tune.Callback`."""
+
+    def on_trial_error(self, *args: Any, **info: Any) -> None:
+        """See `ray.tune.Callback`."""
+
+    def on_trial_complete(self, *args: Any, **info: Any) -> None:
+        """See `ray.tune.Callback`."""
 
 
 class Listener(Protocol):
@@ -70,7 +84,7 @@ class Warden(FIFOScheduler):  # type: ignore[misc]
         """See `ray.tune.schedulers.TrialScheduler`. Tune starts pending trials by itself, in their order."""
         if self.listener.stopping:
             tune_controller.search_alg.set_finished()
-            for trial in tune_controller.get_live_trials():
+            for trial in list(tune_controller.get_live_trials()):
                 if trial.status == Trial.PENDING:
                     tune_controller.stop_trial(trial)
         return None

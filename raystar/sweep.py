@@ -90,9 +90,11 @@ def run(plan: Plan) -> int:
     with locked(plan.folder):
         try:
             return _run(plan)
-        except BaseException:
+        except BaseException as ended:
             if not plan.resumed and not (plan.folder / JOURNAL).exists():  # nothing was begun: the name stays free
                 shutil.rmtree(plan.folder)
+            if isinstance(ended, SystemExit):  # what Ray makes of SIGTERM while it starts
+                raise KeyboardInterrupt from None
             raise
 
 
@@ -256,6 +258,7 @@ class _Sweep:
         """Why the sweep ends before its trials do, where nobody asked for that."""
         self.refused: RaystarError | None = None
         self._fitting = False
+        self._finishing = False
         self._deadline = time.time() + plan.time_budget_s if plan.time_budget_s is not None else math.inf
         self._begun: set[str] = set()  # trials, in this session
         self._ends: dict[str, tuple[str, str | None]] = {}  # status and reason that a trial's end will have
@@ -290,8 +293,11 @@ class _Sweep:
         finally:
             watch.close()
             self.board.stop()
+        self._finishing = True
+        try:
+            return self._finish(error or self.given_up)
+        finally:
             restore_signals()
-        return self._finish(error or self.given_up)
 
     def _open_parent(self) -> None:
         plan = self.plan
@@ -343,7 +349,7 @@ class _Sweep:
         """Has Tune run the trials `names`, whose values are known, and `fresh` ones, whose values it searches."""
         from ray import tune
 
-        from raystar.driver import Recorder, Release, Stop, TrialNames, Warden
+        from raystar.driver import Recorder, Release, Silent, Stop, TrialNames, Warden
         from raystar.trial import Request, run_trial
 
         plan, space = self.plan, self.plan.space
@@ -390,7 +396,7 @@ class _Sweep:
                     storage_path=scratch,
                     verbose=0,
                     stop=Stop(self),
-                    callbacks=[Release(), Recorder(self)],
+                    callbacks=[Silent(), Release(), Recorder(self)],
                     # A process that dies starts again from its trial's last checkpoint, as often as `Recorder` says;
                     # what a trial raises never comes here.
                     failure_config=tune.FailureConfig(max_failures=-1),
@@ -438,6 +444,12 @@ class _Sweep:
 
         def handle(number: int, frame: FrameType | None) -> None:
             self.interrupts += 1
+            if self._finishing:  # what is known is being written, which takes a moment and leaves no run open
+                if self.interrupts >= 3:
+                    self.tracker.hurry()
+                if self.interrupts >= 4:
+                    raise KeyboardInterrupt
+                return
             if not self._fitting or self.interrupts >= 3:
                 raise KeyboardInterrupt
             if self.interrupts == 1:

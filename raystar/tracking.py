@@ -244,6 +244,7 @@ class MlflowTracker:
         self._connected = threading.Event()
         self._failure: RaystarError | None = None
         self._closing_since: float | None = None
+        self._patience_s = _LAST_S
         self._given_up = False
         self._inherited = False  # whether the record is one of an earlier process, which may have written it
         self._attempt = 0
@@ -270,6 +271,10 @@ class MlflowTracker:
         self._connected.wait()
         if self._failure is not None:
             raise self._failure
+
+    def hurry(self) -> None:
+        """Has `close` wait no longer for a server that is away."""
+        self._patience_s = 0.0
 
     # -- the Tracker seam: each call becomes a record -------------------------------------------------
 
@@ -411,7 +416,10 @@ class MlflowTracker:
                     return
             if attempt == _TOLD:
                 print(f"note: MLflow takes no records now ({reason}); trying again", file=sys.stderr, flush=True)
-            if self._closing_since is not None and time.monotonic() - max(began, self._closing_since) >= _LAST_S:
+            if (
+                self._closing_since is not None
+                and time.monotonic() - max(began, self._closing_since) >= self._patience_s
+            ):
                 self._give_up(f"MLflow is away ({reason})")
                 return
             time.sleep(_RETRY_S[min(attempt, len(_RETRY_S) - 1)])

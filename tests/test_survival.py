@@ -24,7 +24,7 @@ import yaml
 from raystar import checkpoint as checkpoints
 from raystar import export
 from tests.support import ROOT
-from tests.test_sweep import Store, request, run, start, summary_of
+from tests.test_sweep import Store, request, run, start, summary_of, trial_processes
 
 pytestmark = pytest.mark.slow
 
@@ -68,9 +68,17 @@ class Faults:
         (self.folder / "driver").write_text(str(driver))
 
 
+def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.05)
+
+
 @pytest.fixture
 def faults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Faults:
     folder = tmp_path / "faults"
+    monkeypatch.setenv("RAYSTAR_TEST_MARK", str(os.getpid()))
     monkeypatch.setenv("RAYSTAR_TEST_FAULTS", str(folder))
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT / "tests/faults"), str(ROOT)]))
     return Faults(folder)
@@ -167,6 +175,7 @@ def test_the_driver_is_killed_in_an_epoch_and_in_a_checkpoint(
     journal = tmp_path / "runs/s/journal.jsonl"
     with journal.open("a") as file:
         file.write('{"event":"epoch","trial":"t0')  # killed in mid-write
+    wait_for(lambda: not trial_processes())  # they notice that their driver is gone, and may save an epoch before
     folder = tmp_path / "runs/s/trials/t00"
     newest = max(folder.glob("epoch_*.pt"))
     os.truncate(newest, newest.stat().st_size - 100)
@@ -283,13 +292,6 @@ def small_disk(tmp_path: Path) -> Iterator[tuple[Path, Callable[[], None], Calla
         yield folder, fill, filler.unlink
     finally:
         subprocess.run(["umount", "-l", str(folder)], check=True)
-
-
-def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
-    until = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < until
-        time.sleep(0.05)
 
 
 def test_the_disk_is_full(

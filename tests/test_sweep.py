@@ -230,8 +230,8 @@ def test_ctrl_c(tmp_path: Path) -> None:
     assert "KILLED" in statuses
 
 
-def _trial_processes(driver: int) -> list[int]:
-    """Processes that run trials: Ray names them so, and they are descendants of the driver's raylet."""
+def trial_processes() -> list[int]:
+    """Processes that run trials of sweeps that this process has started with RAYSTAR_TEST_MARK set to its number."""
     found = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
@@ -240,7 +240,7 @@ def _trial_processes(driver: int) -> list[int]:
                 environment = (entry / "environ").read_bytes().decode(errors="replace")
             except OSError:
                 continue
-            if re.match(r"ray::(?!IDLE|\w+Agent)", title) and f"RAYSTAR_TEST_MARK={driver}" in environment:
+            if re.match(r"ray::(?!IDLE|\w+Agent)", title) and f"RAYSTAR_TEST_MARK={os.getpid()}" in environment:
                 found.append(int(entry.name))
     return found
 
@@ -249,7 +249,7 @@ def test_a_killed_process_costs_epochs_not_the_trial(tmp_path: Path, monkeypatch
     monkeypatch.setenv("RAYSTAR_TEST_MARK", str(os.getpid()))
     space = SPACE | {"trials": 2, "scheduler": {"type": "none"}}
     process = start(request(tmp_path, space, training__epochs=8, training__epoch_size=160), "epoch 2/8")
-    victims = _trial_processes(os.getpid())
+    victims = trial_processes()
     assert victims
     os.kill(victims[0], signal.SIGKILL)
     out, err = process.communicate(timeout=120)
