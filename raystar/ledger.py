@@ -123,7 +123,7 @@ class Ledger:
                 self.summary.settle(record.trial, INTERRUPTED, "its sweep ended")
 
     def _start(self, name: str, params: dict[str, Any], at: float) -> None:
-        self.summary.add(name, params)
+        self.summary.add(name, params).params = params
         self.summary.settle(name, RUNNING)
         self._since[name] = at
 

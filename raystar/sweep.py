@@ -153,10 +153,10 @@ def _ledger(plan: Plan) -> Ledger:
     if space.scheduler.type == "asha":
         rungs = Rungs(space.mode, space.scheduler.grace_epochs, space.scheduler.reduction_factor, epochs, baseline)
     ledger = Ledger(summary, rungs, epochs, space.collapse)
-    if plan.resumed:
-        ledger.replay(Journal(plan.folder / JOURNAL))
     for number, point in enumerate(plan.points or []):
         summary.add(plan.trial_name(number), dict(point))
+    if plan.resumed:
+        ledger.replay(Journal(plan.folder / JOURNAL))
     return ledger
 
 

@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +22,20 @@ import torch
 import yaml
 
 from raystar import checkpoint as checkpoints
-from raystar import export
-from tests.support import ROOT
+from raystar import export, sweep, tune
+from raystar.errors import RaystarError
+from raystar.plan import make_plan
+from raystar.record import locked
+from tests.cluster import cluster
+from tests.support import ROOT, write_latents
 from tests.test_sweep import Store, request, run, start, summary_of, trial_processes
+from tests.test_tracking import Server
 
 pytestmark = pytest.mark.slow
 
 WEIGHTS = [1.0, 2.0, 3.0]  # of the cycle; the baseline's is the first
 EPOCHS = 4
+EPOCH_SIZE = 60
 
 
 def space(weights: list[float] = WEIGHTS, **changed: Any) -> dict[str, Any]:
@@ -44,7 +50,7 @@ def space(weights: list[float] = WEIGHTS, **changed: Any) -> dict[str, Any]:
 
 
 def command(folder: Path, wanted: dict[str, Any], **changed: Any) -> list[str]:
-    return request(folder, wanted, **{"training__epochs": EPOCHS, "training__epoch_size": 40, **changed})
+    return request(folder, wanted, **{"training__epochs": EPOCHS, "training__epoch_size": EPOCH_SIZE, **changed})
 
 
 def resumed(folder: Path, *flags: str) -> list[str]:
@@ -98,17 +104,22 @@ def finished(done: subprocess.CompletedProcess[str], status: int = 0) -> str:
     return done.stdout + done.stderr
 
 
-def weights_of(runs: Path) -> dict[float, dict[str, Any]]:
+def weights_of(runs: Path, storage: Path | None = None) -> dict[float, dict[str, Any]]:
     """Every trial's best checkpoint, by the trial's weight."""
     found = {}
     for trial in summary_of(runs)["trials"]:
         if trial["checkpoint"] is not None:
-            found[trial["params"]["loss.w_cyc"]] = checkpoints.load(runs / "s" / trial["checkpoint"])
+            saved = (storage or runs) / "s" / trial["checkpoint"]
+            found[trial["params"]["loss.w_cyc"]] = checkpoints.load(saved)
     return found
 
 
-def check(runs: Path, trials: int) -> dict[str, Any]:
-    """What must hold of every record, whatever happened; returns the summary."""
+def check(runs: Path, trials: int, artifacts: Path | None = None) -> dict[str, Any]:
+    """What must hold of every record, whatever happened; returns the summary.
+
+    Args:
+        artifacts: of MLflow, where they are not below `runs`.
+    """
     summary = summary_of(runs)
     names = [trial["trial"] for trial in summary["trials"]]
     assert names == [f"t{number:02d}" for number in range(trials)]
@@ -124,7 +135,8 @@ def check(runs: Path, trials: int) -> dict[str, Any]:
             query = "select step from metrics where run_uuid = ? and key = ? order by step"
             steps = [step for (step,) in store.rows(query, trial["run_id"], key)]
             assert steps == list(range(1, trial["epochs"] + 1)), (trial["trial"], key)
-        images = [p.name for p in (store.artifacts / trial["run_id"] / "artifacts/images").glob("grid_ref*.png")]
+        pictures = (artifacts or store.artifacts) / trial["run_id"] / "artifacts/images"
+        images = [p.name for p in pictures.glob("grid_ref*.png")]
         drawn = sorted(int(re.search(r"step[^0-9]*(\d+)", name)[1]) for name in images)  # type: ignore[index]
         assert drawn == ([*range(trial["epochs"] + 1)] if trial["epochs"] else []), trial["trial"]
     if summary["best"] is not None:
@@ -137,9 +149,9 @@ def parent(store: Store) -> str:
     return str(found)
 
 
-def same_as(undisturbed: Path, runs: Path, weights: list[float] = WEIGHTS) -> None:
+def same_as(undisturbed: Path, runs: Path, weights: list[float] = WEIGHTS, storage: Path | None = None) -> None:
     """Trials ended bit for bit as they do when nothing happens."""
-    wanted, found = weights_of(undisturbed), weights_of(runs)
+    wanted, found = weights_of(undisturbed), weights_of(runs, storage)
     for weight in weights:
         for net in "GFED":
             for key, value in wanted[weight][net].items():
@@ -190,7 +202,8 @@ def test_the_driver_is_killed_in_an_epoch_and_in_a_checkpoint(
 
 
 def test_ctrl_c_once_and_thrice(undisturbed: Path, tmp_path: Path) -> None:
-    process = start(command(tmp_path, space()), "epoch 1/4")
+    drawn = space() | {"search": "random", "trials": 3, "space": {"loss.w_cyc": {"uniform": [2.0, 4.0]}}}
+    process = start(command(tmp_path, drawn), "epoch 1/4")
     process.send_signal(signal.SIGINT)
     shown = ended(process, 130)
     assert "stopping when each running trial has saved its epoch" in shown
@@ -212,9 +225,16 @@ def test_ctrl_c_once_and_thrice(undisturbed: Path, tmp_path: Path) -> None:
     assert time.monotonic() - began < 30
     assert check(tmp_path / "runs", 3)["status"] == "interrupted"
 
-    finished(run(resumed(tmp_path)))
-    assert check(tmp_path / "runs", 3)["status"] == "finished"
-    same_as(undisturbed, tmp_path / "runs")
+    # What is left, and one more than was asked for at first.
+    before = {t["trial"]: t for t in check(tmp_path / "runs", 3)["trials"] if t["status"] == "finished"}
+    finished(run(resumed(tmp_path, "--trials", "4")))
+    after = check(tmp_path / "runs", 4)
+    assert after["status"] == "finished"
+    assert all(t == before.get(t["trial"], t) for t in after["trials"])
+    same_as(undisturbed, tmp_path / "runs", [1.0])
+    shown = finished(run(resumed(tmp_path)))
+    assert "0 to go" in shown
+    assert (check(tmp_path / "runs", 4))["trials"] == after["trials"]
 
 
 def test_everything_that_can_go_wrong_with_trials(undisturbed: Path, faults: Faults, tmp_path: Path) -> None:
@@ -238,7 +258,7 @@ def test_everything_that_can_go_wrong_with_trials(undisturbed: Path, faults: Fau
     assert [found[w][:2] for w in (1.0, 2.0, 3.0)] == [("finished", 4)] * 3
     reasons = {
         4.0: ("diverged", 1, r"became NaN or infinite in epoch 2, by step \d+"),
-        5.0: ("out_of_memory", 1, r"out of memory in 2 of 10 batches of epoch 2 \(peak \d+\.\d GiB\)"),
+        5.0: ("out_of_memory", 1, r"out of memory in 2 of 15 batches of epoch 2 \(peak \d+\.\d GiB\)"),
         6.0: ("failed", 1, r"ValueError: broken on purpose"),
         7.0: ("killed", 1, r"its process died 4 times"),
         8.0: ("collapsed", 2, r"diversity below 1e-09 in 2 measured epochs in a row, the last epoch 2"),
@@ -311,12 +331,10 @@ def test_the_disk_is_full(
     assert shown.count("has space again") == 1
     summary = check(tmp_path / "runs", 3)
     assert {t["status"] for t in summary["trials"]} == {"finished"}
-    moved = {t["params"]["loss.w_cyc"]: checkpoints.load(folder / "s" / t["checkpoint"]) for t in summary["trials"]}
-    for weight, wanted in weights_of(undisturbed).items():
-        for net in "GFED":
-            assert all(torch.equal(value, moved[weight][net][key]) for key, value in wanted[net].items())
+    same_as(undisturbed, tmp_path / "runs", storage=folder)
 
 
+@pytest.mark.skipif(os.getuid() == 0, reason="root mounts a small disk instead")
 def test_no_space_at_the_system_call(faults: Faults, tmp_path: Path) -> None:
     process = start(command(tmp_path, space([1.0, 2.0]), training__epochs=2), "running   epoch 0/2")
     (faults.folder / "full").touch()
@@ -353,9 +371,11 @@ class TestResumeRefuses:
         return tmp_path / "runs"
 
     def refused(self, runs: Path, *flags: str) -> str:
-        return finished(run(resumed(runs.parent, *flags)), status=2)
+        with pytest.raises(RaystarError) as caught:
+            make_plan(tune.parser().parse_args(["--resume", "s", "--out", str(runs), *flags]))
+        return str(caught.value)
 
-    def test_a_changed_space_configuration_and_code(self, runs: Path) -> None:
+    def test_a_changed_space_configuration_and_code(self, runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
         record = runs / "s/sweep.json"
         content = json.loads(record.read_text())
         content["code"]["raystar/loss.py"] = "000000000000"
@@ -372,26 +392,43 @@ class TestResumeRefuses:
         assert "configuration: loss.w_id: 1.0 then, 0.25 now" in shown
         assert "space: space.loss.w_cyc.choice: [1.0, 2.0, 3.0] then, [1.0, 2.0, 3.0, 9.0] now" in shown
         assert "--force" in shown
-        forced = finished(run(resumed(runs.parent, "--force", "--dry-run")))
-        assert "4 trials" in forced
-        assert "3 things have changed" in forced
+        plan = make_plan(tune.parser().parse_args(["--resume", "s", "--out", str(runs), "--force"]))
+        assert plan.trials == 4
+        assert plan.config.loss.w_id == 0.25
+        assert "3 things have changed" in capsys.readouterr().err
 
     def test_changed_data(self, runs: Path, undisturbed: Path) -> None:
         (runs.parent / "latents").unlink()
-        from tests.support import write_latents
-
         write_latents(runs.parent / "latents", seed=5)
         shown = self.refused(runs)
         assert re.search(r"data: digest: \w+ then, \w+ now", shown)
 
-    def test_names(self, runs: Path) -> None:
-        flags = ["--out", str(runs)]
-        tune = [sys.executable, "-m", "raystar.tune", *flags]
-        assert "is not there (did you mean 's'?)" in finished(run([*tune, "--resume", "ss"]), 2)
-        assert "expected up to 64 letters" in finished(run([*tune, "--resume", "../s"]), 2)
-        used = [*tune, "--space", str(runs.parent / "space.yaml"), "--config", str(runs.parent / "config.yaml")]
-        assert "is there already; go on with --resume s" in finished(run([*used, "--name", "s"]), 2)
-        assert "leave out --space" in self.refused(runs, "--space", "x.yaml")
+    @pytest.mark.parametrize(
+        ("flags", "said"),
+        [
+            (["--resume", "ss"], "is not there (did you mean 's'?)"),
+            (["--resume", "../s"], "--resume '../s': expected up to 64 letters"),
+            (["--resume", "s", "--space", "x.yaml"], "leave out --space"),
+            (["--resume", "s", "--trials", "2"], "sweep s has 3 trials; expected at least as many"),
+            (["--resume", "s", "--tracking-uri", "http://127.0.0.1:1"], "this sweep's runs are in sqlite:///"),
+            (["--name", "s", "--space", "space.yaml"], "is there already; go on with --resume s"),
+        ],
+    )
+    def test_names_and_flags(self, runs: Path, flags: list[str], said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.chdir(runs.parent)
+        text = (runs / "s/sweep.json").read_text().replace('"search": "grid"', '"search": "random"')
+        (runs / "s/sweep.json").write_text(text)
+        (runs.parent / "space.yaml").write_text(
+            (runs.parent / "space.yaml").read_text().replace("search: grid", "search: random")
+        )
+        with pytest.raises(RaystarError, match=re.escape(said)):
+            make_plan(tune.parser().parse_args([*flags, "--out", str(runs)]))
+
+    def test_what_it_was_made_from_is_gone(self, runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        (runs.parent / "space.yaml").unlink()
+        plan = make_plan(tune.parser().parse_args(["--resume", "s", "--out", str(runs)]))
+        assert plan.points == [{"loss.w_cyc": weight} for weight in WEIGHTS]
+        assert "not there any more; the sweep's record counts" in capsys.readouterr().err
 
     @pytest.mark.skipif(os.getuid() != 0, reason="only root gives files to another user")
     def test_somebody_elses_sweep(self, runs: Path) -> None:
@@ -399,11 +436,12 @@ class TestResumeRefuses:
         assert "belongs to user 12345, not to you" in self.refused(runs)
 
     def test_a_sweep_that_is_running(self, runs: Path) -> None:
-        from raystar.record import locked
-
-        with locked(runs / "s"):
-            shown = self.refused(runs)
-        assert f"this sweep is running already, in process {os.getpid()}" in shown
+        plan = make_plan(tune.parser().parse_args(["--resume", "s", "--out", str(runs)]))
+        with (
+            locked(runs / "s"),
+            pytest.raises(RaystarError, match=rf"s: this sweep is running already, in process {os.getpid()}"),
+        ):
+            sweep.run(plan)
 
     def test_damaged_records(self, runs: Path) -> None:
         record = runs / "s/sweep.json"
@@ -413,14 +451,37 @@ class TestResumeRefuses:
         assert "expected the record of a sweep" in self.refused(runs)
 
 
-def test_a_finished_sweep_has_nothing_to_go_on_with_and_can_be_made_longer(undisturbed: Path, tmp_path: Path) -> None:
-    wanted: Mapping[str, Any] = {**space(), "search": "random", "trials": 2}
-    finished(run(command(tmp_path, dict(wanted), training__epochs=1)))
-    before = (tmp_path / "runs/s/summary.json").read_text()
-    began = time.monotonic()
-    shown = finished(run(resumed(tmp_path)))
-    assert "0 to go" in shown
-    assert time.monotonic() - began < 30
-    finished(run(resumed(tmp_path, "--trials", "3")))
-    longer = check(tmp_path / "runs", 3)
-    assert [t for t in longer["trials"][:2]] == json.loads(before)["trials"]
+def test_a_node_dies_another_joins_and_mlflow_is_away(
+    undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a cluster with a token: one of two nodes is killed, MLflow's server for twenty seconds, and a node joins."""
+    runs, token, storage = tmp_path / "runs", tmp_path / "token", tmp_path / "storage"
+    runs.mkdir()
+    token.write_text("0123456789abcdef" * 4)
+    token.chmod(0o600)
+    server = Server(runs)
+    server.start()
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(token))
+    for name in ("RAY_AUTH_MODE", "RAY_ADDRESS"):
+        monkeypatch.delenv(name, raising=False)
+    with cluster(1, 1, token=token, HOME=str(tmp_path)) as nodes:
+        joined = [*command(tmp_path, space()), "--address", nodes.address, "--storage", str(storage)]
+        assert "start a server, `mlflow server" in finished(run(joined), 2)
+        assert not (runs / "s").exists()
+        server.wait()
+        process = start([*joined, "--tracking-uri", server.uri], "epoch 1/4")
+        nodes.kill(nodes.nodes[1])
+        server.stop(signal.SIGKILL)
+        away = time.monotonic()
+        late = nodes.add(1)
+        wait_for(lambda: "t02" in (runs / "s/summary.json").read_text(), 120)
+        time.sleep(max(0.0, 20 - (time.monotonic() - away)))
+        server.start()
+        shown = ended(process, 0)
+        assert late in nodes.nodes
+    server.stop(signal.SIGKILL)
+    assert "2 nodes, 2 trials at a time" in shown or "2 nodes" in shown
+    assert "raylet" not in shown
+    summary = check(runs, 3, artifacts=runs / "artifacts/1")
+    assert {trial["status"] for trial in summary["trials"]} == {"finished"}
+    same_as(undisturbed, runs, storage=storage)
