@@ -172,7 +172,8 @@ class _Background:
     def __init__(self, function: Callable[[], Any]) -> None:
         self._value: Any = None
         self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, args=(function,), daemon=True)
+        # Not a daemon: one that is inside PyTorch while the interpreter ends makes Ray abort the process.
+        self._thread = threading.Thread(target=self._run, args=(function,))
         self._thread.start()
 
     def _run(self, function: Callable[[], Any]) -> None:

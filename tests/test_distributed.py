@@ -325,10 +325,10 @@ def test_one_process_is_left_alone() -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(usable_cpus() < WORKERS, reason="needs two processors, one for each worker")
 def test_a_sweep_whose_trials_have_two_workers_each(tmp_path: Path) -> None:
-    """Three trials one after the other: a stopped one must make room for the next, or the sweep never ends.
+    """Five trials one after the other: stopped ones must make room for the next, or the sweep never ends.
 
     The metric is the weight of the diversity term, which the trials differ in and which falls from epoch to epoch:
-    the second trial is the one that ASHA stops, and what its workers go on to save until they are stopped is better
+    the second and the third trial are those that ASHA stops, and what its workers go on to save until they are stopped is better
     than what was heard of them.
     """
     space = {
@@ -337,7 +337,7 @@ def test_a_sweep_whose_trials_have_two_workers_each(tmp_path: Path) -> None:
         "search": "grid",
         "scheduler": {"type": "asha", "grace_epochs": 1, "reduction_factor": 2},
         "resources": {"workers": 2},
-        "space": {"loss.w_ds": {"choice": [1.0, 2.0, 0.5]}},
+        "space": {"loss.w_ds": {"choice": [1.0, 2.0, 2.5, 0.5, 0.25]}},
     }
     done = run(request(tmp_path, space, training__epochs=3, training__batch_size=5, training__drop_last=False))
     assert done.returncode == 0, done.stdout + done.stderr
@@ -345,10 +345,11 @@ def test_a_sweep_whose_trials_have_two_workers_each(tmp_path: Path) -> None:
     assert "Traceback" not in done.stdout
     summary = summary_of(tmp_path / "runs")
     found = [(t["params"]["loss.w_ds"], t["status"], t["epochs"], t["score_epoch"]) for t in summary["trials"]]
-    assert found == [(1.0, "finished", 3, 3), (2.0, "stopped", 1, 1), (0.5, "finished", 3, 3)]
+    stopped = [(2.0, "stopped", 1, 1), (2.5, "stopped", 1, 1)]
+    assert found == [(1.0, "finished", 3, 3), *stopped, (0.5, "finished", 3, 3), (0.25, "finished", 3, 3)]
 
     store = Store(tmp_path / "runs")
-    assert [status for (status,) in store.rows("select status from runs")] == ["FINISHED"] * 4
+    assert [status for (status,) in store.rows("select status from runs")] == ["FINISHED"] * 6
     query = "select step, value from metrics where run_uuid = ? and key = ? order by step"
     for trial in summary["trials"]:
         wanted = [trial["params"]["loss.w_ds"] * factor for factor in (1.0, 0.95, 0.9)][: trial["epochs"]]
@@ -363,7 +364,7 @@ def test_a_sweep_whose_trials_have_two_workers_each(tmp_path: Path) -> None:
         assert saved["epoch"] == trial["score_epoch"]
 
     best = summary["best"]
-    assert (best["trial"], saved["config"]["loss"]["w_ds"]) == ("t02", 0.5)
+    assert (best["trial"], saved["config"]["loss"]["w_ds"]) == ("t04", 0.25)
     assert export.load(tmp_path / "runs/s/best", "cpu").domains == ("a", "b", "c")
     # What two workers trained is what one process trains, but for what float32 makes of it in three epochs.
     config = from_mapping(saved["config"], "saved")

@@ -473,14 +473,12 @@ def test_a_node_dies_another_joins_and_mlflow_is_away(
         nodes.kill(nodes.nodes[1])
         server.stop(signal.SIGKILL)
         away = time.monotonic()
-        late = nodes.add(1)
-        wait_for(lambda: "t02" in (runs / "s/summary.json").read_text(), 120)
+        nodes.add(1, {"RAYSTAR_TEST_MARK": "late"})
+        wait_for(lambda: bool(trial_processes("late")), 120)  # it takes over the lost trial, or the one that waits
         time.sleep(max(0.0, 20 - (time.monotonic() - away)))
         server.start()
         shown = ended(process, 0)
-        assert late in nodes.nodes
     server.stop(signal.SIGKILL)
-    assert "2 nodes, 2 trials at a time" in shown or "2 nodes" in shown
     assert "raylet" not in shown
     summary = check(runs, 3, artifacts=runs / "artifacts/1")
     assert {trial["status"] for trial in summary["trials"]} == {"finished"}

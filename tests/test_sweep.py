@@ -230,8 +230,8 @@ def test_ctrl_c(tmp_path: Path) -> None:
     assert "KILLED" in statuses
 
 
-def trial_processes() -> list[int]:
-    """Processes that run trials of sweeps that this process has started with RAYSTAR_TEST_MARK set to its number."""
+def trial_processes(mark: str | None = None) -> list[int]:
+    """Processes that run trials of sweeps that were started with RAYSTAR_TEST_MARK set so, by default to our number."""
     found = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
@@ -240,7 +240,10 @@ def trial_processes() -> list[int]:
                 environment = (entry / "environ").read_bytes().decode(errors="replace")
             except OSError:
                 continue
-            if re.match(r"ray::(?!IDLE|\w+Agent)", title) and f"RAYSTAR_TEST_MARK={os.getpid()}" in environment:
+            if (
+                re.match(r"ray::(?!IDLE|\w+Agent)", title)
+                and f"RAYSTAR_TEST_MARK={mark or os.getpid()}\0" in environment
+            ):
                 found.append(int(entry.name))
     return found
 
