@@ -328,8 +328,8 @@ def test_a_sweep_whose_trials_have_two_workers_each(tmp_path: Path) -> None:
     """Five trials one after the other: stopped ones must make room for the next, or the sweep never ends.
 
     The metric is the weight of the diversity term, which the trials differ in and which falls from epoch to epoch:
-    the second and the third trial are those that ASHA stops, and what its workers go on to save until they are stopped is better
-    than what was heard of them.
+    the second and the third trial are those that ASHA stops, and what their workers go on to save until they are
+    stopped is better than what was heard of them.
     """
     space = {
         "metric": "lambda_ds",
