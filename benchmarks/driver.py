@@ -74,7 +74,7 @@ def main() -> None:
     p.add_argument("--epochs", type=int, default=4)
     args = p.parse_args()
 
-    from raystar import plan, sweep, table, tune
+    from raystar import plan, session, sweep, table, tune
     from raystar import trial as trials
 
     with tempfile.TemporaryDirectory(prefix="raystar-driver-") as out:
@@ -88,14 +88,14 @@ def main() -> None:
         request = ["--space", f"{out}/space.yaml", "--out", out, "--name", "long", "--epochs", str(args.epochs)]
         wanted = plan.make_plan(tune.parser().parse_args(request))
         watch = Watch(max(1, args.trials // 5))
-        reported = sweep._Sweep.trial_reported
+        reported = session.Session.trial_reported
 
         def counted(self: Any, name: str, told: dict[str, Any]) -> bool:
             goes_on = reported(self, name, told)
             watch.result()
             return goes_on
 
-        sweep._Sweep.trial_reported = counted  # type: ignore[method-assign]
+        session.Session.trial_reported = counted  # type: ignore[method-assign]
         trials.run_trial = simulated
         table.Board.changed = lambda *_: None  # type: ignore[method-assign,assignment]
         began = time.perf_counter()

@@ -19,9 +19,9 @@ ORDER = [
     "errors", "journal", "storage", "config", "pt", "dataset", "kernels", "model", "loss", "distributed", "step",
     "compile", "parity", "speed", "checkpoint", "ruler", "codec", "grid", "trainer", "rungs", "summary", "saved",
     "ledger", "table", "spool", "tracking", "space", "retention", "cluster", "trial", "driver", "export", "record",
-    "plan", "outcome", "sweep", "tune", "train",
+    "plan", "outcome", "session", "sweep", "tune", "train",
 ]  # fmt: skip
-MAY_IMPORT = {"ray": {"cluster", "trial", "driver", "space", "sweep"}, "mlflow": {"tracking"}}
+MAY_IMPORT = {"ray": {"cluster", "trial", "driver", "space", "session"}, "mlflow": {"tracking"}}
 
 
 def _imports(path: Path) -> set[str]:
