@@ -46,7 +46,7 @@ _LEARNING = 8  # trials at a time on a cluster, for a search that learns
 
 
 class Session:
-    """A sweep from when it begins, or goes on, to when it ends: what happens goes to journal, ledger, MLflow and screen.
+    """A sweep from when it begins, or goes on, to when it ends: what happens goes to journal, MLflow and screen.
 
     Args:
         placed: on a cluster, the files that nodes must hold.
