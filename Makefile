@@ -8,8 +8,9 @@ BIN := $(VENV)/bin
 sweep: $(VENV)/.ready
 	$(BIN)/python -m raystar.tune --space search_spaces/loss.yaml
 
+# Two files of tests at a time, each on one thread: most of the time goes into starting Ray and MLflow.
 test: $(VENV)/.ready
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(VENV)/.ready
 	$(BIN)/python -m pytest tests/test_style.py

@@ -12,7 +12,6 @@ import tempfile
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -55,21 +54,12 @@ def trials(count: int) -> list[dict[str, Any]]:
 class Conversation:
     """Stands for `ray.tune` in a trial's process, and keeps the trial's reports."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self) -> None:
         self.reports: list[dict[str, Any]] = []
-        self.Checkpoint = SimpleNamespace(from_directory=lambda path: path)
 
-    def get_context(self) -> Any:
-        """Folder of the running trial."""
-        return SimpleNamespace(get_trial_dir=lambda: str(self.folder))
-
-    def get_checkpoint(self) -> None:
-        """Every trial starts from nothing."""
-
-    def report(self, result: dict[str, Any], checkpoint: Any = None) -> None:
+    def report(self, message: dict[str, Any]) -> None:
         """Keeps a report."""
-        self.reports.append(result)
+        self.reports.append({**json.loads(message["report"]), METRIC: message[METRIC]})
 
 
 def run_trials(
@@ -83,14 +73,16 @@ def run_trials(
         mode="min",
         cache_dir=str(folder),
         bank_key=open_bank(config, folder).key,
-        pictures_dir=str(folder),
-        trials_dir=str(folder),
+        placed=None,
+        storage=tempfile.mkdtemp(dir=folder),
+        scratch=str(folder),
+        known={},
         gpu_share=0.0,
         cpus=threads,
         workers=1,
         speed=False,
     )
-    conversation = Conversation(folder)
+    conversation = Conversation()
     trial.tune = conversation  # type: ignore[assignment]
     real_step = trainer.train_step
     done = []
@@ -103,7 +95,7 @@ def run_trials(
         thread.start()
         thread.join()
         last = conversation.reports[-1]
-        epochs = [report for report in conversation.reports if "train/g_loss" in report]
+        epochs = [report["metrics"] for report in conversation.reports if "metrics" in report]
         losses = [[epoch[f"train/{key}"] for key in LOGGED] for epoch in epochs]
         done.append(
             {

@@ -151,7 +151,8 @@ class Session:
         fresh = [name for name in map(self.plan.trial_name, range(self.plan.trials)) if name not in records]
         names = [name for name in known if name not in self.ledger.alone]
         if names or fresh:
-            how_many = "" if self.plan.address else f"{self.plan.at_a_time} at a time; "
+            n = self.plan.at_a_time
+            how_many = "" if self.plan.address else f"{n} trial{'s' if n > 1 else ''} at a time; "
             better = "lower" if self.plan.space.mode == "min" else "higher"
             announce(f"{how_many}{self.plan.space.metric}, {better} is better")
             self._fit(names, fresh)

@@ -66,7 +66,7 @@ def run(plan: Plan) -> int:
         try:
             return _run(plan)
         except BaseException as ended:
-            if not plan.resumed and not (plan.folder / JOURNAL).exists():  # nothing was begun: the name stays free
+            if not plan.resumed and not (plan.folder / "summary.json").exists():  # no result: the name stays free
                 shutil.rmtree(plan.folder)
             if isinstance(ended, SystemExit):  # what Ray makes of SIGTERM while it starts
                 raise KeyboardInterrupt from None
