@@ -6,6 +6,7 @@ side of the conversation is replaced, by an object that keeps what is reported.
 
 from __future__ import annotations
 
+import json
 import statistics
 import sys
 import tempfile
