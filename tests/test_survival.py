@@ -24,7 +24,7 @@ import yaml
 from raystar import checkpoint as checkpoints
 from raystar import export, sweep, tune
 from raystar.errors import RaystarError
-from raystar.plan import make_plan
+from raystar.plan import make_plan, usable_cpus
 from raystar.record import locked
 from tests.cluster import cluster
 from tests.support import ROOT, write_latents
@@ -272,6 +272,18 @@ def test_everything_that_can_go_wrong_with_trials(undisturbed: Path, faults: Fau
     error = next(t["trial"] for t in summary["trials"] if t["params"]["loss.w_cyc"] == 6.0)
     assert "broken on purpose" in (tmp_path / f"runs/s/trials/{error}/error.txt").read_text()
     same_as(undisturbed, tmp_path / "runs")
+
+
+@pytest.mark.skipif(usable_cpus() < 2, reason="needs two processors, one for each worker")
+def test_a_worker_of_a_group_is_killed(faults: Faults, tmp_path: Path) -> None:
+    """Its trial goes on from the last epoch that was saved, with new workers."""
+    faults.plan([{"w_cyc": 1.0, "epoch": 2, "step": 2, "do": "kill"}])
+    wanted = space([1.0], resources={"workers": 2})
+    shown = finished(run(command(tmp_path, wanted, training__epochs=3)))
+    (trial,) = check(tmp_path / "runs", 1)["trials"]
+    assert (trial["status"], trial["epochs"]) == ("finished", 3)
+    assert (faults.folder / "done-0-0").exists()
+    assert shown.count("epoch 2/3") == 1
 
 
 def test_every_trial_fails(faults: Faults, tmp_path: Path) -> None:
