@@ -92,6 +92,7 @@ class Ledger:
             self._start(event["trial"], dict(event["params"]), at)
         elif event["event"] == EPOCH:
             verdict = self._epoch(event["trial"], int(event["epoch"]), dict(event["metrics"]), at)
+            self.summary.trials[event["trial"]].idle_s = event.get("idle_s")
             if verdict.ends is not None:
                 self.due[event["trial"]] = verdict
         elif event["event"] == NOTE:

@@ -348,7 +348,7 @@ class Session:
         if epoch <= record.epochs:  # its process died after this report and repeats it, bit for bit
             return name not in self._ends
         kept = {key: report[key] for key in ("metrics", "images", "first_images", "labels") if report.get(key)}
-        verdict = self._happened(EPOCH, trial=name, epoch=epoch, **kept)
+        verdict = self._happened(EPOCH, trial=name, epoch=epoch, idle_s=record.idle_s, **kept)
         self._track_epoch(name, {"epoch": epoch, **kept})
         if not self.plan.speed:
             self.janitor.epoch(record, epoch)
