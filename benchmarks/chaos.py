@@ -72,7 +72,8 @@ def main() -> None:
 def request(space: Path, out: Path, epochs: int) -> list[str]:
     """The command that begins the sweep."""
     tune = [sys.executable, "-m", "raystar.tune", "--space", str(space), "--out", str(out), "--name", "s"]
-    small = ["model.base_dim=8", "training.epoch_size=160", "visualization.every_epochs=2"]
+    small = ["model.base_dim=8", "training.epoch_size=64", "visualization.every_epochs=2"]
+    small.append("data.domains=[photo,woodcut]")
     return [*tune, "--epochs", str(epochs), *(word for key in small for word in ("--set", key))]
 
 
