@@ -19,10 +19,9 @@ import socket
 import stat
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,30 +77,13 @@ def start(
         code = str(Path(__file__).resolve().parent)
         variables = {**environment, **(shared or {})}
         options |= {"address": address, "runtime_env": {"py_modules": [code], "env_vars": variables}}
-    where = "Ray cannot be started" if address is None else f"--address {address}: cannot be joined"
-    with one_at_a_time():
-        for last in (False, True):
-            try:
-                ray.init(**options)
-                break
-            # Ray has no one kind of error for it.
-            except Exception as error:
-                reason = (str(error).strip().splitlines() or ["unknown reason"])[0]
-                if last or address is not None:
-                    raise RaystarError(f"{where}: {reason}") from None
-                print(f"note: {where} ({reason}); trying once more", file=sys.stderr, flush=True)
-                ray.shutdown()
+    try:
+        ray.init(**options)
+    # Ray has no one kind of error for it.
+    except Exception as error:
+        where = "Ray cannot be started" if address is None else f"--address {address}: cannot be joined"
+        raise RaystarError(f"{where}: {(str(error).strip().splitlines() or ['unknown reason'])[0]}") from None
     _silence()
-
-
-@contextmanager
-def one_at_a_time() -> Iterator[None]:
-    """Lets one process of this user start Ray at a time: two that start together may choose the same port."""
-    path = Path(tempfile.gettempdir(), f"raystar-ray-{os.getuid()}.lock")
-    # Whoever may write there could have put a link in its place.
-    with os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600), "r+") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
 
 
 def stop() -> None:

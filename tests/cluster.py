@@ -19,7 +19,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from raystar.cluster import one_at_a_time
 from tests.support import ROOT
 
 
@@ -132,8 +131,7 @@ def _carry_out(command: dict[str, Any], held: Any, nodes: dict[str, Any]) -> dic
     before = dict(os.environ)
     os.environ.update(command["environment"])
     try:
-        with one_at_a_time():
-            node = held.add_node(num_cpus=command["cpus"], resources=command["resources"], include_dashboard=False)
+        node = held.add_node(num_cpus=command["cpus"], resources=command["resources"], include_dashboard=False)
     finally:
         os.environ.clear()
         os.environ.update(before)
