@@ -169,6 +169,8 @@ def _start_ray(plan: Plan) -> None:
         # Trials compile once a sweep, not once each; the cache is shared by every sweep below --out.
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(plan.cache_dir / "inductor"))
     os.environ.update(_RAY_ENVIRONMENT)
+    # Before anything imports Ray, which reads once whether there is a token; its servers would want one all the same.
+    cluster.settle_token(create=plan.address is None)
     # Tune's imports take two seconds, most of which Ray spends waiting for its processes.
     imports = _Background(lambda: [importlib.import_module(f"raystar.{name}") for name in ("trial", "driver")])
     # What steers a group of workers takes a hundredth beside them; how many groups fit, Plan.at_a_time says.
