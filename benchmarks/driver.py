@@ -75,6 +75,9 @@ def main() -> None:
     p.add_argument("--mlflow-away", action="store_true", help="records wait in the spool, as without a server")
     args = p.parse_args()
 
+    from raystar import cluster
+
+    cluster.settle_token(create=True)  # before the trial's module imports Ray
     from raystar import plan, session, sweep, table, tracking, tune
     from raystar import trial as trials
 
