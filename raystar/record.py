@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import platform
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -32,7 +33,7 @@ def write_record(folder: Path, content: Mapping[str, Any]) -> None:
         number = 1
         while (kept := folder / f"sweep.{number}.json").exists():
             number += 1
-        os.link(path, kept)
+        shutil.copy2(path, kept)
     write_whole(path, text)
 
 
@@ -48,9 +49,9 @@ def read_record(out: Path, name: str) -> dict[str, Any]:
         known = [found.parent.name for found in out.glob(f"*/{RECORD}")] if out.is_dir() else []
         there = f"; there are {', '.join(sorted(known)[:20])}" if known else ""
         raise RaystarError(f"--resume {name}: {path} is not there{nearest(name, known)}{there}")
-    for file in (folder, *(folder / part for part in (RECORD, JOURNAL))):
+    for file in (folder, *sorted(found for found in folder.iterdir() if found.is_file())):
         # Whoever wrote these files says what is run and where; only the same user is trusted with that.
-        if file.exists() and file.stat().st_uid != os.getuid():
+        if file.stat().st_uid != os.getuid():
             raise RaystarError(
                 f"--resume {name}: {file} belongs to user {file.stat().st_uid}, not to you ({os.getuid()}); "
                 "only sweeps of one's own go on"
@@ -59,10 +60,7 @@ def read_record(out: Path, name: str) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
         raise RaystarError(f"--resume {name}: {path} cannot be read: {error}") from None
-    if (
-        not isinstance(content, dict)
-        or not {"request", "config", "space", "data", "code", "tracking_uri"} <= content.keys()
-    ):
+    if not isinstance(content, dict) or not content.keys() >= _KEYS:
         raise RaystarError(f"--resume {name}: {path}: expected the record of a sweep of raystar {__version__}")
     return content
 

@@ -22,10 +22,7 @@ from raystar.record import JOURNAL, locked, write_record
 from raystar.ruler import Ruler, features_file
 from raystar.rungs import Rungs
 from raystar.session import Session
-from raystar.summary import (
-    UNFINISHED,
-    Summary,
-)
+from raystar.summary import UNFINISHED, Summary
 from raystar.table import announce
 from raystar.tracking import SPOOL, MlflowTracker, provenance
 
