@@ -21,12 +21,17 @@ MAX_DEATHS = 3
 
 
 class TrialNames:
-    """Names trials in the order in which Tune first asks. Tune asks copies of this, hence the shared dictionary."""
+    """Names trials in the order in which Tune first asks.
 
+    Tune gives every trial a copy of this, several times: a copy holds nothing, or thousands of trials would each hold
+    the names of all.
+    """
+
+    names: ClassVar[list[str]] = []
     numbers: ClassVar[dict[str, int]] = {}
 
     def __init__(self, names: Sequence[str]) -> None:
-        self.names = list(names)
+        self.names[:] = names
         self.numbers.clear()
 
     def __call__(self, trial: Trial) -> str:
@@ -146,7 +151,10 @@ class Release(tune.Callback):  # type: ignore[misc]
 
 
 class Recorder(tune.Callback):  # type: ignore[misc]
-    """Hands Tune's events to the listener, and counts deaths: a process that dies begins again, but not for ever."""
+    """Hands Tune's events to the listener, and counts deaths: a process that dies begins again, but not for ever.
+
+    What Tune would keep of each trial to the sweep's end, and nothing reads, goes as soon as it may.
+    """
 
     def __init__(self, listener: Listener) -> None:
         self.listener = listener
@@ -163,6 +171,7 @@ class Recorder(tune.Callback):  # type: ignore[misc]
         if result.get("saved"):
             self.deaths.pop(str(trial), None)
             trial.max_failures = -1
+        result.pop("report", None)
 
     def on_trial_recover(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         """See `ray.tune.Callback`."""
@@ -173,10 +182,17 @@ class Recorder(tune.Callback):  # type: ignore[misc]
     def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         """See `ray.tune.Callback`."""
         self.listener.trial_ended(str(trial), None)
+        self._forget(trial)
 
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         """See `ray.tune.Callback`."""
-        self.listener.trial_ended(str(trial), self.deaths.get(str(trial), 0) + 1)
+        self.listener.trial_ended(str(trial), self.deaths.pop(str(trial), 0) + 1)
+        self._forget(trial)
+
+    @staticmethod
+    def _forget(trial: Trial) -> None:
+        trial.metric_analysis.clear()
+        trial.metric_n_steps.clear()
 
     def __getstate__(self) -> dict[str, Any]:
         return {}  # the listener belongs to the running driver, not to Tune's saved state

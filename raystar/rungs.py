@@ -7,9 +7,28 @@ successive halving after Li et al., arXiv:1810.05934, with the decisions of Ray 
 from __future__ import annotations
 
 import math
+from bisect import insort
 from dataclasses import dataclass, field
 
-import numpy as np
+
+@dataclass
+class Rung:
+    """What trials had when they came to an epoch, higher is better."""
+
+    epoch: float
+    trials: set[str] = field(default_factory=set)
+    values: list[float] = field(default_factory=list)
+    """The finite ones, in rising order."""
+
+    def quantile(self, q: float) -> float:
+        """Between the two nearest values, rounded as `numpy.percentile` does; the worst where there is no value."""
+        if not self.values:
+            return -math.inf
+        at = q * (len(self.values) - 1)
+        below = math.floor(at)
+        a, b = self.values[below], self.values[min(below + 1, len(self.values) - 1)]
+        part = at - below
+        return a + (b - a) * part if part < 0.5 else b - (b - a) * (1 - part)
 
 
 @dataclass
@@ -29,24 +48,22 @@ class Rungs:
     factor: float
     epochs: int
     exempt: str | None = None
-    levels: list[tuple[float, dict[str, float]]] = field(init=False)
-    """Epoch of each rung, the last first, and what trials had there, higher is better."""
+    rungs: list[Rung] = field(init=False)
+    """The last epoch's first."""
 
     def __post_init__(self) -> None:
         count = int(math.log(self.epochs / self.grace) / math.log(self.factor) + 1)
-        self.levels = [(self.grace * self.factor**k, {}) for k in reversed(range(count))]
+        self.rungs = [Rung(self.grace * self.factor**k) for k in reversed(range(count))]
 
     def take(self, trial: str, epoch: int, value: float) -> bool:
         """Takes in a trial's value; returns whether the trial may go on. A value that is not finite is the worst."""
         value = value if self.mode == "max" else -value
-        for at, there in self.levels:
-            if epoch < at or trial in there:
+        for rung in self.rungs:
+            if epoch < rung.epoch or trial in rung.trials:
                 continue
-            stopped = bool(there) and not value >= self._cutoff(there)
-            there[trial] = value if math.isfinite(value) else -math.inf
+            stopped = bool(rung.trials) and not value >= rung.quantile(1 - 1 / self.factor)
+            rung.trials.add(trial)
+            if math.isfinite(value):
+                insort(rung.values, value)
             return not stopped or trial == self.exempt
         return True
-
-    def _cutoff(self, there: dict[str, float]) -> float:
-        finite = [value for value in there.values() if math.isfinite(value)]
-        return float(np.percentile(finite, (1 - 1 / self.factor) * 100)) if finite else -math.inf

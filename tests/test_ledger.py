@@ -115,7 +115,7 @@ def state(found: Ledger) -> dict[str, Any]:
     summary = found.summary
     return {
         "trials": {name: asdict(record) for name, record in summary.trials.items()},
-        "rungs": found.rungs.levels,
+        "rungs": found.rungs.rungs,
         "best": summary.best and summary.best.trial,
         "counts": summary.counts(),
         "ended": asdict(summary.ended),
