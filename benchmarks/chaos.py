@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import random
+import re
 import signal
 import sqlite3
 import subprocess
@@ -115,7 +116,7 @@ def trial_processes(mark: str) -> list[int]:
     for entry in Path("/proc").iterdir():
         try:
             title = (entry / "cmdline").read_bytes()
-            trains = title.startswith(b"ray::") and not title.startswith(b"ray::IDLE")
+            trains = re.match(rb"ray::(?!IDLE|\w+Agent)", title)
             if trains and f"{_MARK}={mark}".encode() in (entry / "environ").read_bytes():
                 found.append(int(entry.name))
         except (OSError, ValueError):
