@@ -14,7 +14,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -23,7 +22,7 @@ from raystar import checkpoint as checkpoints
 from raystar import pt
 from raystar.config import Config, from_mapping, load_config, to_yaml
 from raystar.errors import RaystarError, is_file, nearest, run_cli
-from raystar.model import NAMES, Nets
+from raystar.model import NAMES, Nets, noise
 
 WEIGHTS, CONFIG, METRICS, GRID, README = "model.safetensors", "config.yaml", "metrics.json", "grid.png", "README.md"
 
@@ -81,14 +80,6 @@ class Translator:
                 s = self.nets.F(z.expand(B, -1), y)
             x = latents.to(self.device, torch.float32) * scale
             return (self.nets.G(x, s) / scale).to(latents.device)
-
-
-def noise(seed: int, latent_dim: int) -> Tensor:
-    """The noise [1,latent_dim] of a seed, the same on every machine and device."""
-    if seed < 0:
-        raise RaystarError(f"seed: expected 0 or more, found {seed}")
-    drawn = np.random.default_rng(seed).standard_normal((1, latent_dim), dtype=np.float32)
-    return torch.from_numpy(drawn)
 
 
 def _check_latents(latents: Tensor, channels: int, name: str) -> None:

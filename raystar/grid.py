@@ -14,12 +14,13 @@ from torch import Tensor
 from raystar.codec import Codec
 from raystar.config import Config
 from raystar.dataset import Bank
-from raystar.model import Nets
+from raystar.model import Nets, noise
 from raystar.step import autocast
 
 PAPER, INK, FAINT = (255, 255, 255), (28, 30, 33), (120, 124, 130)
 _SEED = 7
-_CELL = 128  # pixels of a picture in a grid
+_CELL, _LABEL, _GAP, _MARGIN = 128, 22, 4, 12  # pixels of a picture, of a label, and between them
+_PITCH = _CELL + _GAP
 
 
 class GridSet(NamedTuple):
@@ -30,7 +31,7 @@ class GridSet(NamedTuple):
     references: Tensor
     """[N,C,H,W] unscaled held-out references, one a domain, other pictures than the sources."""
     noise: Tensor
-    """[N,Z], one noise a target domain."""
+    """[N,Z], one noise a target domain: that of seed 0 for the first, 1 for the second, and so on."""
     source_pictures: NDArray[np.uint8]
     reference_pictures: NDArray[np.uint8]
 
@@ -47,8 +48,8 @@ def choose(bank: Bank, config: Config, codec: Codec) -> GridSet:
     shown = bank.rows(np.array([*sources, *references]))
     pictures = codec.decode(shown)
     N = len(bank.domains)
-    noise = torch.from_numpy(rng.standard_normal((N, config.model.latent_dim), dtype=np.float32))
-    return GridSet(shown[:N], shown[N:], noise, pictures[:N], pictures[N:])
+    seeds = torch.cat([noise(seed, config.model.latent_dim) for seed in range(N)])
+    return GridSet(shown[:N], shown[N:], seeds, pictures[:N], pictures[N:])
 
 
 def draw(nets: Nets, config: Config, chosen: GridSet, codec: Codec) -> dict[str, Image.Image]:
@@ -73,6 +74,41 @@ def draw(nets: Nets, config: Config, chosen: GridSet, codec: Codec) -> dict[str,
     }
 
 
+def interpolation(
+    nets: Nets, config: Config, chosen: GridSet, codec: Codec, seeds: tuple[int, int] = (0, 1), steps: int = 7
+) -> Image.Image:
+    """One source a row, on its way through a domain's styles: from one noise's style code to another's.
+
+    Rows are target domains; their source is the first domain's, the second's in the first row.
+    """
+    device = next(nets.G.parameters()).device
+    scale = config.training.latent_scale
+    N = len(chosen.sources)
+    of = [1 if target == 0 else 0 for target in range(N)]
+    with torch.inference_mode(), autocast(config, device):
+        y = torch.arange(N, device=device)
+        a, b = (nets.F(noise(seed, config.model.latent_dim).expand(N, -1).to(device), y).float() for seed in seeds)
+        styles = torch.lerp(a[:, None], b[:, None], torch.linspace(0, 1, steps, device=device)[:, None])  # [N,steps,S]
+        x = (chosen.sources[of].to(device) * scale).repeat_interleave(steps, dim=0)
+        fakes = nets.G(x, styles.flatten(0, 1)).float() / scale
+    pictures = codec.decode(fakes)
+    cells = pictures.reshape(N, steps, *pictures.shape[1:])
+    top, left = _LABEL, _LABEL + _CELL + _MARGIN
+    sheet = Image.new("RGB", (left + steps * _PITCH, top + N * _PITCH), PAPER)
+    write = ImageDraw.Draw(sheet)
+    _centred(write, "source", (_LABEL + _CELL // 2, _LABEL // 2), _CELL, FAINT)
+    for column, text in enumerate([f"seed {seeds[0]}", *[""] * (steps - 2), f"seed {seeds[1]}"]):
+        _centred(write, text, (left + column * _PITCH + _CELL // 2, _LABEL // 2), _CELL, FAINT)
+    for row, domain in enumerate(config.data.domains):
+        y_at = top + row * _PITCH
+        sheet.paste(_sideways(domain, _CELL, _LABEL), (0, y_at))
+        sheet.paste(_picture(chosen.source_pictures[of[row]], _CELL), (_LABEL, y_at))
+        for column in range(steps):
+            sheet.paste(_picture(cells[row, column], _CELL), (left + column * _PITCH, y_at))
+    write.line([(left - _MARGIN // 2, top), (left - _MARGIN // 2, sheet.height)], fill=FAINT)
+    return sheet
+
+
 def labelled(
     cells: NDArray[np.uint8],
     domains: Sequence[str],
@@ -86,12 +122,12 @@ def labelled(
     Args:
         cells: [N,N,h,w,3], source domains down, target domains across.
         rows: [N,h,w,3] the sources, shown at the left.
-        columns: [N,h,w,3] the references, shown at the top; None if there are none (noise).
+        columns: [N,h,w,3] the references, shown at the top; None for noise, whose seeds stand there: 0, 1, ...
         path: `reference` or `noise`, named in the corner.
         cell: pixels of one picture.
     """
-    N, gap, label, margin = len(domains), 4, 22, 12
-    top = label + (cell + margin if columns is not None else 0)
+    N, gap, label, margin = len(domains), _GAP, _LABEL, _MARGIN
+    top = label + (cell + margin if columns is not None else label)
     left = label + cell + margin
     size = (left + N * (cell + gap), top + N * (cell + gap))
     sheet = Image.new("RGB", size, PAPER)
@@ -103,6 +139,8 @@ def labelled(
         sheet.paste(_picture(rows[i], cell), (label, y))
         if columns is not None:
             sheet.paste(_picture(columns[i], cell), (x, label))
+        else:
+            _centred(write, f"seed {i}", (x + cell // 2, label + label // 2 - 4), cell, FAINT)
         for j in range(N):
             sheet.paste(_picture(cells[i, j], cell), (left + j * (cell + gap), y))
     # The corner says how to read it; across the rules, real pictures stand outside.
@@ -111,7 +149,7 @@ def labelled(
             _centred(write, text, (label + cell // 2, label + cell // 2 - 9 + 18 * line), cell, FAINT)
         write.line([(left, top - margin // 2), (size[0], top - margin // 2)], fill=FAINT)
     else:
-        _centred(write, "source", (label + cell // 2, label // 2), cell, FAINT)
+        _centred(write, "source", (label + cell // 2, top - label // 2 - 4), cell, FAINT)
     write.line([(left - margin // 2, top), (left - margin // 2, size[1])], fill=FAINT)
     return sheet
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -267,3 +268,11 @@ class Nets:
         """G with gradients off; `x` [B,C,H,W] scaled, `s` [K*B,S] -> [K*B,C,H,W] scaled."""
         with torch.inference_mode():
             return self.G(x, s)
+
+
+def noise(seed: int, latent_dim: int) -> Tensor:
+    """The noise [1,latent_dim] of a seed, the same on every machine and device."""
+    if seed < 0:
+        raise RaystarError(f"seed: expected 0 or more, found {seed}")
+    drawn = np.random.default_rng(seed).standard_normal((1, latent_dim), dtype=np.float32)
+    return torch.from_numpy(drawn)

@@ -15,12 +15,13 @@ from raystar import grid
 from raystar.codec import PreviewCodec
 from raystar.config import Config, override
 from raystar.dataset import Bank, open_bank
+from raystar.export import Translator
 from raystar.model import Nets
 from tests.support import tiny_config, write_latents
 
 # The layout of labelled(): pictures of 128 pixels start below and right of the labels and the real pictures.
 LABEL, CELL, PITCH, LEFT = 22, 128, 132, 22 + 128 + 12
-TOP = {"grid_ref": LEFT, "grid_noise": LABEL}
+TOP = {"grid_ref": LEFT, "grid_noise": 2 * LABEL}
 
 
 def drawn(nets: Nets, config: Config, chosen: grid.GridSet) -> dict[str, Image.Image]:
@@ -145,6 +146,32 @@ def test_drawing_repeats_and_changes_nothing(config: Config, bank: Bank, nets: N
     assert all(p.requires_grad and p.grad is None for p in nets.G.parameters())
 
 
+def test_the_noise_columns_are_those_of_translate(config: Config, bank: Bank, nets: Nets) -> None:
+    chosen = grid.choose(bank, config, PreviewCodec())
+    image = drawn(nets, config, chosen)["grid_noise"]
+    translator = Translator(copy.deepcopy(nets), config, torch.device("cpu"))
+    for column, domain in enumerate(config.data.domains):
+        alone = PreviewCodec().decode(translator.translate(chosen.sources[:1], domain, seed=column))[0]
+        assert np.abs(cell(image, "grid_noise", 0, column).astype(int) - alone).max() <= 1
+
+
+def test_the_interpolation_goes_from_one_seed_to_the_other(config: Config, bank: Bank, nets: Nets) -> None:
+    chosen = grid.choose(bank, config, PreviewCodec())
+    image = grid.interpolation(nets, config, chosen, PreviewCodec(), seeds=(3, 8), steps=5)
+    assert image.size == (LEFT + 5 * PITCH, LABEL + 3 * PITCH)
+    translator = Translator(copy.deepcopy(nets), config, torch.device("cpu"))
+    shown = pixels(image).astype(int)
+    for row, domain in enumerate(config.data.domains):
+        source = chosen.sources[1:2] if row == 0 else chosen.sources[:1]
+        strip = [shown[LABEL + PITCH * row :, LEFT + PITCH * k :][:CELL, :CELL] for k in range(5)]
+        for seed, end in ((3, strip[0]), (8, strip[-1])):
+            alone = PreviewCodec().decode(translator.translate(source, domain, seed=seed))[0]
+            assert np.abs(end - alone).max() <= 1
+        ways = [np.abs(picture - strip[0]).mean() for picture in strip]
+        assert ways == sorted(ways)
+        assert ways[1] > 0
+
+
 # -- labels ----------------------------------------------------------------------------------------
 
 
@@ -215,6 +242,6 @@ def test_pictures_of_another_size_fill_their_cells() -> None:
     cells = np.full((2, 2, 40, 40, 3), 90, np.uint8)
     rows = np.full((2, 300, 300, 3), 30, np.uint8)
     sheet = pixels(grid.labelled(cells, ("a", "b"), rows, None, "noise", cell=64))
-    assert sheet.shape == (22 + 2 * 68, 22 + 64 + 12 + 2 * 68, 3)
-    assert (sheet[22 : 22 + 64, 98 : 98 + 64] == 90).all()
-    assert (sheet[22 : 22 + 64, 22 : 22 + 64] == 30).all()
+    assert sheet.shape == (2 * 22 + 2 * 68, 22 + 64 + 12 + 2 * 68, 3)
+    assert (sheet[44 : 44 + 64, 98 : 98 + 64] == 90).all()
+    assert (sheet[44 : 44 + 64, 22 : 22 + 64] == 30).all()
