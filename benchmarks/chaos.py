@@ -1,8 +1,8 @@
 """A sweep whose processes are killed every few seconds, and what that costs.
 
-Trials' processes get SIGKILL at random, and one time in ten the driver, which is then followed by `--resume`: more often,
-and it would hardly get beyond its start. In the end every trial must be accounted for once, no epoch logged twice, no
-run left RUNNING, and every trial's score must be that of the same sweep left in peace, to the last bit.
+Trials' processes get SIGKILL at random, and one time in ten the driver, which is then followed by `--resume`; more
+often, and it would hardly get beyond its start. In the end every trial must be accounted for once, no epoch logged
+twice, no run left RUNNING, and every trial's score must be that of the same sweep left in peace, to the last bit.
 
     python -m benchmarks.chaos --seed 0
 """
