@@ -169,14 +169,11 @@ def open_codec(config: Config, device: torch.device | str = "cpu") -> tuple[Code
             return PreviewCodec(), f"{name} cannot be loaded ({reason[:160]}); pictures use the built-in preview"
 
 
-def open_vae(
-    name: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, key: str = "--vae"
-) -> VaeCodec:
+def open_vae(name: str, device: torch.device | str = "cpu", key: str = "--vae") -> VaeCodec:
     """An autoencoder that must be had, since nothing else can encode pictures.
 
     Args:
         name: hub name or folder of an AutoencoderKL or AutoencoderTiny.
-        dtype: what it computes in.
         key: what an error calls the name.
 
     Raises:
@@ -185,7 +182,7 @@ def open_vae(
     _check_vae(name, key)
     with _quiet(True):
         try:
-            return VaeCodec(_load_model(name), Path(name).name, torch.device(device), dtype=dtype)
+            return VaeCodec(_load_model(name), Path(name).name, torch.device(device))
         except RaystarError:
             raise
         # As in open_codec: everything a hub, a cache and a model file can raise.

@@ -21,8 +21,8 @@ FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "QOI", "TGA",
 """What is opened, by content. Not all that Pillow knows: some of its readers start other programs."""
 
 SUFFIXES = frozenset([
-    ".apng", ".avif", ".avifs", ".bmp", ".dib", ".gif", ".j2c", ".j2k", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpf", ".jpg",
-    ".jpx", ".mpo", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".qoi", ".tga", ".tif", ".tiff", ".webp",
+    ".apng", ".avif", ".avifs", ".bmp", ".dib", ".gif", ".j2c", ".j2k", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpf",
+    ".jpg", ".jpx", ".mpo", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".qoi", ".tga", ".tif", ".tiff", ".webp",
 ])  # fmt: skip
 """What counts as a picture in a folder."""
 
@@ -48,21 +48,23 @@ class Found(NamedTuple):
     """How many files of each suffix are no pictures."""
 
 
-def find(folder: Path) -> Found:
+def find(folder: Path, within: Path | None = None) -> Found:
     """All pictures below a folder, by their suffixes; hidden files and folders are left out.
 
-    Links to folders are followed. One that leads back into a folder that holds it is bad, and not walked; a folder
+    Links to folders are followed. One that leads back to a folder that holds it is bad, and not walked; a folder
     that is reached in several ways is walked once.
+
+    Args:
+        within: a folder that holds `folder`; links to it are bad, too.
     """
     found = Found([], [], Counter())
     seen: set[tuple[int, int]] = set()
-    pending: list[tuple[str, tuple[tuple[int, int], ...]]] = [("", ())]
+    pending = [("", () if within is None else (_place(within.stat()),))]
     while pending:
         name, above = pending.pop()
         path = folder / name
         try:
-            status = path.stat()
-            place = (status.st_dev, status.st_ino)
+            place = _place(path.stat())
             if place in above:
                 found.bad.append((name, "a link to a folder that holds it: not walked again"))
                 continue
@@ -79,7 +81,12 @@ def find(folder: Path) -> Found:
                 continue
             inner = f"{name}/{entry}" if name else entry
             suffix = Path(entry).suffix.lower()
-            if (folder / inner).is_dir():
+            try:
+                is_folder = stat.S_ISDIR((folder / inner).stat().st_mode)
+            except OSError as error:  # a link to nothing or to itself
+                found.bad.append((inner, _why(error)))
+                continue
+            if is_folder:
                 folders.append((inner, (*above, place)))
             elif suffix in SUFFIXES:
                 found.pictures.append(inner)
@@ -206,6 +213,11 @@ def _srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
         except (ImageCms.PyCMSError, OSError):
             pass
     return image.convert("RGB")
+
+
+def _place(status: os.stat_result) -> tuple[int, int]:
+    """What a folder is known by, whatever it is called."""
+    return status.st_dev, status.st_ino
 
 
 def _why(error: OSError) -> str:
