@@ -19,7 +19,7 @@ ORDER = [
     "errors", "journal", "storage", "config", "pt", "pictures", "dataset", "kernels", "model", "loss", "distributed",
     "step", "compile", "parity", "speed", "checkpoint", "ruler", "codec", "grid", "trainer", "rungs", "summary",
     "saved", "ledger", "table", "spool", "tracking", "space", "retention", "cluster", "trial", "driver", "export",
-    "translate", "record", "plan", "outcome", "session", "sweep", "tune", "train",
+    "encode", "translate", "record", "plan", "outcome", "session", "sweep", "tune", "train",
 ]  # fmt: skip
 MAY_IMPORT = {"ray": {"cluster", "trial", "driver", "space", "session"}, "mlflow": {"tracking"}}
 
