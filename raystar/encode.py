@@ -461,11 +461,11 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"{len(job.done)} of {found} latents are in {args.out}; the same command goes on", file=sys.stderr)
         raise
-    _tell(job, made, time.monotonic() - started)
+    _tell(job, args.vae, made, time.monotonic() - started)
     return 1 if job.bad and not args.skip_bad else 0
 
 
-def _tell(job: Job, made: int, seconds: float) -> None:
+def _tell(job: Job, vae: str, made: int, seconds: float) -> None:
     """What was done, what was not and why, and what comes next."""
     counts = ", ".join(f"{domain} {sum(s in job.done for s in named)}" for domain, named in job.domains.items())
     new = made - sum(source in job.bad for named in job.domains.values() for source in named)
@@ -493,6 +493,7 @@ def _tell(job: Job, made: int, seconds: float) -> None:
         print(
             "next: python -m raystar.tune --space search_spaces/loss.yaml --config configs/stargan_v2_latent.yaml "
             f"--set data.data_root={job.out} --set 'data.domains=[{', '.join(usable)}]'"
+            + (f" --set visualization.vae_model_name_or_path={vae}" if vae != DEFAULT_VAE else "")
         )
 
 
