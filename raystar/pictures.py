@@ -10,7 +10,7 @@ import io
 import os
 import stat
 import warnings
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Collection
 from pathlib import Path
 from typing import NamedTuple
@@ -53,16 +53,16 @@ def find(folder: Path, within: Path | None = None, suffixes: Collection[str] = S
     """All pictures below a folder, by their suffixes; hidden files and folders are left out.
 
     Links to folders are followed. One that leads back to a folder that holds it is bad, and not walked; a folder
-    that is reached in several ways is walked once.
+    that is reached in several ways is walked once, under its own name if it has one here.
 
     Args:
         within: a folder that holds `folder`; links to it are bad, too.
     """
     found = Found([], [], Counter())
     seen: set[tuple[int, int]] = set()
-    pending = [("", () if within is None else (_place(within.stat()),))]
+    pending = deque([("", () if within is None else (_place(within.stat()),))])
     while pending:
-        name, above = pending.pop()
+        name, above = pending.popleft()
         path = folder / name
         try:
             place = _place(path.stat())
@@ -76,7 +76,6 @@ def find(folder: Path, within: Path | None = None, suffixes: Collection[str] = S
         except OSError as error:
             found.bad.append((name or ".", _why(error)))
             continue
-        folders = []
         for entry in entries:
             if entry.startswith("."):
                 continue
@@ -88,14 +87,14 @@ def find(folder: Path, within: Path | None = None, suffixes: Collection[str] = S
                 found.bad.append((inner, _why(error)))
                 continue
             if is_folder:
-                folders.append((inner, (*above, place)))
+                # Links last, so that what is reached in two ways keeps its own name.
+                (pending.append if (folder / inner).is_symlink() else pending.appendleft)((inner, (*above, place)))
             elif suffix in suffixes:
                 found.pictures.append(inner)
             elif suffix in _FOREIGN:
                 found.bad.append((inner, f"{suffix[1:].upper()} files are not read; convert it to JPEG or PNG"))
             else:
                 found.ignored[suffix or "no suffix"] += 1
-        pending += reversed(folders)
     found.pictures.sort()
     found.bad.sort()
     return found

@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
+from torch.nn import functional
 from tqdm import tqdm
 
 from raystar.codec import DEFAULT_VAE, Codec, VaeCodec, open_codec, open_vae, say
@@ -34,6 +35,7 @@ REFERENCE = 256
 SMALLEST = 64
 """Pixels along the shorter side, below which a picture has too few cells to be normalised."""
 
+_RIM = 4  # cells
 _LATENTS = (".npy", ".pt")
 _WRITTEN = (".avif", ".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 _OPAQUE = (".bmp", ".jpeg", ".jpg")
@@ -45,9 +47,10 @@ _NET_TILE, _NET_OVERLAP = 512, 32  # cells: as much of a picture as memory allow
 class PictureTranslator:
     """A model that translates pictures of any size, which keep their size and what is transparent in them.
 
-    The generator sees a picture whole: its normalisation then knows the whole picture, as in training. Only pictures
-    beyond 4096 pixels go through it in overlapping tiles. The VAE, whose memory is the narrow place, works in
-    overlapping tiles of 768 pixels where a picture is larger.
+    The generator sees a picture whole, since it normalises by the whole picture: in tiles, each of them gets the
+    colours and contrasts of a picture of its own, and a calm sky becomes patches. Only pictures beyond 4096 pixels go
+    through it in overlapping tiles. The VAE, whose memory is the narrow place, works in overlapping tiles of 768
+    pixels where a picture is larger.
 
     Args:
         translator: what `export.load` gives.
@@ -117,12 +120,18 @@ class PictureTranslator:
         return self.codec.encode
 
     def restyle(self, latents: Tensor, domain: str, reference: Tensor | None, seed: int | None) -> Tensor:
-        """`export.Translator.translate` of unscaled latents [1,4,H,W] of any size."""
+        """`export.Translator.translate` of unscaled latents [1,4,H,W] of any size from 8 cells on.
+
+        They go in with a mirrored rim, which is cut off again: the generator pads with zeros, and each of its
+        convolutions draws them further into the picture, as a dull frame.
+        """
+        padded = functional.pad(latents, (_RIM,) * 4, "reflect")
 
         def piece(y: slice, x: slice) -> Tensor:
-            return self.translator.translate(latents[:, :, y, x], domain, reference, seed)
+            return self.translator.translate(padded[:, :, y, x], domain, reference, seed)
 
-        return blended(piece, (latents.shape[2], latents.shape[3]), self.tile, self.overlap)
+        made = blended(piece, (padded.shape[2], padded.shape[3]), self.tile + 2 * _RIM, self.overlap)
+        return made[:, :, _RIM:-_RIM, _RIM:-_RIM].contiguous()
 
     def decode(self, latents: Tensor, like: Image.Image | None = None) -> Image.Image:
         """Unscaled latents [1,4,H,W] -> a picture; of the size of `like`, and as transparent, where that is given."""
