@@ -74,7 +74,10 @@ class VaeCodec:
         batch_size: int = 8,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        self.model = model.eval().requires_grad_(False).to(device, dtype)
+        self.model = model.eval().requires_grad_(False).to(device)
+        if dtype != torch.float32:
+            with _quiet(True):  # diffusers warns of networks that must stay in float32, and these need not
+                self.model.to(dtype)
         self.name = name
         self.device = device
         self.batch_size = batch_size

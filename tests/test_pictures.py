@@ -201,7 +201,8 @@ def test_sizes(tmp_path: Path) -> None:
 
 
 def test_a_folder_of_any_shape(tmp_path: Path) -> None:
-    for name in ("b.JPG", "a.png", "in/deep/c.webp", ".hidden.png", ".cache/d.png", "in/notes.txt", "in/raw.NEF", "Thumbs.db"):  # fmt: skip
+    shown, hidden = ("b.JPG", "a.png", "in/deep/c.webp"), (".hidden.png", ".cache/d.png")
+    for name in (*shown, *hidden, "in/notes.txt", "in/raw.NEF", "Thumbs.db"):
         (tmp_path / "pics" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "pics" / name).touch()
     (tmp_path / "elsewhere").mkdir()
