@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import sys
 import time
 from collections import Counter, deque
@@ -82,6 +83,7 @@ class Job:
     ignored: Counter[str] = field(default_factory=Counter)
     done: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Picture: its record in the manifest."""
+    made: int = 0
     enlarged: int = 0
     stale: list[str] = field(default_factory=list)
     """Latents of pictures that are no longer there."""
@@ -178,13 +180,17 @@ def latent_names(sources: Sequence[str], kept: Mapping[str, str], taken: Sequenc
 @contextmanager
 def _alone(out: Path) -> Iterator[None]:
     """One process at a time writes into `out`; a killed one leaves nothing locked."""
-    out.mkdir(parents=True, exist_ok=True)
-    folder = os.open(out, os.O_RDONLY)
     try:
-        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        out.mkdir(parents=True, exist_ok=True)
+        folder = os.open(out, os.O_RDONLY)
+    except OSError as error:
+        raise RaystarError(f"--out {out}: cannot be made: {error.strerror}") from None
+    try:
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RaystarError(f"--out {out}: another process is encoding into it") from None
         yield
-    except BlockingIOError:
-        raise RaystarError(f"--out {out}: another process is encoding into it") from None
     finally:
         os.close(folder)
 
@@ -250,8 +256,8 @@ def prepare(path: Path, size: int) -> tuple[NDArray[np.uint8], bool]:
     return np.asarray(pictures.square(pictures.flat(picture), size)), min(picture.size) < size
 
 
-def encode(job: Job, codec: VaeCodec, settings: Settings) -> int:
-    """Encodes what is not done yet; returns how many that were. `job` then knows what became of each picture.
+def encode(job: Job, codec: VaeCodec, settings: Settings) -> None:
+    """Encodes what is not done yet; `job` then knows what became of each picture.
 
     Raises:
         RaystarError: `job.out` holds latents of other pictures of the same names, or is in use.
@@ -291,7 +297,6 @@ def encode(job: Job, codec: VaeCodec, settings: Settings) -> int:
             _write_manifest(job, settings, root, others)
             journal.close()
             journal.path.unlink(missing_ok=True)
-        return len(todo)
 
 
 def _names(job: Job, sources: Sequence[str], old: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
@@ -389,6 +394,7 @@ def _save(job: Job, one: _Prepared, latent: Tensor, name: str, settings: Setting
     journal.append({"source": one.source, **record})
     os.replace(part, path)
     job.done[one.source] = record
+    job.made += 1
     job.enlarged += one.enlarged
 
 
@@ -457,21 +463,20 @@ def main(argv: list[str] | None = None) -> int:
     batch = max(1, _BATCH_PIXELS // args.size**2)
     started = time.monotonic()
     try:
-        made = encode(job, VaeCodec(codec.model, codec.name, codec.device, batch, _DTYPES[args.dtype]), settings)
+        encode(job, VaeCodec(codec.model, codec.name, codec.device, batch, _DTYPES[args.dtype]), settings)
     except KeyboardInterrupt:
         print(f"{len(job.done)} of {found} latents are in {args.out}; the same command goes on", file=sys.stderr)
         raise
-    _tell(job, args.vae, made, time.monotonic() - started)
+    _tell(job, args.vae, time.monotonic() - started)
     return 1 if job.bad and not args.skip_bad else 0
 
 
-def _tell(job: Job, vae: str, made: int, seconds: float) -> None:
+def _tell(job: Job, vae: str, seconds: float) -> None:
     """What was done, what was not and why, and what comes next."""
     counts = ", ".join(f"{domain} {sum(s in job.done for s in named)}" for domain, named in job.domains.items())
-    new = made - sum(source in job.bad for named in job.domains.values() for source in named)
     print(
-        f"{len(job.done)} latents in {job.out}: {counts}; {new} made in {duration(seconds)}"
-        + (f", {len(job.done) - new} were there" if len(job.done) > new else "")
+        f"{len(job.done)} latents in {job.out}: {counts}; {job.made} made in {duration(seconds)}"
+        + (f", {len(job.done) - job.made} were there" if len(job.done) > job.made else "")
     )
     if job.enlarged:
         print(f"note: {job.enlarged} pictures are smaller than the size asked for and were enlarged", file=sys.stderr)
@@ -489,11 +494,12 @@ def _tell(job: Job, vae: str, made: int, seconds: float) -> None:
         for name, reason in sorted(job.bad.items()):
             print(f"  {name}: {reason}", file=sys.stderr)
     usable = [domain for domain, named in job.domains.items() if any(source in job.done for source in named)]
+    settings = [f"data.data_root={job.out}", f"data.domains=[{', '.join(usable)}]"]
+    settings += [f"visualization.vae_model_name_or_path={vae}"] if vae != DEFAULT_VAE else []
     if len(usable) > 1:
         print(
             "next: python -m raystar.tune --space search_spaces/loss.yaml --config configs/stargan_v2_latent.yaml "
-            f"--set data.data_root={job.out} --set 'data.domains=[{', '.join(usable)}]'"
-            + (f" --set visualization.vae_model_name_or_path={vae}" if vae != DEFAULT_VAE else "")
+            + " ".join(f"--set {shlex.quote(setting)}" for setting in settings)
         )
 
 

@@ -286,7 +286,7 @@ def main(argv: list[str] | None = None) -> int:
     done = (len(tasks) - sum(name == str(task.source) for task in tasks for name, _ in bad)) * len(seeds)
     if bad and not is_folder(args.input):
         raise RaystarError(f"--input {args.input}: {bad[0][1]}")
-    print(f"{done} results in {args.out}")
+    print(f"{done} result{'s' * (done != 1)} in {args.out}")
     if bad:
         print(f"{len(bad)} could not be used:", file=sys.stderr)
         for name, reason in sorted(bad):

@@ -61,7 +61,7 @@ def test_who_imports(library: str) -> None:
     assert users == MAY_IMPORT[library]
 
 
-@pytest.mark.parametrize("module", ["trainer", "ruler", "export", "dataset", "translate"])
+@pytest.mark.parametrize("module", ["trainer", "ruler", "export", "dataset", "encode", "translate"])
 def test_training_and_export_run_without_ray_and_mlflow(module: str) -> None:
     code = f"import sys, raystar.{module}; print([m for m in ('ray', 'mlflow', 'diffusers') if m in sys.modules])"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
