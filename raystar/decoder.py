@@ -23,7 +23,7 @@ PACKAGED = Path(__file__).with_name("decoder.safetensors")
 """The decoder that ships with the package, distilled from TAESD (MIT)."""
 
 FORMAT = "raystar-decoder-1"
-WIDTHS, BLOCKS = (64, 32, 16), (2, 2, 1)
+WIDTHS, BLOCKS = (64, 32, 16), (2, 1, 1)
 _LARGEST = 512
 _LIMIT = 3.0
 

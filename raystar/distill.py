@@ -33,9 +33,9 @@ from raystar.config import Config, override
 from raystar.dataset import DEMO_ROOT, Bank, data_root, open_bank
 from raystar.decoder import Decoder
 from raystar.errors import RaystarError, is_folder, run_cli
-from raystar.ruler import check_holdout
 
-BATCH = 8
+BATCH = 4
+_CHUNK = 8  # pictures decoded at once
 HELD = 64
 """Held-out pictures of a dataset that are looked at."""
 MADE = 0.25
@@ -44,7 +44,7 @@ PEAK_RATE = 2e-3
 _WARM_UP = 0.02  # of the time
 _EMA = 0.999
 _CHECK_EVERY_S = 120.0
-_EDGES = 0.5  # weight of the differences between neighbouring pixels, which keep edges sharp
+_LARGE = 0.2  # an error from which on it counts as such, not squared: 25 of 255 grey levels
 
 
 def parser() -> argparse.ArgumentParser:
@@ -116,9 +116,15 @@ def _device(name: str | None) -> torch.device:
 
 
 def _teacher(name: str, device: torch.device) -> VaeCodec:
-    codec, note = open_codec(override(Config(), {"visualization.vae_model_name_or_path": name}, "--teacher"), device)
+    key = "visualization.vae_model_name_or_path"
+    try:
+        codec, note = open_codec(override(Config(), {key: name}), device)
+    except RaystarError as error:
+        raise RaystarError(f"--teacher: {str(error).removeprefix(f'{key}: ')}") from None
+    if note is not None:
+        raise RaystarError(f"--teacher: {note.partition(';')[0]}")
     if not isinstance(codec, VaeCodec):
-        raise RaystarError(f"--teacher: {note or f'{name} is a built-in decoder; expected an autoencoder'}")
+        raise RaystarError(f"--teacher: {name} is a built-in decoder; expected an autoencoder")
     return codec
 
 
@@ -161,10 +167,11 @@ def gather(
     Raises:
         RaystarError: a dataset that cannot be read, has nothing held out, or differs in shape from the first.
     """
-    banks = {_name(root): _bank(root, work) for root in roots}
+    names = [_name(root) for root in roots]
+    if len(set(names)) < len(names):
+        raise RaystarError(f"--latents: expected datasets of different names, found {', '.join(names)}")
+    banks = {name: _bank(root, work) for name, root in zip(names, roots, strict=True)}
     shapes = {name: bank.shape for name, bank in banks.items()}
-    if len(banks) < len(roots):
-        raise RaystarError(f"--latents: expected datasets of different names, found {', '.join(map(_name, roots))}")
     if len(set(shapes.values())) > 1:
         raise RaystarError(f"--latents: expected latents of one shape, found {shapes}")
     rng = np.random.default_rng([seed, 0])
@@ -175,8 +182,8 @@ def gather(
         real.append(bank.rows(rng.permutation(np.concatenate(bank.train))[: (count - made) // len(banks)]))
         kept = bank.rows(rng.permutation(np.concatenate(bank.held))[:HELD])
         held[name] = _taught(kept, teacher, work, f"held out of {name}", exact=True)
-    latents = torch.cat(real)
-    latents = torch.cat([latents, perturbed(latents, made, seed)])
+    pictured = torch.cat(real)
+    latents = torch.cat([pictured, perturbed(pictured, made, seed)])
     return _taught(latents, teacher, work, "to train on", exact=False), held
 
 
@@ -199,7 +206,8 @@ def _bank(root: str, work: Path) -> Bank:
     else:
         raise RaystarError(f"--latents: {path}: expected a folder with one folder per domain, found nothing")
     bank = open_bank(override(Config(), {"data.data_root": root, "data.domains": domains}, "--latents"), work)
-    check_holdout(bank)
+    if not any(map(len, bank.held)):
+        raise RaystarError(f"--latents: {path}: expected two pictures or more in a domain, to hold one out")
     return bank
 
 
@@ -224,7 +232,7 @@ def perturbed(latents: Tensor, count: int, seed: int) -> Tensor:
         first + 0.5 * t * std * noise,
         (first - mean) / std * other_std + other_mean,
     ]
-    return torch.stack([kinds[i % 3][i] for i in range(count)]) if count else latents[:0]
+    return torch.stack([kinds[i % 3][i] for i in range(count)])
 
 
 def _taught(latents: Tensor, teacher: VaeCodec, work: Path, what: str, exact: bool) -> Lesson:
@@ -250,7 +258,7 @@ def _taught(latents: Tensor, teacher: VaeCodec, work: Path, what: str, exact: bo
         tqdm(total=len(latents), initial=done, desc=f"the teacher decodes, {what}", disable=quiet) as bar,
     ):
         while done < len(latents):
-            chunk = latents[done : done + BATCH]
+            chunk = latents[done : done + _CHUNK]
             pictures[done : done + len(chunk)] = teacher.decode(chunk)
             pictures.flush()
             done += len(chunk)
@@ -266,9 +274,9 @@ def psnr(codec: Codec, lesson: Lesson) -> float:
     """Mean over pictures of the peak signal-to-noise ratio in dB; a codec's smaller pictures are enlarged."""
     values: list[float] = []
     latents, pictures, _ = lesson
-    for start in range(0, len(latents), BATCH):
-        wanted = torch.from_numpy(pictures[start : start + BATCH].copy()).permute(0, 3, 1, 2).float()
-        found = torch.from_numpy(codec.decode(latents[start : start + BATCH])).permute(0, 3, 1, 2).float()
+    for start in range(0, len(latents), _CHUNK):
+        wanted = torch.from_numpy(pictures[start : start + _CHUNK].copy()).permute(0, 3, 1, 2).float()
+        found = torch.from_numpy(codec.decode(latents[start : start + _CHUNK])).permute(0, 3, 1, 2).float()
         if found.shape != wanted.shape:
             found = functional.interpolate(found, wanted.shape[2:], mode="bicubic").clamp(0, 255)
         error = (found - wanted).square().mean((1, 2, 3)).clamp_min(1e-3)
@@ -288,15 +296,11 @@ def measure(student: Decoder, held: Mapping[str, Lesson]) -> dict[str, float]:
 
 
 def loss_of(found: Tensor, wanted: Tensor) -> Tensor:
-    """Of pictures [B,3,h,w] in [-1,1]: their pixels, and the differences between neighbouring pixels."""
-    error = found - wanted
-    down, right = error[:, :, 1:] - error[:, :, :-1], error[:, :, :, 1:] - error[:, :, :, :-1]
-    return _softened(error) + _EDGES * (_softened(down) + _softened(right))
+    """Of pictures [B,3,h,w] in [-1,1]: small errors count squared, as decibels do, large ones as they are.
 
-
-def _softened(error: Tensor) -> Tensor:
-    """|error|, round at zero (Charbonnier), so that small errors stop mattering."""
-    return (error.square() + 0.02**2).sqrt().mean()
+    One fused call: terms on pixels' differences would cost as much as the network.
+    """
+    return functional.smooth_l1_loss(found, wanted, beta=_LARGE)
 
 
 def rate(share: float) -> float:

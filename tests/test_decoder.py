@@ -78,9 +78,9 @@ def test_a_picture_depends_on_its_latent_alone(codec: Codec) -> None:
 
 
 def test_latents_far_off_stay_pictures(codec: Codec) -> None:
-    """A generator that has just begun makes such: a thousand times as large is no worse than ten times."""
-    latents = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(3))
-    assert_same_pictures(codec.decode(1e3 * latents / 0.18215), codec.decode(1e6 * latents / 0.18215))
+    """A generator that has just begun makes such: a million times too large is no worse than a hundred times."""
+    latents = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(3)).sign()
+    assert_same_pictures(codec.decode(1e2 * latents / 0.18215), codec.decode(1e6 * latents / 0.18215))
 
 
 def test_closer_to_the_painted_pictures_than_the_preview(codec: Codec, tmp_path: Path) -> None:
@@ -102,7 +102,7 @@ def test_closer_to_the_painted_pictures_than_the_preview(codec: Codec, tmp_path:
 @pytest.mark.parametrize("kind", ["painted", "real"])
 def test_six_decibels_closer_to_the_teacher_than_the_preview(codec: Codec, tmp_path: Path, kind: str) -> None:
     root, domains = ("raystar:demo", DOMAINS) if kind == "painted" else (str(SHARED / "data/latents"), PAINTINGS)
-    latents = held_out(bank_of(root, domains, tmp_path), 2)
+    latents = held_out(bank_of(root, domains, tmp_path), 1)
     teacher, note = open_codec(config_of(SHARED / "data/taesd"))
     assert note is None
     assert isinstance(teacher, VaeCodec)
