@@ -1,4 +1,4 @@
-"""Latents to pictures: AutoencoderKL, AutoencoderTiny, or a built-in linear preview that needs no download."""
+"""Latents to pictures: AutoencoderKL, AutoencoderTiny, or a built-in decoder that needs no download."""
 
 from __future__ import annotations
 
@@ -17,14 +17,19 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
+from raystar import decoder as decoders
 from raystar.config import Config, read_mapping
-from raystar.errors import RaystarError
+from raystar.decoder import Decoder
+from raystar.errors import RaystarError, is_file
 
 SCALE = 0.18215
 """SD1.5's scaling factor: scaled latent = unscaled latent * SCALE. Fixed, unlike `training.latent_scale`."""
 
 DEFAULT_VAE = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 """Hub name of the model whose VAE the latents are meant for."""
+
+BUILT_IN = "raystar"
+"""`Codec.name` of the decoder that ships with the package."""
 
 _KEY = "visualization.vae_model_name_or_path"
 _HUB_TIMEOUT_S = 10
@@ -49,7 +54,7 @@ class Codec(Protocol):
 
 
 class PreviewCodec:
-    """A linear map from the four channels to RGB, enlarged: blurred, but the right colours in no time."""
+    """A linear map from the four channels to RGB, enlarged: what every decoder must be better than."""
 
     name = "preview"
     pixels = 4
@@ -107,6 +112,28 @@ class VaeCodec:
         return torch.cat(latents).cpu()
 
 
+class BuiltInCodec:
+    """The decoder that ships with raystar, or another one that `raystar.distill` made: crisp, and needs no download."""
+
+    def __init__(self, model: Decoder, name: str, device: torch.device | str = "cpu", batch_size: int = 8) -> None:
+        self.model = model.eval().requires_grad_(False).to(device)
+        self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # the stubs forget it
+        self.name = name
+        self.device = torch.device(device)
+        self.batch_size = batch_size
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> NDArray[np.uint8]:
+        """See `Codec.decode`."""
+        pictures = []
+        for chunk in latents.to(self.device, torch.float32).split(self.batch_size):
+            # In the caller's autocast, pictures would be bf16's.
+            with torch.autocast(self.device.type, enabled=False):
+                rgb = self.model((chunk * SCALE).contiguous(memory_format=torch.channels_last))
+            pictures.append(_to_bytes(rgb))
+        return np.concatenate(pictures)
+
+
 def _to_bytes(rgb: Tensor) -> NDArray[np.uint8]:
     """[B,3,h,w] in [-1,1] -> [B,h,w,3] uint8."""
     grey_levels = ((rgb.float().clamp(-1, 1) + 1) * 127.5).round()
@@ -114,24 +141,43 @@ def _to_bytes(rgb: Tensor) -> NDArray[np.uint8]:
 
 
 def check_codec(config: Config) -> None:
-    """Refuses a codec folder that cannot be one, before anything starts. A hub name is left to `open_codec`.
+    """Refuses a folder or file that holds no codec, before anything starts. A hub name is left to `open_codec`.
 
     Raises:
-        RaystarError: the folder lacks a model, or the model is of another kind.
+        RaystarError: the folder lacks a model, or the model is of another kind; the file is no decoder.
     """
     name = config.visualization.vae_model_name_or_path
-    if name is not None:
+    if name is None:
+        return
+    path = Path(name).expanduser()
+    if is_file(path) or path.suffix == ".safetensors":
+        _decoder_file(path)
+    else:
         _check_vae(name, _KEY)
 
 
 def _check_vae(name: str, key: str) -> None:
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        _model_folder(folder, key)
-    elif folder.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
+    path = Path(name).expanduser()
+    if path.is_dir():
+        _model_folder(path, key)
+    elif is_file(path):
+        raise RaystarError(f"{key}: {path}: expected a hub name (owner/model) or a model's folder, found a file")
+    elif path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
         raise RaystarError(
             f"{key}: {name}: expected a hub name (owner/model) or a model's folder; the folder is not there"
         )
+
+
+def _decoder_file(path: Path) -> Decoder:
+    if path.suffix != ".safetensors":
+        raise RaystarError(
+            f"{_KEY}: {path}: expected a model's folder, or a decoder's .safetensors "
+            "file (python -m raystar.distill makes one)"
+        )
+    try:
+        return decoders.load(path)
+    except RaystarError as error:
+        raise RaystarError(f"{_KEY}: {error}") from None
 
 
 def _model_folder(folder: Path, key: str) -> Path:
@@ -152,15 +198,18 @@ def open_codec(config: Config, device: torch.device | str = "cpu") -> tuple[Code
 
     Returns:
         The codec and, where the one asked for cannot be had (no network, no diffusers, not in the cache), the
-        one line that says so: the preview takes its place.
+        one line that says so: the built-in decoder takes its place, as it does where none is asked for.
 
     Raises:
-        RaystarError: a folder that holds no autoencoder (`check_codec`).
+        RaystarError: a folder that holds no autoencoder, or a file that is no decoder (`check_codec`).
     """
     check_codec(config)
     name = config.visualization.vae_model_name_or_path
     if name is None:
-        return PreviewCodec(), None
+        return BuiltInCodec(decoders.load(), BUILT_IN, device), None
+    path = Path(name).expanduser()
+    if is_file(path):
+        return BuiltInCodec(_decoder_file(path), path.stem, device), None
     with _quiet(config.visualization.suppress_hf_warnings):
         try:
             return VaeCodec(_load_model(name), Path(name).name, torch.device(device)), None
@@ -169,7 +218,8 @@ def open_codec(config: Config, device: torch.device | str = "cpu") -> tuple[Code
         # Everything a hub, a cache and a model file can raise; none of it may cost a trial, only its pictures.
         except (OSError, ValueError, RuntimeError, ImportError, KeyError, TypeError) as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            return PreviewCodec(), f"{name} cannot be loaded ({reason[:160]}); pictures use the built-in preview"
+            note = f"{name} cannot be loaded ({reason[:160]}); pictures use the built-in decoder"
+            return BuiltInCodec(decoders.load(), BUILT_IN, device), note
 
 
 def open_vae(name: str, device: torch.device | str = "cpu", key: str = "--vae") -> VaeCodec:

@@ -134,7 +134,9 @@ class VisualizationConfig:
     )  # fmt: skip
     save_dir: str | None = _key(None, "folder of a single run's grids; by default vis/ in its own", result=False)
     vae_model_name_or_path: str | None = _key(
-        None, "AutoencoderKL or AutoencoderTiny, hub name or folder; null: the built-in preview", result=False
+        None,
+        "AutoencoderKL or AutoencoderTiny, hub name or folder; or a decoder's .safetensors; null: the built-in decoder",
+        result=False,
     )
     suppress_hf_warnings: bool = _key(True, "silence the model libraries while they load", result=False)
 

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from raystar.codec import DEFAULT_VAE, Codec, VaeCodec, open_codec, open_vae, say
 from raystar.dataset import read_latent
-from raystar.errors import RaystarError, is_folder, nearest, run_cli
+from raystar.errors import RaystarError, is_file, is_folder, nearest, run_cli
 from raystar.export import Translator, load
 from raystar.grid import side_by_side
 from raystar.pictures import SUFFIXES, find, flat, read, scaled, square, upright
@@ -381,7 +381,9 @@ def _codec(translator: Translator, vae: str | None, encodes: bool) -> Codec:
     if vae is not None:
         return open_vae(vae, translator.device)
     if encodes:
-        return open_vae(config.visualization.vae_model_name_or_path or DEFAULT_VAE, translator.device)
+        named = config.visualization.vae_model_name_or_path
+        # A decoder's file cannot encode.
+        return open_vae(DEFAULT_VAE if named is None or is_file(Path(named)) else named, translator.device)
     codec, note = open_codec(config, translator.device)
     say(note)
     return codec

@@ -1,4 +1,7 @@
-"""Latents to pictures: the preview's colours, both kinds of autoencoder, and what happens when one cannot be had."""
+"""Latents to pictures: the preview's colours, both kinds of autoencoder, and what happens when one cannot be had.
+
+The built-in decoder has a file of its own.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,7 @@ from PIL import Image
 from safetensors import safe_open
 
 from raystar import codec as codec_module
-from raystar.codec import PreviewCodec, VaeCodec, check_codec, open_codec
+from raystar.codec import BuiltInCodec, PreviewCodec, VaeCodec, check_codec, open_codec
 from raystar.config import Config, override
 from raystar.demo import DOMAINS, latents_path, thumbnails_path
 from raystar.errors import RaystarError
@@ -97,13 +100,6 @@ def test_the_preview_shows_the_demos_colours() -> None:
             errors.append(((small - wanted) ** 2).mean())
             spread.append(wanted.var())
     assert np.mean(errors) < 0.18 * np.mean(spread)
-
-
-def test_no_name_is_the_preview() -> None:
-    codec, note = open_codec(config_of(None))
-    assert isinstance(codec, PreviewCodec)
-    assert codec.name == "preview"
-    assert note is None
 
 
 # -- autoencoders from a folder --------------------------------------------------------------------
@@ -247,12 +243,13 @@ def test_paths_that_are_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 def assert_fell_back(config: Config, name: str) -> str:
     codec, note = open_codec(config)
-    assert isinstance(codec, PreviewCodec)
+    assert isinstance(codec, BuiltInCodec)
+    assert codec.name == "raystar"
     assert note is not None
     assert len(note.splitlines()) == 1
     assert len(note) < 300
     assert name in note
-    assert "preview" in note
+    assert "built-in decoder" in note
     return note
 
 

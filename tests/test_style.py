@@ -17,9 +17,9 @@ PACKAGE = ROOT / "raystar"
 # Imports go downward in this order (design, section 1); a module may import only what stands before it.
 ORDER = [
     "errors", "journal", "storage", "config", "pt", "pictures", "dataset", "kernels", "model", "loss", "distributed",
-    "step", "compile", "parity", "speed", "checkpoint", "ruler", "codec", "grid", "trainer", "rungs", "summary",
-    "saved", "ledger", "table", "spool", "tracking", "space", "retention", "cluster", "trial", "driver", "export",
-    "encode", "translate", "record", "plan", "outcome", "session", "sweep", "tune", "train",
+    "step", "compile", "parity", "speed", "checkpoint", "ruler", "decoder", "codec", "grid", "trainer", "rungs",
+    "summary", "saved", "ledger", "table", "spool", "tracking", "space", "retention", "cluster", "trial", "driver",
+    "export", "encode", "translate", "record", "plan", "outcome", "session", "sweep", "tune", "train", "distill",
 ]  # fmt: skip
 MAY_IMPORT = {"ray": {"cluster", "trial", "driver", "space", "session"}, "mlflow": {"tracking"}}
 

@@ -1,0 +1,88 @@
+"""The built-in decoder beside the linear preview and an autoencoder: time a picture, and how close the pictures come.
+
+    python -m benchmarks.decoder --threads 1 --vae ../shared/data/taesd --data ../shared/data/latents
+
+Without --vae, the built-in decoder and the preview are timed. With it, both are also compared with its pictures of
+held-out latents: the demo's, and those of --data.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchmarks import measure
+from raystar import demo
+from raystar.codec import Codec, PreviewCodec, VaeCodec, open_codec
+from raystar.config import Config, override
+from raystar.dataset import DEMO_ROOT, open_bank
+from raystar.distill import Lesson, psnr
+from raystar.errors import RaystarError
+
+
+def main() -> None:
+    """The command line."""
+    p = measure.parser(__doc__.splitlines()[0])
+    p.add_argument("--vae", metavar="NAME", help="an autoencoder that the pictures are compared with")
+    p.add_argument("--data", metavar="DIR", help="latents to compare on besides the demo's: a folder of domains")
+    p.add_argument("--rounds", type=int, default=15, help="rounds that are timed")
+    p.add_argument("--held", type=int, default=12, help="held-out latents of each domain that are compared")
+    args = p.parse_args()
+    device = measure.settle(args)
+    codecs: dict[str, Codec] = {"preview": PreviewCodec(), "built-in": codec_of(None, device)}
+    if args.vae is not None:
+        codecs["autoencoder"] = codec_of(args.vae, device)
+    sets = {"painted": held_out(DEMO_ROOT, demo.DOMAINS, args.held)}
+    if args.data is not None:
+        domains = tuple(sorted(path.name for path in Path(args.data).iterdir() if path.is_dir()))
+        sets["real"] = held_out(args.data, domains, args.held)
+    for batch in (1, 8):
+        report_time(codecs, sets["painted"][:batch], args.rounds, device)
+    if args.vae is not None:
+        report_distance(codecs, sets)
+
+
+def codec_of(name: str | None, device: torch.device) -> Codec:
+    """The codec of that name; what cannot be had ends the benchmark."""
+    codec, note = open_codec(override(Config(), {"visualization.vae_model_name_or_path": name}), device)
+    if note is not None:
+        raise RaystarError(note)
+    return codec
+
+
+def held_out(root: str, domains: tuple[str, ...], each: int) -> Tensor:
+    """[n,4,H,W] unscaled latents that the built-in decoder was not trained on."""
+    config = override(Config(), {"data.data_root": root, "data.domains": list(domains)})
+    with tempfile.TemporaryDirectory() as folder:
+        bank = open_bank(config, folder)
+        return bank.rows(np.concatenate([rows[:each] for rows in bank.held]))
+
+
+def report_time(codecs: dict[str, Codec], latents: Tensor, rounds: int, device: torch.device) -> None:
+    """Prints the time of one picture, in turn."""
+    subjects = {name: lambda _, codec=codec: codec.decode(latents) for name, codec in codecs.items()}
+    seconds = measure.take_turns(subjects, rounds, device)
+    rows = [["batch of " + str(len(latents)), "ms a picture", "of built-in"]]
+    for name, value in seconds.items():
+        rows.append([name, f"{value / len(latents) * 1e3:.1f}", f"{value / seconds['built-in']:.2f}"])
+    print(measure.table(rows), flush=True)
+
+
+def report_distance(codecs: dict[str, Codec], sets: dict[str, Tensor]) -> None:
+    """Prints each codec's mean PSNR against the autoencoder's pictures."""
+    rows = [["dB against the autoencoder", "preview", "built-in", "gain"]]
+    teacher = codecs["autoencoder"]
+    assert isinstance(teacher, VaeCodec)
+    for name, latents in sets.items():
+        lesson = Lesson(latents, teacher.decode(latents))
+        found = [psnr(codecs[name], lesson) for name in ("preview", "built-in")]
+        rows.append([f"{name}, {len(latents)} held out", *(f"{v:.2f}" for v in found), f"{found[1] - found[0]:+.2f}"])
+    print(measure.table(rows))
+
+
+if __name__ == "__main__":
+    main()
