@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import platform
 import sys
-import time
 from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
@@ -67,7 +66,7 @@ def _write_fastest(plan: Plan, summary: Summary, best: TrialRecord) -> Path:
 def tell(plan: Plan, summary: Summary, how_to_compare: tuple[str, str], error: str | None) -> None:
     """The last lines: what happened to the trials, which is best and by how much, and what to do next."""
     counts = ", ".join(f"{n} {status}" for status, n in summary.counts().items())
-    announce(f"\nsweep {summary.status} in {duration(time.time() - summary.started)}: {counts}")
+    announce(f"\nsweep {summary.status} in {duration(summary.wall_s)}: {counts}")
     if error is not None:
         print(f"error: {error}", file=sys.stderr, flush=True)
     for record in summary.trials.values():
@@ -108,5 +107,4 @@ def _in_a_line(summary: Summary, best: TrialRecord, score: float) -> str:
         return line
     if best is baseline:
         return line + "; it is the baseline: no other trial beats it"
-    gain = abs(score - baseline.score) / max(abs(baseline.score), 1e-12)
-    return line + f"; baseline {baseline.score:.4f}, {gain:.1%} better"
+    return line + f"; baseline {baseline.score:.4f}, {summary.gain:.1%} better"

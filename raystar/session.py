@@ -463,6 +463,7 @@ class Session:
         done = [r for r in summary.trials.values() if r.status in (FINISHED, STOPPED)]
         late = time.time() > self._deadline
         summary.status = INTERRUPTED if self.interrupts else FINISHED if (done or late) and not error else FAILED
+        summary.over = time.time()
         best = summary.best
         files: dict[str, Path] = {}
         if best is not None:
