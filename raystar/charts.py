@@ -85,12 +85,14 @@ def learning_curves(results: Results) -> go.Figure | None:
     _ends(figure, results, [r for r in shown if r.status in BROKEN], "went wrong", "triangle-down", BAD, 5)
     for number, epoch in enumerate(results.rungs):
         label = "rung" if number == 0 else ""
-        figure.add_vline(epoch, line={"color": LINE, "width": 1.5, "dash": "dot"}, layer="below")
+        figure.add_vline(epoch, line={"color": OTHER, "width": 1.5, "dash": "dot"}, layer="below")
         figure.add_annotation(
             x=epoch, y=1, yref="paper", text=label, showarrow=False, yanchor="top", xanchor="left", font={"size": 11}
         )
     figure.update_yaxes(range=_frame(everything, summary.mode))
-    figure.update_xaxes(range=[0, max(max(results.curve(r.trial)) for r in shown) * 1.03 + 0.1], tickformat="d")
+    first, last = (pick(e for r in shown for e in results.curve(r.trial)) for pick in (min, max))
+    margin = max(0.25, 0.03 * (last - first))
+    figure.update_xaxes(range=[first - margin, last + margin], tickformat="d")
     if results.epochs <= 20:
         figure.update_xaxes(dtick=1 if results.epochs <= 10 else 2)
     return figure
@@ -121,7 +123,7 @@ def slices(results: Results) -> dict[str, go.Figure]:
         return {}
     found = {}
     for key, (kind, _) in results.drawn.items():
-        figure = _figure(results, short(key), score_label(results))
+        figure = _figure(results, short(key), unit(summary.metric))
         values = [record.params[key] for record in ranked]
         if kind == "choice":
             order = sorted(set(values), key=lambda v: (isinstance(v, str), str(v) if isinstance(v, str) else v or 0))
@@ -134,7 +136,7 @@ def slices(results: Results) -> dict[str, go.Figure]:
             )
         groups = (
             ("other trials, run to the end", OTHER, "circle", 8, lambda r: r.status != STOPPED),
-            ("stopped early: fewer epochs", OTHER, "circle-open", 8, lambda r: r.status == STOPPED),
+            ("stopped early: fewer epochs", OTHER, "circle-open", 9, lambda r: r.status == STOPPED),
             ("baseline", BASELINE, "diamond", 12, lambda r: r is summary.baseline),
             ("best", BEST, "star", 15, lambda r: r is summary.best),
         )
@@ -148,7 +150,7 @@ def slices(results: Results) -> dict[str, go.Figure]:
                     y=[ranked[i].score for i in places],
                     mode="markers",
                     name=name,
-                    marker={"color": colour, "symbol": symbol, "size": size, "line": {"width": 1.5}},
+                    marker={"color": colour, "symbol": symbol, "size": size, "line": {"color": PAPER, "width": 1}},
                     text=[_about(results, ranked[i]) for i in places],
                     hovertemplate=f"%{{text}}<br>{html.escape(short(key))} %{{x}}: %{{y:.4f}}<extra></extra>",
                 )
@@ -162,7 +164,7 @@ def slices(results: Results) -> dict[str, go.Figure]:
 def importances(results: Results, found: Importance) -> go.Figure:
     """A dot a key with its interval; the most important on top."""
     keys = found.keys[::-1]
-    figure = _figure(results, f"rise of the error when exchanged, in {unit(results.summary.metric)}", "")
+    figure = _figure(results, f"rise of the error, {unit(results.summary.metric)}", "")
     figure.add_vline(0, line={"color": LINE, "width": 2})
     figure.add_scatter(
         x=[k.rise for k in keys],
@@ -198,12 +200,12 @@ def front(results: Results) -> go.Figure | None:
         score_label(results) if results.speed else f"{unit(up)}, {better}",
     )
     x, y = ([r.metrics[name] for r in there] for name in (across, up))
-    marker: dict[str, Any] = {"size": 12, "color": OTHER, "line": {"color": INK, "width": 1}}
     optimal = set(undominated(results, there))
+    marker: dict[str, Any] = {"color": OTHER, "line": {"color": INK}}
+    marker["size"] = [16 if r.trial in optimal else 11 for r in there]
+    marker["line"]["width"] = [3 if r.trial in optimal else 0.6 for r in there]
     if not results.speed:
         _equal_scores(figure, x, y)
-        marker["line"]["width"] = [3 if r.trial in optimal else 0.8 for r in there]
-        marker["symbol"] = ["circle" if r.trial in optimal else "circle-open-dot" for r in there]
         marker |= {
             "color": [r.metrics.get("eval/diversity") for r in there],
             "colorscale": "Viridis",
@@ -213,7 +215,6 @@ def front(results: Results) -> go.Figure | None:
                 "outlinewidth": 0,
             },
         }
-        del marker["line"]["color"]
     names = {id(results.summary.best): "best", id(results.summary.baseline): "baseline"}
     figure.add_scatter(
         x=x,

@@ -30,12 +30,16 @@ class Embedded(NamedTuple):
     height: int
 
 
-def epochs_to_show(storage: Storage, trials: Sequence[str], most: int) -> list[int]:
-    """Up to `most` epochs of which there are pictures, spread evenly, the first and the last among them."""
+def epochs_to_show(storage: Storage, trials: Sequence[str], wanted: Sequence[int], most: int) -> list[int]:
+    """Up to `most` epochs of which there are pictures: the first, the last, those `wanted`, and others in between."""
     there = sorted({epoch for trial in trials for epoch in saved_pictures(storage, trial).get(FIRST_CHOICE, [])})
     if len(there) <= most:
         return there
-    return [there[round(i * (len(there) - 1) / (most - 1))] for i in range(most)]
+    chosen = {there[0], there[-1]}
+    chosen |= set([epoch for epoch in wanted if epoch in there and epoch not in chosen][: most - 2])
+    while len(chosen) < most:  # the one that is furthest from all that are shown
+        chosen.add(max(there, key=lambda epoch: min(abs(epoch - other) for other in chosen)))
+    return sorted(chosen)
 
 
 def nearest_epoch(storage: Storage, trial: str, key: str, epoch: int) -> int | None:
@@ -78,7 +82,7 @@ def embed(pictures: Sequence[Image.Image], budget: int) -> list[Embedded]:
 def _embedded(picture: Image.Image, width: int) -> Embedded:
     picture = _fitted(picture, width)
     webp = io.BytesIO()
-    picture.save(webp, "WEBP", quality=_QUALITY, method=4)
+    picture.save(webp, "WEBP", quality=_QUALITY, method=1)
     return Embedded("data:image/webp;base64," + base64.b64encode(webp.getvalue()).decode(), *picture.size)
 
 

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 FEWEST = 8
 """Trials below which nothing is said: a resample would leave two or three to test on."""
-RESAMPLES = 40
+RESAMPLES = 30
 _MOST = 300  # trials that are looked at: more make it slower, not surer in any way that matters
 _EPOCHS = 5  # of a trial
 _TREES = 40
