@@ -1,4 +1,4 @@
-"""The charts of a report, as Plotly figures; colours are names of the page's own, so that they follow light and dark."""
+"""The charts of a report, as Plotly figures; colours are names of the page's own, which follow light and dark."""
 
 from __future__ import annotations
 
@@ -201,9 +201,10 @@ def front(results: Results) -> go.Figure | None:
     )
     x, y = ([r.metrics[name] for r in there] for name in (across, up))
     optimal = set(undominated(results, there))
-    marker: dict[str, Any] = {"color": OTHER, "line": {"color": INK}}
+    marker: dict[str, Any] = {"color": OTHER, "opacity": 1, "line": {}}
     marker["size"] = [16 if r.trial in optimal else 11 for r in there]
-    marker["line"]["width"] = [3 if r.trial in optimal else 0.6 for r in there]
+    marker["line"]["width"] = [3 if r.trial in optimal else 1 for r in there]
+    marker["line"]["color"] = [INK if r.trial in optimal else OTHER for r in there]
     if not results.speed:
         _equal_scores(figure, x, y)
         marker |= {
@@ -242,6 +243,7 @@ def front(results: Results) -> go.Figure | None:
 def undominated(results: Results, records: Sequence[TrialRecord]) -> list[str]:
     """Trials than which none is better in one respect and as good in the others: style, content and diversity, or,
     of a speed sweep, speed and compiling."""
+    rows: list[tuple[float, ...]]
     if results.speed:
         rows = [(r.metrics["perf/compile_s"], -r.metrics[results.summary.metric]) for r in records]
     else:
@@ -311,7 +313,7 @@ def _thinned(epochs: list[int], keep: int | None) -> list[int]:
     if len(epochs) <= _POINTS:
         return epochs
     chosen = {epochs[round(i * (len(epochs) - 1) / (_POINTS - 1))] for i in range(_POINTS)}
-    return sorted(chosen | ({keep} & set(epochs)))
+    return sorted(chosen | {epoch for epoch in epochs if epoch == keep})
 
 
 def _ticks(low: float, high: float) -> list[float]:
@@ -341,5 +343,3 @@ def framed_out(results: Results) -> int:
     values = [v for r in results.by_score() for v in results.curve(r.trial).values()]
     frame = _frame(values, results.summary.mode) if values else None
     return 0 if frame is None else sum(not frame[0] <= v <= frame[1] for v in values)
-
-

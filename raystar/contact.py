@@ -1,4 +1,4 @@
-"""Many trials' pictures beside each other: read from the storage, fitted into a number of bytes, laid out on a sheet."""
+"""Many trials' pictures beside each other: read from the storage, fitted into a page, laid out on a sheet."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def contact_sheet(
     """Trials down, epochs across.
 
     Args:
-        rows: of each trial its label, of several lines if need be, and its pictures by epoch; a gap where there is none.
+        rows: of each trial its label, in lines, and its pictures by epoch; there may be gaps.
         epochs: the columns.
         cell: pixels of a picture's longer side.
 

@@ -12,6 +12,7 @@ are held out whole, with all their epochs.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -111,7 +112,7 @@ def _errors(
     from sklearn.ensemble import RandomForestRegressor  # seconds to import, which most sweeps' ends need not wait for
 
     n, ends = len(values), np.cumsum([0, *(group.shape[1] for group in groups)])
-    exchanged = [slice(0, 0), slice(0, ends[-1]), *(slice(a, b) for a, b in zip(ends, ends[1:], strict=False))]
+    exchanged = [slice(0, 0), slice(0, ends[-1]), *(slice(a, b) for a, b in itertools.pairwise(ends))]
     share = 1 / np.bincount(of, minlength=n)[of]  # a trial counts once, whatever its epochs
     found: list[list[float]] = []
     while len(found) < RESAMPLES:
@@ -137,7 +138,7 @@ def _errors(
 
 
 def _columns(values: Sequence[Any], logarithmic: bool) -> NDArray[np.float64]:
-    """One key's values as columns [n, c]: a number, on its scale; else one column a choice; none where all are alike."""
+    """One key's values as columns [n, c]: a number on its scale, else a column a choice; none where all are alike."""
     kinds = sorted({repr(value) for value in values})
     if len(kinds) == 1:
         return np.zeros((len(values), 0))

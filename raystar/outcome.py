@@ -11,7 +11,9 @@ from pathlib import Path
 from raystar import checkpoint as checkpoints
 from raystar import export
 from raystar.config import overlay_yaml
+from raystar.errors import redact
 from raystar.plan import Plan
+from raystar.results import CONTACT_SHEET, REPORT
 from raystar.saved import checkpoint_name, picture_name, saved_epochs
 from raystar.summary import BROKEN, UNFINISHED, Summary, TrialRecord, duration, write_whole
 from raystar.table import announce, ranking
@@ -25,6 +27,27 @@ def leave(plan: Plan, summary: Summary, best: TrialRecord) -> dict[str, Path]:
         return {FASTEST: _write_fastest(plan, summary, best)}
     _export(plan, summary, best)
     return {f"{BEST}/{export.GRID}": plan.folder / BEST / export.GRID}
+
+
+def report(plan: Plan) -> dict[str, Path]:
+    """Writes the sweep's page and contact sheet from what lies in its folder; returns them by artifact name.
+
+    Whatever is in the way of them is told in a line: it costs no sweep its result.
+    """
+    try:
+        from raystar import report as page  # its libraries take seconds to import, which a sweep need not begin with
+
+        page.write(plan.folder, plan.storage)
+    except Exception as error:
+        first = (str(error).strip().splitlines() or [""])[0]
+        runs = "" if plan.out == Path("runs") else f" --runs {plan.out}"
+        print(
+            f"note: the report could not be made: {type(error).__name__}: {redact(first)}; "
+            f"python -m raystar.report --sweep {plan.name}{runs} tries again",
+            file=sys.stderr,
+            flush=True,
+        )
+    return {name: plan.folder / name for name in (REPORT, CONTACT_SHEET) if (plan.folder / name).is_file()}
 
 
 def _export(plan: Plan, summary: Summary, best: TrialRecord) -> None:
@@ -89,6 +112,8 @@ def tell(plan: Plan, summary: Summary, how_to_compare: tuple[str, str], error: s
     if any(record.status in UNFINISHED for record in summary.trials.values()) or len(summary.trials) < plan.trials:
         out = "" if plan.out == Path("runs") else f" --out {plan.out}"
         announce(f"go on:   python -m raystar.tune --resume {plan.name}{out}")
+    if (page := plan.folder / REPORT).exists():
+        announce(f"report:  {page}")
     command, address = how_to_compare
     announce(f"compare: {command}".rstrip() if command else f"compare: {address}")
     if command:

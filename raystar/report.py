@@ -23,17 +23,13 @@ from PIL import Image
 from plotly.offline import get_plotlyjs
 
 from raystar import charts, contact, results
-from raystar.config import Config, from_mapping, overlay_yaml, to_mapping
+from raystar.config import Config, overlay_yaml, to_mapping
 from raystar.errors import RaystarError, redact, run_cli
 from raystar.importance import FEWEST, RESAMPLES, Importance, importance
 from raystar.record import leaves
-from raystar.results import Results
-from raystar.saved import saved_pictures
+from raystar.results import CONTACT_SHEET, REPORT, Results
 from raystar.storage import Storage
 from raystar.summary import BROKEN, RUNNING, STOPPED, UNFINISHED, TrialRecord, duration, write_whole
-
-REPORT, CONTACT_SHEET = "report.html", "contact_sheet.png"
-"""Files of a sweep's folder."""
 
 _ROWS, _COLUMNS = 16, 6  # of the contact sheet
 _LARGE = 3  # trials whose grids are shown large
@@ -172,7 +168,9 @@ def _facts(found: Results) -> list[tuple[str, str, str]]:
         facts.append((f"baseline {summary.short_metric}", _number(baseline.score), repr(baseline.score)))
     if gain is not None:
         facts.append(("gain over the baseline", f"{gain:.1%}", repr(gain)))
-    planned = f"{len(summary.trials)} of {summary.planned}" if len(summary.trials) < summary.planned else summary.planned
+    planned = (
+        f"{len(summary.trials)} of {summary.planned}" if len(summary.trials) < summary.planned else summary.planned
+    )
     return [
         *facts,
         ("trials", f"{planned}: {counts}" if counts else str(planned), str(len(summary.trials))),
@@ -194,7 +192,12 @@ def _parts(found: Results) -> list[dict[str, Any]]:
         now, then = best.metrics.get(name), baseline.metrics.get(name) if baseline is not None else None
         change = now - then if now is not None and then is not None and best is not baseline else None
         higher = found.summary.mode == "max" if name == found.summary.metric else name in _HIGHER
-        judged = name not in ("perf/compile_s", "perf/compiled_modules", "perf/recompilations", "perf/eager_samples_per_s")
+        judged = name not in (
+            "perf/compile_s",
+            "perf/compiled_modules",
+            "perf/recompilations",
+            "perf/eager_samples_per_s",
+        )
         parts.append(
             {
                 "name": name.rpartition("/")[2],
@@ -203,7 +206,13 @@ def _parts(found: Results) -> list[dict[str, Any]]:
                 "change": change,
                 "better": None if not change or not judged else (change > 0) == higher,
                 "meaning": _EXPLAINED.get(name, "")
-                + ("" if not judged else f"; {charts.arrow('max' if higher else 'min')}" if _EXPLAINED.get(name) else ""),
+                + (
+                    ""
+                    if not judged
+                    else f"; {charts.arrow('max' if higher else 'min')}"
+                    if _EXPLAINED.get(name)
+                    else ""
+                ),
             }
         )
     return parts

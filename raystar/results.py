@@ -17,7 +17,8 @@ from raystar.rungs import Rungs
 from raystar.space import Scheduler
 from raystar.summary import Summary, TrialRecord
 
-SUMMARY = "summary.json"
+SUMMARY, REPORT, CONTACT_SHEET = "summary.json", "report.html", "contact_sheet.png"
+"""Files of a sweep's folder."""
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ ORDER = [
     "errors", "journal", "storage", "config", "pt", "dataset", "kernels", "model", "loss", "distributed", "step",
     "compile", "parity", "speed", "checkpoint", "ruler", "codec", "grid", "trainer", "rungs", "summary", "saved",
     "ledger", "table", "spool", "tracking", "space", "retention", "cluster", "trial", "driver", "export", "record",
-    "plan", "outcome", "session", "sweep", "tune", "train",
+    "results", "importance", "charts", "contact", "report", "plan", "outcome", "session", "sweep", "tune", "train",
 ]  # fmt: skip
 MAY_IMPORT = {"ray": {"cluster", "trial", "driver", "space", "session"}, "mlflow": {"tracking"}}
 
@@ -61,7 +61,7 @@ def test_who_imports(library: str) -> None:
     assert users == MAY_IMPORT[library]
 
 
-@pytest.mark.parametrize("module", ["raystar.trainer", "raystar.ruler", "raystar.export", "raystar.dataset"])
+@pytest.mark.parametrize("module", [f"raystar.{name}" for name in ("trainer", "ruler", "export", "dataset", "report")])
 def test_training_and_export_run_without_ray_and_mlflow(module: str) -> None:
     code = f"import sys, {module}; print([m for m in ('ray', 'mlflow', 'diffusers') if m in sys.modules])"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
