@@ -273,7 +273,7 @@ def _contact(found: Results, storage: Storage) -> tuple[dict[str, Any], Image.Im
             {
                 epoch: picture
                 for epoch in epochs
-                if (picture := contact.read_picture(storage, record.trial, contact.FIRST_CHOICE, epoch, 1024))
+                if (picture := contact.read_picture(storage, record.trial, contact.FIRST_CHOICE, epoch, 512))
             },
         )
         for record in shown
