@@ -223,7 +223,7 @@ def front(results: Results) -> go.Figure | None:
         mode="markers+text",
         marker=marker,
         text=[names.get(id(r), "") for r in there],
-        textposition="top center",
+        textposition=["bottom center" if r is results.summary.best else "top center" for r in there],
         customdata=[
             _about(results, r)
             + "".join(

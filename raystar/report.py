@@ -228,10 +228,20 @@ def _changes(found: Results) -> list[tuple[str, Any, Any, str]]:
             key,
             baseline.params.get(key) if baseline is not None else None,
             best.params.get(key),
-            f"{kind} {', '.join(_value(v) for v in values)}",
+            _drawn(kind, values),
         )
         for key, (kind, values) in found.drawn.items()
     ]
+
+
+def _drawn(kind: str, values: Any) -> str:
+    """From what a key's values were drawn: `0.5 to 4, log`, or the choices."""
+    if kind == "choice":
+        return ", ".join(_value(value) for value in dict.fromkeys(values))
+    low, high = values
+    return (
+        f"{_value(low)} to {_value(high - 1 if kind == 'randint' else high)}{', log' if kind == 'loguniform' else ''}"
+    )
 
 
 # -- why -----------------------------------------------------------------------------------------
@@ -348,7 +358,7 @@ def _table(found: Results) -> dict[str, Any]:
         ("trial", "name"), ("status", "how it ended"), (found.summary.short_metric, "its best"),
         ("at epoch", "of its best score"), ("epochs", "trained"),
         *((m.rpartition("/")[2].replace("_", " "), _EXPLAINED[m]) for m in metrics),
-        ("time", "h:mm:ss"), *((charts.short(key), key) for key in found.drawn), ("run", "MLflow's run id"),
+        ("time", "h:mm:ss"), *((charts.short(key), key) for key in found.drawn),
     ]  # fmt: skip
     rows = []
     for record in records[:_TABLE]:
@@ -361,7 +371,6 @@ def _table(found: Results) -> dict[str, Any]:
             *((_number(record.metrics.get(m)), record.metrics.get(m)) for m in metrics),
             (duration(record.wall_s), record.wall_s),
             *((_value(record.params.get(key)), record.params.get(key)) for key in found.drawn),
-            ((record.run_id or "")[:8], record.run_id),
         ]
         rows.append((record, [(text, "" if exact is None else exact) for text, exact in cells]))
     return {"columns": columns, "rows": rows, "hidden": len(records) - len(rows)}
