@@ -127,8 +127,8 @@ def slices(results: Results) -> dict[str, go.Figure]:
         values = [record.params[key] for record in ranked]
         if kind == "choice":
             order = sorted(set(values), key=lambda v: (isinstance(v, str), str(v) if isinstance(v, str) else v or 0))
-            figure.update_xaxes(type="category", categoryorder="array", categoryarray=[str(v) for v in order])
-            values = [str(value) for value in values]
+            figure.update_xaxes(type="category", categoryorder="array", categoryarray=[text(v) for v in order])
+            values = [text(value) for value in values]
         elif kind == "loguniform" and all(value > 0 for value in values):
             ticks = _ticks(min(values), max(values))
             figure.update_xaxes(
@@ -299,7 +299,7 @@ def _figure(results: Results, across: str, up: str) -> go.Figure:
 def _about(results: Results, record: TrialRecord) -> str:
     """A trial as a hover tells it."""
     role = {id(results.summary.best): ", best", id(results.summary.baseline): ", baseline"}.get(id(record), "")
-    values = [f"{html.escape(short(key))} {html.escape(str(value))}" for key, value in record.params.items()]
+    values = [f"{html.escape(short(key))} {html.escape(text(value))}" for key, value in record.params.items()]
     lines = ["  ".join(values[i : i + 3]) for i in range(0, len(values), 3)]
     return "<br>".join([f"<b>{html.escape(record.trial)}</b>{role}, {html.escape(record.status)}", *lines])
 
@@ -307,6 +307,13 @@ def _about(results: Results, record: TrialRecord) -> str:
 def short(key: str) -> str:
     """`w_cyc` of `loss.w_cyc`."""
     return key.partition(".")[2] or key
+
+
+def text(value: Any) -> str:
+    """A configuration's value, much as YAML writes it."""
+    if isinstance(value, bool) or value is None:
+        return str(value).lower() if value is not None else "null"
+    return f"{value:g}" if isinstance(value, float) and abs(value) < 1e6 else str(value)
 
 
 def _thinned(epochs: list[int], keep: int | None) -> list[int]:

@@ -120,7 +120,7 @@ def contact_sheet(
                 small.thumbnail((cell, cell), Image.Resampling.LANCZOS, reducing_gap=2.0)
                 sheet.paste(small, (x, y))
             else:
-                draw.text((x + cell // 2, y + cell // 2), "\N{EN DASH}", fill=FAINT, font=font, anchor="mm")
+                draw.text((x + cell // 2, y + cell // 2), "-", fill=FAINT, font=font, anchor="mm")
     for row, (label, _) in enumerate(rows):
         y = top + row * (cell + gap) + cell // 2
         lines = [_cut(draw, line, font) for line in label.splitlines()]

@@ -122,7 +122,7 @@ def _page(found: Results, folder: Path, storage: Storage) -> tuple[str, Image.Im
         stops=_stops(found),
         gallery=gallery,
         broken=_broken(found, storage),
-        noted=[r for r in found.summary.trials.values() if r.note],
+        noted=_notes(found),
         error=_error(found, folder),
         table=_table(found),
         reproduce=_reproduce(found, folder),
@@ -340,6 +340,15 @@ def _broken(found: Results, storage: Storage) -> list[tuple[TrialRecord, str]]:
     return broken
 
 
+def _notes(found: Results) -> dict[str, list[str]]:
+    """What went other than asked for, each with its trials."""
+    noted: dict[str, list[str]] = {}
+    for record in found.by_score():
+        if record.note:
+            noted.setdefault(record.note, []).append(record.trial)
+    return noted
+
+
 def _error(found: Results, folder: Path) -> str:
     """What ended the whole sweep, if something did."""
     trace = folder / "error.txt"
@@ -419,12 +428,7 @@ def _number(value: float | None) -> str:
 
 
 def _value(value: Any) -> str:
-    """A configuration's value as YAML writes it."""
-    if value is None:
-        return "\N{EN DASH}"
-    if isinstance(value, bool):
-        return str(value).lower()
-    return f"{value:g}" if isinstance(value, float) and abs(value) < 1e6 else str(value)
+    return "\N{EN DASH}" if value is None else charts.text(value)
 
 
 def main(argv: list[str] | None = None) -> int:

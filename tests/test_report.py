@@ -315,7 +315,7 @@ def test_while_it_runs(tmp_path: Path) -> None:
 
 def test_a_speed_sweep(tmp_path: Path) -> None:
     space = {"training.channels_last": {"choice": [False, True]}, "training.compile_mode": {"choice": ["default", "x"]}}
-    folder = make_sweep(tmp_path, 9, purpose="speed", space=space)
+    folder = make_sweep(tmp_path, 9, purpose="speed", space=space, note="E runs eager")
     page, summary = page_of(folder), summary_of(folder)
     assert float(page.facts()["best speedup"]) == max(t["score"] for t in summary["trials"])
     assert page.figures["front"]["layout"]["xaxis"]["title"]["text"] == "compiling, s, lower is better"
@@ -323,6 +323,8 @@ def test_a_speed_sweep(tmp_path: Path) -> None:
     assert "shapes" not in page.figures["curves"]["layout"]  # nothing stops a trial of it
     assert "pictures" not in [a.get("id") for _, a in page.tags]
     assert "importance" in page.figures
+    assert page.text.count("E runs eager: ") == 1
+    assert page.figures["slice-0"]["layout"]["xaxis"]["type"] == "category"
 
 
 def test_pictures_that_are_missing_or_damaged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
