@@ -19,6 +19,8 @@ BEST, BASELINE, OTHER, BAD, INK, LINE, PAPER = (
 )
 MOST_CURVES = 100
 """Trials whose learning curves are drawn: the best ones, and the baseline."""
+MOST_DOTS = 400
+"""Trials that the other charts show: the best ones, and the baseline."""
 _POINTS = 200  # of a curve
 _ISO = 40  # points of a line of equal score
 
@@ -118,7 +120,7 @@ def _ends(
 
 def slices(results: Results) -> dict[str, go.Figure]:
     """Of each swept key the score over its values, a dot a trial."""
-    summary, ranked = results.summary, results.summary.ranked()
+    summary, ranked = results.summary, _shown(results)
     if not ranked:
         return {}
     found = {}
@@ -161,6 +163,11 @@ def slices(results: Results) -> dict[str, go.Figure]:
     return found
 
 
+def _shown(results: Results) -> list[TrialRecord]:
+    ranked = results.summary.ranked()
+    return [r for i, r in enumerate(ranked) if i < MOST_DOTS or r is results.summary.baseline]
+
+
 def importances(results: Results, found: Importance) -> go.Figure:
     """A dot a key with its interval; the most important on top."""
     keys = found.keys[::-1]
@@ -190,7 +197,7 @@ def importances(results: Results, found: Importance) -> go.Figure:
 def front(results: Results) -> go.Figure | None:
     """Style over content, coloured by diversity, with lines of equal score; a speed sweep's compiling over speed."""
     across, up = ("perf/compile_s", results.summary.metric) if results.speed else ("eval/style", "eval/content")
-    there = [r for r in results.summary.ranked() if _finite(r.metrics.get(across)) and _finite(r.metrics.get(up))]
+    there = [r for r in _shown(results) if _finite(r.metrics.get(across)) and _finite(r.metrics.get(up))]
     if not there:
         return None
     better = "lower is better"
@@ -335,7 +342,7 @@ def _frame(values: Sequence[float], mode: str) -> list[float] | None:
     """A range that leaves out what is far worse than the rest, so that the rest can be told apart; None to show all."""
     toward_worse = sorted(v if mode == "min" else -v for v in values)
     best, usual, worst = toward_worse[0], toward_worse[int(0.9 * (len(toward_worse) - 1))], toward_worse[-1]
-    if worst - best <= 2.5 * (usual - best):
+    if usual == best or worst - best <= 2.5 * (usual - best):
         return None
     low, high = best - 0.08 * (usual - best), usual + 0.4 * (usual - best)
     return [low, high] if mode == "min" else [-high, -low]

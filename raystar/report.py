@@ -114,6 +114,7 @@ def _page(found: Results, folder: Path, storage: Storage) -> tuple[str, Image.Im
         figures={name: json.loads(figure.to_json()) for name, figure in figures.items() if figure is not None},
         slices=list(enumerate(keys)),
         most_curves=charts.MOST_CURVES,
+        most_dots=charts.MOST_DOTS,
         framed_out=charts.framed_out(found),
         importance=weights,
         doubtful=weights is not None and weights.skill < _TRUST,

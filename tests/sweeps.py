@@ -93,9 +93,8 @@ def make_sweep(
         "request": {"space": "space.yaml", "config": "config.yaml", "overlay": [], "set": []},
         "config": to_mapping(config),
         "space": {
-            "description": description,
-            "purpose": purpose,
-            "seed": 5,
+            **({"description": description} if description else {}),
+            **({"purpose": purpose} if speed else {}),
             "scheduler": scheduler,
             "space": {key: dict(how) for key, how in space.items()},
         },
