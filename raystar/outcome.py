@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import platform
 import sys
-import time
 from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
@@ -12,7 +11,9 @@ from pathlib import Path
 from raystar import checkpoint as checkpoints
 from raystar import export
 from raystar.config import overlay_yaml
+from raystar.errors import redact
 from raystar.plan import Plan
+from raystar.results import CONTACT_SHEET, REPORT
 from raystar.saved import checkpoint_name, picture_name, saved_epochs
 from raystar.summary import BROKEN, UNFINISHED, Summary, TrialRecord, duration, write_whole
 from raystar.table import announce, ranking
@@ -26,6 +27,27 @@ def leave(plan: Plan, summary: Summary, best: TrialRecord) -> dict[str, Path]:
         return {FASTEST: _write_fastest(plan, summary, best)}
     _export(plan, summary, best)
     return {f"{BEST}/{export.GRID}": plan.folder / BEST / export.GRID}
+
+
+def report(plan: Plan) -> dict[str, Path]:
+    """Writes the sweep's page and contact sheet from what lies in its folder; returns them by artifact name.
+
+    Whatever is in the way of them is told in a line: it costs no sweep its result.
+    """
+    try:
+        from raystar import report as page  # its libraries take seconds to import, which a sweep need not begin with
+
+        page.write(plan.folder, plan.storage)
+    except Exception as error:
+        first = (str(error).strip().splitlines() or [""])[0]
+        runs = "" if plan.out == Path("runs") else f" --runs {plan.out}"
+        print(
+            f"note: the report could not be made: {type(error).__name__}: {redact(first)}; "
+            f"python -m raystar.report --sweep {plan.name}{runs} tries again",
+            file=sys.stderr,
+            flush=True,
+        )
+    return {name: plan.folder / name for name in (REPORT, CONTACT_SHEET) if (plan.folder / name).is_file()}
 
 
 def _export(plan: Plan, summary: Summary, best: TrialRecord) -> None:
@@ -67,7 +89,7 @@ def _write_fastest(plan: Plan, summary: Summary, best: TrialRecord) -> Path:
 def tell(plan: Plan, summary: Summary, how_to_compare: tuple[str, str], error: str | None) -> None:
     """The last lines: what happened to the trials, which is best and by how much, and what to do next."""
     counts = ", ".join(f"{n} {status}" for status, n in summary.counts().items())
-    announce(f"\nsweep {summary.status} in {duration(time.time() - summary.started)}: {counts}")
+    announce(f"\nsweep {summary.status} in {duration(summary.wall_s)}: {counts}")
     if error is not None:
         print(f"error: {error}", file=sys.stderr, flush=True)
     for record in summary.trials.values():
@@ -90,6 +112,8 @@ def tell(plan: Plan, summary: Summary, how_to_compare: tuple[str, str], error: s
     if any(record.status in UNFINISHED for record in summary.trials.values()) or len(summary.trials) < plan.trials:
         out = "" if plan.out == Path("runs") else f" --out {plan.out}"
         announce(f"go on:   python -m raystar.tune --resume {plan.name}{out}")
+    if (page := plan.folder / REPORT).exists():
+        announce(f"report:  {page}")
     command, address = how_to_compare
     announce(f"compare: {command}".rstrip() if command else f"compare: {address}")
     if command:
@@ -108,5 +132,4 @@ def _in_a_line(summary: Summary, best: TrialRecord, score: float) -> str:
         return line
     if best is baseline:
         return line + "; it is the baseline: no other trial beats it"
-    gain = abs(score - baseline.score) / max(abs(baseline.score), 1e-12)
-    return line + f"; baseline {baseline.score:.4f}, {gain:.1%} better"
+    return line + f"; baseline {baseline.score:.4f}, {summary.gain:.1%} better"

@@ -100,7 +100,7 @@ def _digest(file: Path) -> str:
 
 def differences(then: Mapping[str, Any], now: Mapping[str, Any], what: str) -> list[str]:
     """One line for each leaf of two mappings that differs."""
-    old, new = dict(_leaves("", then)), dict(_leaves("", now))
+    old, new = dict(leaves("", then)), dict(leaves("", now))
     keys = [*old, *(key for key in new if key not in old)]
     absent = "nothing"
     return [
@@ -110,9 +110,10 @@ def differences(then: Mapping[str, Any], now: Mapping[str, Any], what: str) -> l
     ]
 
 
-def _leaves(name: str, value: Any) -> Iterator[tuple[str, Any]]:
+def leaves(name: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """Dotted names and values of everything in nested mappings; sequences are values, as lists."""
     if isinstance(value, Mapping):
         for key in value:
-            yield from _leaves(f"{name}.{key}" if name else str(key), value[key])
+            yield from leaves(f"{name}.{key}" if name else str(key), value[key])
     else:
         yield name, list(value) if isinstance(value, Sequence) and not isinstance(value, str) else value

@@ -22,6 +22,7 @@ from raystar.journal import wait_for_space
 from raystar.storage import Storage
 
 _CHECKPOINT = re.compile(r"epoch_(\d+)\.pt")
+_PICTURE = re.compile(r"(\w+)_(\d+)\.png")
 
 
 def checkpoint_name(trial: str, epoch: int) -> str:
@@ -32,6 +33,15 @@ def checkpoint_name(trial: str, epoch: int) -> str:
 def picture_name(trial: str, key: str, epoch: int) -> str:
     """Where a grid lies in the storage."""
     return f"pictures/{trial}/{key}_{epoch:04d}.png"
+
+
+def saved_pictures(storage: Storage, trial: str) -> dict[str, list[int]]:
+    """Epochs of which there are grids, in order, by the grid's key; 0 is the untrained model's."""
+    found: dict[str, list[int]] = {}
+    for name in storage.list(f"pictures/{trial}"):
+        if match := _PICTURE.fullmatch(name):
+            found.setdefault(match[1], []).append(int(match[2]))
+    return {key: sorted(epochs) for key, epochs in found.items()}
 
 
 def saved_epochs(storage: Storage, trial: str) -> list[int]:

@@ -463,11 +463,14 @@ class Session:
         done = [r for r in summary.trials.values() if r.status in (FINISHED, STOPPED)]
         late = time.time() > self._deadline
         summary.status = INTERRUPTED if self.interrupts else FINISHED if (done or late) and not error else FAILED
+        summary.over = time.time()
         best = summary.best
         files: dict[str, Path] = {}
         if best is not None:
             files = outcome.leave(plan, summary, best)
         self._write(now=True)
+        if self.interrupts < 3:  # who wants to leave at once does not wait for it
+            files |= outcome.report(plan)  # from the files that have just been written
         files |= {name: plan.folder / name for name in ("summary.json", "summary.csv")}
         tags = {"raystar.best_trial": best.trial, "raystar.best_run": best.run_id or ""} if best else {}
         metrics = {f"best/{self.summary.short_metric}": best.score} if best and best.score is not None else {}

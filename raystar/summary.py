@@ -10,7 +10,8 @@ import os
 import re
 import time
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,8 @@ class Summary:
     status: str = RUNNING
     started: float = field(default_factory=time.time)
     """Unix time; of a sweep that goes on, less the seconds that it ran before."""
+    over: float | None = None
+    """Unix time of its end, from which on `wall_s` stands still."""
     trials: dict[str, TrialRecord] = field(default_factory=dict)
     running: dict[str, TrialRecord] = field(default_factory=dict)
     ended: Ended = field(default_factory=Ended)
@@ -151,6 +154,19 @@ class Summary:
         return self.trials.get(self.baseline_trial) if self.baseline_trial else None
 
     @property
+    def gain(self) -> float | None:
+        """By what share of the baseline's score the best is better; 0 where the baseline is best, None without one."""
+        best, baseline = self.best, self.baseline
+        if best is None or best.score is None or baseline is None or baseline.score is None:
+            return None
+        return abs(best.score - baseline.score) / max(abs(baseline.score), 1e-12)
+
+    @property
+    def wall_s(self) -> float:
+        """Seconds that it has run."""
+        return round((self.over or time.time()) - self.started, 3)
+
+    @property
     def short_metric(self) -> str:
         """The metric's name without its group: `score` for `eval/score`."""
         return self.metric.rpartition("/")[2]
@@ -178,12 +194,40 @@ class Summary:
             "status": self.status,
             "metric": self.metric,
             "mode": self.mode,
-            "wall_s": round(time.time() - self.started, 3),
+            "wall_s": self.wall_s,
             "best": asdict(self.best) if self.best else None,
             "baseline": asdict(self.baseline) if self.baseline else None,
             "trials": [asdict(record) for record in self.trials.values()],
             "raystar": __version__,
         }
+
+    @classmethod
+    def from_mapping(cls, content: Mapping[str, Any], planned: int) -> Summary:
+        """A summary as `to_mapping` gave it; later versions' further facts of a trial are left out.
+
+        Raises:
+            KeyError, TypeError: it is not one.
+        """
+        baseline = content["baseline"]
+        summary = cls(
+            content["sweep"],
+            content["metric"],
+            content["mode"],
+            planned,
+            baseline["trial"] if baseline else None,
+            content["status"],
+            started=1.0,
+            over=1.0 + content["wall_s"],
+        )
+        known = {found.name for found in fields(TrialRecord)}
+        for trial in content["trials"]:
+            record = TrialRecord(**{key: value for key, value in trial.items() if key in known})
+            summary.trials[record.trial] = record
+            summary._counts[PENDING] += 1
+            status, record.status = record.status, PENDING
+            summary.settle(record.trial, status, record.reason)
+        summary.epochs_done = sum(record.epochs for record in summary.trials.values())
+        return summary
 
     def to_csv(self) -> str:
         """The trials as a table, swept keys as columns, best first."""

@@ -19,7 +19,8 @@ ORDER = [
     "errors", "journal", "storage", "config", "pt", "pictures", "dataset", "kernels", "model", "loss", "distributed",
     "step", "compile", "parity", "speed", "checkpoint", "ruler", "decoder", "codec", "grid", "trainer", "rungs",
     "summary", "saved", "ledger", "table", "spool", "tracking", "space", "retention", "cluster", "trial", "driver",
-    "export", "encode", "translate", "record", "plan", "outcome", "session", "sweep", "tune", "train", "distill",
+    "export", "encode", "translate", "record", "results", "importance", "charts", "contact", "report", "plan",
+    "outcome", "session", "sweep", "tune", "train", "distill",
 ]  # fmt: skip
 MAY_IMPORT = {"ray": {"cluster", "trial", "driver", "space", "session"}, "mlflow": {"tracking"}}
 
@@ -61,7 +62,7 @@ def test_who_imports(library: str) -> None:
     assert users == MAY_IMPORT[library]
 
 
-@pytest.mark.parametrize("module", ["trainer", "ruler", "export", "dataset", "encode", "translate"])
+@pytest.mark.parametrize("module", ["trainer", "ruler", "export", "dataset", "encode", "translate", "report"])
 def test_training_and_export_run_without_ray_and_mlflow(module: str) -> None:
     code = f"import sys, raystar.{module}; print([m for m in ('ray', 'mlflow', 'diffusers') if m in sys.modules])"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)

@@ -112,6 +112,23 @@ def test_the_record(sweep: tuple[Path, str]) -> None:
     assert not list(runs.rglob("*.part"))
 
 
+def test_the_report(sweep: tuple[Path, str]) -> None:
+    """It is there, says what the summary finally says, and lies with the contact sheet in the sweep's own run."""
+    runs, shown = sweep
+    assert f"report:  {runs / 's/report.html'}" in shown
+    summary, text = summary_of(runs), (runs / "s/report.html").read_text()
+    exact = dict(re.findall(r'data-fact="([^"]+)" data-value="([^"]+)"', text))
+    assert exact["status"] == "finished"
+    assert float(exact["best score"]) == summary["best"]["score"]
+    assert float(exact["wall time"]) == summary["wall_s"]
+    for trial in summary["trials"]:
+        assert f'data-value="{trial["score"]}"' in text
+    assert text.count("data:image/webp;base64,") > 6
+    for name in ("report.html", "contact_sheet.png"):
+        (attached,) = Store(runs).artifacts.rglob(name)
+        assert attached.read_bytes() == (runs / "s" / name).read_bytes()
+
+
 def test_mlflow_has_every_trial_once(sweep: tuple[Path, str]) -> None:
     runs, _ = sweep
     store, summary = Store(runs), summary_of(runs)

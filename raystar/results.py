@@ -1,0 +1,122 @@
+"""A sweep as its folder tells it, while it runs and ever after: without Ray, MLflow or the latents."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from raystar.errors import RaystarError, nearest
+from raystar.journal import Journal
+from raystar.ledger import EPOCH
+from raystar.record import JOURNAL, RECORD
+from raystar.rungs import Rungs
+from raystar.space import Scheduler
+from raystar.summary import Summary, TrialRecord
+
+SUMMARY, REPORT, CONTACT_SHEET = "summary.json", "report.html", "contact_sheet.png"
+"""Files of a sweep's folder."""
+
+
+@dataclass(frozen=True)
+class Results:
+    """What a sweep has found so far."""
+
+    summary: Summary
+    record: Mapping[str, Any]
+    """`sweep.json`."""
+    curves: Mapping[str, Mapping[int, Mapping[str, float]]]
+    """Metrics of each trial by epoch, up to the epoch that the summary knows."""
+
+    @property
+    def speed(self) -> bool:
+        """Whether the sweep measured speed alone."""
+        return bool(self.record["space"].get("purpose") == "speed")
+
+    @property
+    def epochs(self) -> int:
+        """Of a trial that runs to its end."""
+        return int(self.record["config"]["training"]["epochs"])
+
+    @property
+    def drawn(self) -> Mapping[str, tuple[str, Any]]:
+        """How each swept key was drawn: `loguniform` and the like, and its range or choices."""
+        return {key: next(iter(how.items())) for key, how in self.record["space"]["space"].items()}
+
+    @property
+    def rungs(self) -> list[int]:
+        """Epochs at which ASHA could stop a trial, in order; none where it did not run."""
+        scheduler = Scheduler(**self.record["space"].get("scheduler", {}))
+        if scheduler.type != "asha":
+            return []
+        rungs = Rungs(self.summary.mode, scheduler.grace_epochs, scheduler.reduction_factor, self.epochs).rungs
+        return sorted({math.ceil(rung.epoch) for rung in rungs if rung.epoch < self.epochs})
+
+    def curve(self, trial: str, metric: str | None = None) -> dict[int, float]:
+        """One metric of a trial by epoch, by default the sweep's, where it is finite."""
+        metric = metric or self.summary.metric
+        found = {epoch: metrics.get(metric) for epoch, metrics in self.curves.get(trial, {}).items()}
+        return {epoch: value for epoch, value in found.items() if value is not None and math.isfinite(value)}
+
+    def by_score(self) -> list[TrialRecord]:
+        """All trials: those that may be best, best first, then the others by name."""
+        ranked = self.summary.ranked()
+        there = {record.trial for record in ranked}
+        return ranked + sorted((r for r in self.summary.trials.values() if r.trial not in there), key=lambda r: r.trial)
+
+
+def find(runs: Path, name: str) -> Path:
+    """The folder of a sweep below `runs`.
+
+    Raises:
+        RaystarError: there is none of that name.
+    """
+    folder = runs / name
+    if not (folder / RECORD).is_file():
+        known = sorted(found.parent.name for found in runs.glob(f"*/{RECORD}"))
+        there = f"; there are {', '.join(known[:20])}" if known else ""
+        raise RaystarError(f"--sweep {name}: no such sweep in {runs}{nearest(name, known)}{there}")
+    return folder
+
+
+def read(folder: Path) -> Results:
+    """Reads a sweep's folder, `runs/<name>`.
+
+    Raises:
+        RaystarError: a file is missing or damaged.
+    """
+    content, record = _json(folder / SUMMARY), _json(folder / RECORD)
+    try:
+        results = Results(Summary.from_mapping(content, int(record["trials"])), record, _curves(folder, content))
+        _ = results.speed, results.drawn, results.rungs
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise RaystarError(
+            f"{folder}: {SUMMARY} and {RECORD} are not those of a sweep of raystar: {type(error).__name__}: {error}"
+        ) from None
+    return results
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        begins = "; a sweep that has just begun writes it with its first epoch" if path.name == SUMMARY else ""
+        raise RaystarError(f"{path} is not there{begins}") from None
+    except (OSError, ValueError) as error:
+        raise RaystarError(f"{path} cannot be read: {error}") from None
+    if not isinstance(content, dict):
+        raise RaystarError(f"{path}: expected a JSON object, found {type(content).__name__}")
+    return content
+
+
+def _curves(folder: Path, content: Mapping[str, Any]) -> dict[str, dict[int, dict[str, float]]]:
+    """What the journal says of the epochs that the summary knows: of a running sweep it knows more."""
+    known = {trial["trial"]: int(trial["epochs"]) for trial in content["trials"]}
+    curves: dict[str, dict[int, dict[str, float]]] = {name: {} for name in known}
+    for event in Journal(folder / JOURNAL):
+        if event["event"] == EPOCH and event["epoch"] <= known.get(event["trial"], 0):
+            curves[event["trial"]].setdefault(int(event["epoch"]), dict(event["metrics"]))
+    return curves
