@@ -23,6 +23,10 @@ from raystar.errors import RaystarError
 SCALE = 0.18215
 """SD1.5's scaling factor: scaled latent = unscaled latent * SCALE. Fixed, unlike `training.latent_scale`."""
 
+DEFAULT_VAE = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+"""Hub name of the model whose VAE the latents are meant for."""
+
+_KEY = "visualization.vae_model_name_or_path"
 _HUB_TIMEOUT_S = 10
 
 # RGB in [-1, 1] of a scaled latent's four channels: a least-squares fit over pictures and their SD1.5 latents.
@@ -62,11 +66,19 @@ class PreviewCodec:
 class VaeCodec:
     """A diffusers autoencoder. AutoencoderTiny speaks scaled latents, AutoencoderKL unscaled ones."""
 
-    def __init__(self, model: Any, name: str, device: torch.device, batch_size: int = 8) -> None:
-        self.model = model.eval().requires_grad_(False).to(device)
+    def __init__(
+        self,
+        model: Any,
+        name: str,
+        device: torch.device,
+        batch_size: int = 8,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.model = model.eval().requires_grad_(False).to(device, dtype)
         self.name = name
         self.device = device
         self.batch_size = batch_size
+        self.dtype = dtype
         self.takes_scaled = type(model).__name__ == "AutoencoderTiny"
 
     @torch.no_grad()
@@ -74,9 +86,22 @@ class VaeCodec:
         """See `Codec.decode`."""
         pictures = []
         for chunk in latents.to(self.device, torch.float32).split(self.batch_size):
-            rgb = self.model.decode(chunk * SCALE if self.takes_scaled else chunk).sample
+            rgb = self.model.decode((chunk * SCALE if self.takes_scaled else chunk).to(self.dtype)).sample
             pictures.append(_to_bytes(rgb))
         return np.concatenate(pictures)
+
+    @torch.no_grad()
+    def encode(self, pictures: NDArray[np.uint8]) -> Tensor:
+        """The way back: RGB pictures [B,h,w,3], uint8 -> unscaled latents [B,4,h/8,w/8], float32, on the CPU.
+
+        h and w are divisible by 8. An AutoencoderKL's latent is the mean of its posterior.
+        """
+        latents = []
+        for chunk in torch.from_numpy(pictures).split(self.batch_size):
+            rgb = chunk.to(self.device).permute(0, 3, 1, 2).float() / 255 * 2 - 1
+            found = self.model.encode(rgb.to(self.dtype))
+            latents.append(found.latents.float() / SCALE if self.takes_scaled else found.latent_dist.mean.float())
+        return torch.cat(latents).cpu()
 
 
 def _to_bytes(rgb: Tensor) -> NDArray[np.uint8]:
@@ -92,19 +117,21 @@ def check_codec(config: Config) -> None:
         RaystarError: the folder lacks a model, or the model is of another kind.
     """
     name = config.visualization.vae_model_name_or_path
-    if name is None:
-        return
+    if name is not None:
+        _check_vae(name, _KEY)
+
+
+def _check_vae(name: str, key: str) -> None:
     folder = Path(name).expanduser()
     if folder.is_dir():
-        _model_folder(folder)
+        _model_folder(folder, key)
     elif folder.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
         raise RaystarError(
-            f"visualization.vae_model_name_or_path: {name}: expected a hub name (owner/model) or a model's folder; "
-            "the folder is not there"
+            f"{key}: {name}: expected a hub name (owner/model) or a model's folder; the folder is not there"
         )
 
 
-def _model_folder(folder: Path) -> Path:
+def _model_folder(folder: Path, key: str) -> Path:
     """The folder itself or its vae/ (a whole Stable Diffusion model); checked to hold a known autoencoder."""
     for candidate in (folder, folder / "vae"):
         if (candidate / "config.json").is_file():
@@ -114,9 +141,7 @@ def _model_folder(folder: Path) -> Path:
                     f"{candidate}/config.json: expected AutoencoderKL or AutoencoderTiny, found {kind!r}"
                 )
             return candidate
-    raise RaystarError(
-        f"visualization.vae_model_name_or_path: {folder}: expected config.json in it or in its vae/ folder"
-    )
+    raise RaystarError(f"{key}: {folder}: expected config.json in it or in its vae/ folder")
 
 
 def open_codec(config: Config, device: torch.device | str = "cpu") -> tuple[Codec, str | None]:
@@ -144,6 +169,31 @@ def open_codec(config: Config, device: torch.device | str = "cpu") -> tuple[Code
             return PreviewCodec(), f"{name} cannot be loaded ({reason[:160]}); pictures use the built-in preview"
 
 
+def open_vae(name: str, device: torch.device | str = "cpu", key: str = "--vae") -> VaeCodec:
+    """An autoencoder that must be had, since nothing else can encode pictures.
+
+    Args:
+        name: hub name or folder of an AutoencoderKL or AutoencoderTiny.
+        key: what an error calls the name.
+
+    Raises:
+        RaystarError: it is not there, of another kind, damaged, or the hub does not answer.
+    """
+    _check_vae(name, key)
+    with _quiet(True):
+        try:
+            return VaeCodec(_load_model(name), Path(name).name, torch.device(device))
+        except RaystarError:
+            raise
+        # As in open_codec: everything a hub, a cache and a model file can raise.
+        except (OSError, ValueError, RuntimeError, ImportError, KeyError, TypeError) as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    raise RaystarError(
+        f"{key} {name}: cannot be loaded ({reason[:160]}); pictures need the VAE of Stable Diffusion 1.5: give the "
+        "folder of an AutoencoderKL or AutoencoderTiny, of a whole model with vae/ in it, or a hub name (owner/model)"
+    )
+
+
 def _load_model(name: str) -> Any:
     os.environ.setdefault("HF_HUB_ETAG_TIMEOUT", str(_HUB_TIMEOUT_S))
     os.environ.setdefault("HF_HUB_DOWNLOAD_TIMEOUT", str(_HUB_TIMEOUT_S))
@@ -154,7 +204,7 @@ def _load_model(name: str) -> Any:
     options: dict[str, Any] = {"low_cpu_mem_usage": False, "torch_dtype": torch.float32}
     folder = Path(name).expanduser()
     if folder.is_dir():
-        found = _model_folder(folder)
+        found = _model_folder(folder, _KEY)
         kind = read_mapping(found / "config.json")["_class_name"]
         return kinds[kind].from_pretrained(str(found), local_files_only=True, **options)
     subfolder, kind = _hub_kind(name)
