@@ -72,7 +72,8 @@ def _trained(config: Config, facts: Mapping[str, Any]) -> str:
         lines.append(f"Made with {', '.join(made)}" + (f", commit `{commit[:12]}`." if commit else "."))
     text = "## How it was trained\n\n" + "\n".join(f"- {line}" for line in lines)
     if params := facts.get("params"):
-        text += "\n\nFound by the search:\n\n" + "\n".join(f"- `{key}`: {value}" for key, value in params.items())
+        listed = "\n".join(f"- `{key}`: {value}" for key, value in params.items())
+        text += f"\n\nOf what the sweep varied, it has:\n\n{listed}"
     return text + "\n\nAll of the configuration is in `config.yaml`."
 
 

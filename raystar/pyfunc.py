@@ -19,6 +19,7 @@ import binascii
 import functools
 import io
 import os
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -36,6 +37,9 @@ from raystar.translate import PictureTranslator
 
 VAE_VARIABLE = "RAYSTAR_VAE"
 """Environment variable that names a VAE: a folder or a hub name."""
+
+# It would have hints for rows, with which it checks requests; the signature that models are saved with does that.
+warnings.filterwarnings("ignore", message="(?s).*[Tt]ype hint", category=UserWarning, module="mlflow")
 
 
 class StyleModel(PythonModel):  # type: ignore[misc]

@@ -34,7 +34,7 @@ _CODE = (
 
 def model_name(experiment: str, dataset: str) -> str:
     """Name of the registered model of everything that an experiment trains on a dataset: `raystar-latents`."""
-    return re.sub(r"[^\w.-]+", "-", f"{experiment}-{dataset}").strip("-.")
+    return re.sub(r"[^\w.-]+", "-", f"{experiment}-{dataset.rpartition(':')[2]}").strip("-.")
 
 
 def save(folder: Path, export: Path, **identity: Any) -> None:
@@ -173,7 +173,14 @@ def register(
     if made is None:
         tags = {EPOCH: str(epoch), _SCORE: repr(score), _KEY: comparable, _METRIC: metric}
         made = client.create_model_version(
-            name, f"models:/{model.model_id}", run_id, tags, None, description, model_id=model.model_id
+            # Not models:/ID, which MLflow would look up in its process's own store instead of the client's.
+            name,
+            model.artifact_location,
+            run_id,
+            tags,
+            None,
+            description,
+            model_id=model.model_id,
         )
     number = str(made.version)
     known = client.get_registered_model(name).aliases

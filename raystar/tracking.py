@@ -745,6 +745,7 @@ def _client(uri: str) -> Any:
 
     for name in ("alembic", "mlflow", "urllib3"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="mlflow")
     return mlflow.MlflowClient(tracking_uri=uri)
 
 
