@@ -97,7 +97,7 @@ class VaeCodec:
         h and w are divisible by 8. An AutoencoderKL's latent is the mean of its posterior.
         """
         latents = []
-        for chunk in torch.from_numpy(pictures).split(self.batch_size):
+        for chunk in torch.tensor(pictures).split(self.batch_size):
             rgb = chunk.to(self.device).permute(0, 3, 1, 2).float() / 255 * 2 - 1
             found = self.model.encode(rgb.to(self.dtype))
             latents.append(found.latents.float() / SCALE if self.takes_scaled else found.latent_dist.mean.float())

@@ -18,6 +18,7 @@ from raystar.model import Nets
 from raystar.step import autocast
 
 PAPER, INK, FAINT = (255, 255, 255), (28, 30, 33), (120, 124, 130)
+_LANCZOS = Image.Resampling.LANCZOS
 _SEED = 7
 _CELL = 128  # pixels of a picture in a grid
 
@@ -118,7 +119,7 @@ def labelled(
 
 def _picture(pixels: NDArray[np.uint8], cell: int) -> Image.Image:
     picture = Image.fromarray(pixels)
-    return picture if picture.size == (cell, cell) else picture.resize((cell, cell), Image.Resampling.LANCZOS)
+    return picture if picture.size == (cell, cell) else picture.resize((cell, cell), _LANCZOS)
 
 
 def _centred(
@@ -138,3 +139,34 @@ def _sideways(text: str, length: int, thickness: int) -> Image.Image:
     strip = Image.new("RGB", (length, thickness), PAPER)
     _centred(ImageDraw.Draw(strip), text, (length // 2, thickness // 2), length)
     return strip.rotate(90, expand=True)
+
+
+def side_by_side(pictures: Sequence[tuple[str, Image.Image]], margin: int, height: int = 256) -> Image.Image:
+    """Labelled pictures in a row, all of one height, in their own proportions.
+
+    Args:
+        pictures: (label, picture), left to right.
+        margin: how many of them, at the left, are real; a rule parts them from the others.
+        height: pixels.
+    """
+    gap, label, between = 4, 22, 12
+    shown = [
+        (
+            text,
+            picture.convert("RGBA").resize((max(1, round(picture.width * height / picture.height)), height), _LANCZOS),
+        )
+        for text, picture in pictures
+    ]
+    width = sum(picture.width + gap for _, picture in shown) - gap + between * (0 < margin < len(shown))
+    sheet = Image.new("RGB", (width, label + height), PAPER)
+    write = ImageDraw.Draw(sheet)
+    x = 0
+    for number, (text, picture) in enumerate(shown):
+        if number == margin and number:
+            x += between
+            at = x - (between + gap) // 2
+            write.line([(at, label), (at, label + height)], fill=FAINT)
+        _centred(write, text, (x + picture.width // 2, label // 2), picture.width)
+        sheet.paste(picture, (x, label), picture)
+        x += picture.width + gap
+    return sheet

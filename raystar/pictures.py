@@ -11,6 +11,7 @@ import os
 import stat
 import warnings
 from collections import Counter
+from collections.abc import Collection
 from pathlib import Path
 from typing import NamedTuple
 
@@ -48,7 +49,7 @@ class Found(NamedTuple):
     """How many files of each suffix are no pictures."""
 
 
-def find(folder: Path, within: Path | None = None) -> Found:
+def find(folder: Path, within: Path | None = None, suffixes: Collection[str] = SUFFIXES) -> Found:
     """All pictures below a folder, by their suffixes; hidden files and folders are left out.
 
     Links to folders are followed. One that leads back to a folder that holds it is bad, and not walked; a folder
@@ -88,7 +89,7 @@ def find(folder: Path, within: Path | None = None) -> Found:
                 continue
             if is_folder:
                 folders.append((inner, (*above, place)))
-            elif suffix in SUFFIXES:
+            elif suffix in suffixes:
                 found.pictures.append(inner)
             elif suffix in _FOREIGN:
                 found.bad.append((inner, f"{suffix[1:].upper()} files are not read; convert it to JPEG or PNG"))
@@ -158,6 +159,7 @@ def upright(image: Image.Image) -> Image.Image:
     image = _srgb(image, profile)
     if alpha is not None:
         image.putalpha(alpha)
+    image.info = {}  # none of it holds any more
     return image
 
 

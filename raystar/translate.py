@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import argparse
+import os
+import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
+from tqdm import tqdm
 
-from raystar.codec import VaeCodec
-from raystar.errors import RaystarError
-from raystar.export import Translator
-from raystar.pictures import flat, square, upright
+from raystar.codec import DEFAULT_VAE, Codec, VaeCodec, open_codec, open_vae, say
+from raystar.dataset import read_latent
+from raystar.errors import RaystarError, is_folder, nearest, run_cli
+from raystar.export import Translator, load
+from raystar.grid import side_by_side
+from raystar.pictures import SUFFIXES, find, flat, read, scaled, square, upright
 
 CELL = 8
 """Pixels along one side of a latent cell."""
@@ -23,6 +33,10 @@ REFERENCE = 256
 
 SMALLEST = 64
 """Pixels along the shorter side, below which a picture has too few cells to be normalised."""
+
+_LATENTS = (".npy", ".pt")
+_WRITTEN = (".avif", ".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+_OPAQUE = (".bmp", ".jpeg", ".jpg")
 
 _VAE_TILE, _VAE_OVERLAP = 96, 16  # cells: 768 pixels in one piece take a few GiB in a full-sized VAE
 _NET_TILE, _NET_OVERLAP = 512, 32  # cells: as much of a picture as memory allows shares its statistics
@@ -37,11 +51,11 @@ class PictureTranslator:
 
     Args:
         translator: what `export.load` gives.
-        codec: encodes and decodes.
+        codec: a `VaeCodec` encodes and decodes; another one serves who has latents alone.
         tile: pixels along the side of the generator's tiles, instead of 4096; 256 is the usual size in training.
     """
 
-    def __init__(self, translator: Translator, codec: VaeCodec, tile: int | None = None) -> None:
+    def __init__(self, translator: Translator, codec: Codec, tile: int | None = None) -> None:
         if tile is not None and tile < SMALLEST:
             raise RaystarError(f"tile: expected {SMALLEST} pixels or more, found {tile}")
         self.translator = translator
@@ -69,7 +83,8 @@ class PictureTranslator:
             A picture for each, of its (upright) size: RGB, or RGBA where the picture is transparent.
 
         Raises:
-            RaystarError: an unknown domain, a picture that is too small, or both a reference and a seed.
+            RaystarError: an unknown domain, both a reference and a seed, or a codec that does not encode.
+            ValueError: a picture that is too small, or cannot be read.
         """
         style = None if reference is None else self.encode_reference(reference)
         made = []
@@ -80,22 +95,26 @@ class PictureTranslator:
 
     def encode(self, picture: Image.Image) -> Tensor:
         """An upright picture -> unscaled latents [1,4,H,W] that cover it, with its edges repeated to whole cells."""
+        encode = self._encoder()
         width, height = picture.size
         if min(width, height) < SMALLEST:
-            raise RaystarError(
-                f"a picture of {width}x{height} pixels: expected {SMALLEST} or more along each side; enlarge it first"
-            )
+            raise ValueError(f"{width}x{height} pixels are too few: {SMALLEST} or more are needed along each side")
         pixels = np.asarray(flat(picture))
         pixels = np.pad(pixels, ((0, -height % CELL), (0, -width % CELL), (0, 0)), "edge")
 
         def piece(y: slice, x: slice) -> Tensor:
-            return self.codec.encode(np.ascontiguousarray(pixels[None, _pixels(y), _pixels(x)]))
+            return encode(np.ascontiguousarray(pixels[None, _pixels(y), _pixels(x)]))
 
         return blended(piece, (pixels.shape[0] // CELL, pixels.shape[1] // CELL), _VAE_TILE, _VAE_OVERLAP)
 
     def encode_reference(self, picture: Image.Image) -> Tensor:
         """A reference of any size -> its unscaled latents [1,4,32,32]."""
-        return self.codec.encode(np.asarray(square(flat(upright(picture)), REFERENCE))[None])
+        return self._encoder()(np.asarray(square(flat(upright(picture)), REFERENCE))[None])
+
+    def _encoder(self) -> Callable[[NDArray[np.uint8]], Tensor]:
+        if not isinstance(self.codec, VaeCodec):
+            raise RaystarError(f"codec '{self.codec.name}' decodes alone; pictures need an autoencoder (--vae)")
+        return self.codec.encode
 
     def restyle(self, latents: Tensor, domain: str, reference: Tensor | None, seed: int | None) -> Tensor:
         """`export.Translator.translate` of unscaled latents [1,4,H,W] of any size."""
@@ -105,17 +124,22 @@ class PictureTranslator:
 
         return blended(piece, (latents.shape[2], latents.shape[3]), self.tile, self.overlap)
 
-    def decode(self, latents: Tensor, like: Image.Image) -> Image.Image:
-        """Unscaled latents [1,4,H,W] -> a picture of the size of `like`, as transparent as that."""
+    def decode(self, latents: Tensor, like: Image.Image | None = None) -> Image.Image:
+        """Unscaled latents [1,4,H,W] -> a picture; of the size of `like`, and as transparent, where that is given."""
 
         def piece(y: slice, x: slice) -> Tensor:
             return torch.from_numpy(self.codec.decode(latents[:, :, y, x])).permute(0, 3, 1, 2)
 
-        rgb = blended(piece, (latents.shape[2], latents.shape[3]), _VAE_TILE, _VAE_OVERLAP, CELL)
+        cells = (latents.shape[2], latents.shape[3])
+        # Only an autoencoder's memory is narrow, and only its cells are known to be 8 pixels wide.
+        tile = _VAE_TILE if isinstance(self.codec, VaeCodec) else max(cells)
+        rgb = blended(piece, cells, tile, _VAE_OVERLAP, CELL)
         pixels: NDArray[np.uint8] = rgb[0].permute(1, 2, 0).round().to(torch.uint8).numpy()
-        picture = Image.fromarray(np.ascontiguousarray(pixels[: like.height, : like.width]))
-        if like.mode == "RGBA":
-            picture.putalpha(like.getchannel("A"))
+        picture = Image.fromarray(np.ascontiguousarray(pixels))
+        if like is not None:
+            picture = picture.crop((0, 0, *like.size))
+            if like.mode == "RGBA":
+                picture.putalpha(like.getchannel("A"))
         return picture
 
 
@@ -174,3 +198,257 @@ def _fade(span: slice, length: int, spans: list[slice], unit: int) -> Tensor:
     if number + 1 < len(spans):
         weight = torch.minimum(weight, (n - at) / ((span.stop - spans[number + 1].start) * unit))
     return weight
+
+
+# -- the command line ------------------------------------------------------------------------------
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    p = argparse.ArgumentParser(
+        prog="python -m raystar.translate",
+        description="Translates a picture, or a folder of them, with an exported model. Results keep their picture's "
+        "size, proportions and transparency. Latents (.npy, .pt) are translated as well.",
+    )
+    p.add_argument("--model", metavar="DIR", type=Path, required=True, help="an export, for example runs/NAME/best")
+    p.add_argument("--input", metavar="PATH", type=Path, required=True, help="a picture or a folder, at any depth")
+    p.add_argument("--domain", metavar="NAME", required=True, help="one of the model's")
+    p.add_argument("--reference", metavar="FILE", type=Path, help="a picture of that domain, whose style is taken")
+    p.add_argument("--seed", metavar="N", type=int, help="of the style, where there is no reference (0)")
+    p.add_argument("--samples", metavar="K", type=int, help="that many styles: the seeds N, N + 1, ... (1)")
+    p.add_argument(
+        "--out", metavar="PATH", type=Path, required=True,
+        help="a folder for PNG files, or one file: .png .jpg .webp .avif .tif .bmp, .npy for its latent",
+    )  # fmt: skip
+    p.add_argument("--compare", action="store_true", help="beside each, a labelled strip: original, reference, results")
+    p.add_argument("--latents", action="store_true", help="write latents (.npy) into the folder instead of pictures")
+    p.add_argument("--resize", metavar="PIXELS", type=int, help="first scale the shorter side; the result stays so")
+    p.add_argument(
+        "--tile", metavar="PIXELS", type=int,
+        help="translate in overlapping tiles of this size instead of pictures as wholes (from 4096 pixels on)",
+    )  # fmt: skip
+    p.add_argument("--vae", metavar="NAME", help=f"folder or hub name (the model's own, or else {DEFAULT_VAE})")
+    p.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="a GPU if there is one (auto)")
+    p.add_argument("--force", action="store_true", help="overwrite results that are there")
+    return p
+
+
+class _Task(NamedTuple):
+    """One input and where its results go, one for each seed."""
+
+    source: Path
+    results: list[Path]
+    strip: Path | None
+
+
+def main(argv: list[str] | None = None) -> int:
+    """`python -m raystar.translate`: 0, 1 if a picture of a folder cannot be used, 2 for a wrong request."""
+    args = parser().parse_args(argv)
+    seeds = _seeds(args.reference, args.seed, args.samples)
+    if args.resize is not None and args.resize < SMALLEST:
+        raise RaystarError(f"--resize {args.resize}: expected {SMALLEST} pixels or more")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise RaystarError("--device cuda: torch finds no GPU; take auto or cpu")
+    tasks, bad = _tasks(args, seeds)
+    translator = load(args.model, None if args.device == "auto" else args.device)
+    if args.domain not in translator.domains:
+        raise RaystarError(
+            f"--domain {args.domain}: not one of the model's{nearest(args.domain, translator.domains)}: "
+            f"{', '.join(translator.domains)}"
+        )
+    inputs = [task.source for task in tasks] + ([args.reference] if args.reference else [])
+    codec = _codec(translator, args.vae, any(_is_picture(path) for path in inputs))
+    worker = _Worker(PictureTranslator(translator, codec, args.tile), args.domain, seeds, args.resize)
+    if args.reference is not None:
+        try:
+            worker.take_reference(args.reference)
+        except ValueError as error:
+            raise RaystarError(f"--reference {args.reference}: {error}") from None
+    terminal = sys.stderr.isatty()
+    with tqdm(
+        total=len(tasks) * len(seeds), desc="translating", file=sys.stderr,
+        mininterval=0.5 if terminal else 15, ascii=not terminal, dynamic_ncols=terminal,
+    ) as bar:  # fmt: skip
+        for task in tasks:
+            try:
+                worker.run(task, bar.update)
+            except ValueError as error:
+                bad.append((str(task.source), str(error)))
+    done = (len(tasks) - sum(name == str(task.source) for task in tasks for name, _ in bad)) * len(seeds)
+    if bad and not is_folder(args.input):
+        raise RaystarError(f"--input {args.input}: {bad[0][1]}")
+    print(f"{done} results in {args.out}")
+    if bad:
+        print(f"{len(bad)} could not be used:", file=sys.stderr)
+        for name, reason in sorted(bad):
+            print(f"  {name}: {reason}", file=sys.stderr)
+    return 1 if bad else 0
+
+
+def _seeds(reference: Path | None, seed: int | None, samples: int | None) -> list[int | None]:
+    if reference is not None:
+        if seed is not None or samples is not None:
+            raise RaystarError("--reference: its style is one; give it, or --seed and --samples, not both")
+        return [None]
+    if seed is not None and seed < 0:
+        raise RaystarError(f"--seed {seed}: expected 0 or more")
+    if samples is not None and samples < 1:
+        raise RaystarError(f"--samples {samples}: expected 1 or more")
+    return list(range(seed or 0, (seed or 0) + (samples or 1)))
+
+
+def _is_picture(path: Path) -> bool:
+    return path.suffix.lower() not in _LATENTS
+
+
+def _tasks(args: argparse.Namespace, seeds: list[int | None]) -> tuple[list[_Task], list[tuple[str, str]]]:
+    """What is to be done, and which files of a folder cannot be.
+
+    Raises:
+        RaystarError: nothing to translate, or results that are in the way or would be inputs the next time.
+    """
+    source, out, bad = args.input, args.out, list[tuple[str, str]]()
+    if is_folder(source):
+        found = find(source, suffixes=(*SUFFIXES, *_LATENTS))
+        bad = [(f"{source}/{name}", reason) for name, reason in found.bad]
+        names = found.pictures
+        if not names:
+            reasons = "".join(f"\n  {name}: {reason}" for name, reason in bad[:20])
+            raise RaystarError(f"--input {source}: expected pictures or latents in it, found none{reasons}")
+        if out.resolve().is_relative_to(source.resolve()):
+            raise RaystarError(f"--out {out}: lies inside of --input {source}; choose a place beside it")
+        sources = [source / name for name in names]
+    elif source.exists():
+        sources, names = [source], [source.name]
+    else:
+        raise RaystarError(f"--input {source}: expected a picture, a latent or a folder of them, found nothing")
+    suffix = out.suffix.lower()
+    if suffix in (*_WRITTEN, ".npy") and not out.is_dir():
+        if len(sources) * len(seeds) > 1:
+            raise RaystarError(f"--out {out}: one file, but there will be {len(sources) * len(seeds)}; name a folder")
+        if args.latents and suffix != ".npy":
+            raise RaystarError(f"--out {out}: --latents writes .npy files")
+        tasks = [_Task(sources[0], [out], out.with_name(f"{out.stem}_compare.png") if args.compare else None)]
+    elif suffix in (*SUFFIXES, ".pt"):
+        raise RaystarError(f"--out {out}: {suffix} files are not written; take {' '.join((*_WRITTEN, '.npy'))}")
+    elif out.exists() and not out.is_dir():
+        raise RaystarError(f"--out {out}: expected a folder or a picture's name, found another file")
+    else:
+        tasks = _into_folder(sources, names, seeds, args)
+    planned = [path for task in tasks for path in (*task.results, *([task.strip] if task.strip else []))]
+    there = [path for path in planned if path.exists() or path.is_symlink()]
+    read_ones = {path.resolve() for path in (*sources, *([args.reference] if args.reference else []))}
+    if own := [path for path in there if path.resolve() in read_ones]:
+        raise RaystarError(f"--out {own[0]}: is the input itself; choose another")
+    if args.resize is not None and not any(_is_picture(path) for path in sources):
+        raise RaystarError("--resize: latents are not scaled; leave it out")
+    if there and not args.force:
+        raise RaystarError(
+            f"--out {out}: {len(there)} of {len(planned)} results are there already, {there[0]} for one; choose "
+            "another place, or overwrite them with --force"
+        )
+    return tasks, bad
+
+
+def _into_folder(
+    sources: Sequence[Path], names: Sequence[str], seeds: Sequence[int | None], args: argparse.Namespace
+) -> list[_Task]:
+    """`<out>/<path below the input>.png`, with the seed if there are several."""
+    bare = [str(PurePosixPath(name).with_suffix("")) for name in names]
+    counts = Counter(stem.casefold() for stem in bare)
+    kind = ".npy" if args.latents else ".png"
+    tasks = []
+    for source, name, stem in zip(sources, names, bare, strict=True):
+        stem = name if counts[stem.casefold()] > 1 else stem  # a.jpg and a.png: a.jpg.png and a.png.png
+        ends = [""] if len(seeds) == 1 else [f"_seed{seed}" for seed in seeds]
+        results = [args.out / f"{stem}{end}{kind}" for end in ends]
+        tasks.append(_Task(source, results, args.out / f"{stem}_compare.png" if args.compare else None))
+    return tasks
+
+
+def _codec(translator: Translator, vae: str | None, encodes: bool) -> Codec:
+    """The VAE; where there are latents alone, whatever can decode them."""
+    config = translator.config
+    if vae is not None:
+        return open_vae(vae, translator.device)
+    if encodes:
+        return open_vae(config.visualization.vae_model_name_or_path or DEFAULT_VAE, translator.device)
+    codec, note = open_codec(config, translator.device)
+    say(note)
+    return codec
+
+
+class _Worker:
+    """Reads, translates and writes one input after the other."""
+
+    def __init__(self, translator: PictureTranslator, domain: str, seeds: list[int | None], side: int | None) -> None:
+        self.translator = translator
+        self.domain = domain
+        self.seeds = seeds
+        self.side = side
+        self.style: Tensor | None = None
+        """[1,4,H,W] unscaled latents of the reference."""
+        self.reference: tuple[str, Image.Image] | None = None
+
+    def take_reference(self, path: Path) -> None:
+        """Takes the style of a picture or of a latent. ValueError says why it cannot be used."""
+        if _is_picture(path):
+            picture = read(path)
+            self.style = self.translator.encode_reference(picture)
+        else:
+            self.style = self._latents(path)
+            picture = self.translator.decode(self.style)
+        self.reference = (path.stem, picture)
+
+    def run(self, task: _Task, done: Callable[[], object]) -> None:
+        """Writes all results of one input, and calls `done` after each. ValueError says why it cannot be used."""
+        original: Image.Image | None = None
+        if _is_picture(task.source):
+            picture = read(task.source)
+            original = picture if self.side is None else scaled(picture, self.side)
+            latents = self.translator.encode(original)
+        else:
+            latents = self._latents(task.source)
+            if task.strip is not None:
+                original = self.translator.decode(latents)
+        strip = [] if original is None else [(task.source.stem, original)]
+        strip += [] if self.reference is None else [(f"reference: {self.reference[0]}", self.reference[1])]
+        margin = len(strip)
+        for seed, result in zip(self.seeds, task.results, strict=True):
+            made = self.translator.restyle(latents, self.domain, self.style, seed)
+            if result.suffix.lower() == ".npy":
+                _write(result, partial(np.save, arr=made[0].numpy(), allow_pickle=False))
+            if task.strip is not None or result.suffix.lower() != ".npy":
+                picture = self.translator.decode(made, original)
+                strip.append((self.domain if seed is None else f"{self.domain}, seed {seed}", picture))
+                if result.suffix.lower() != ".npy":
+                    _save(result, picture)
+            done()
+        if task.strip is not None:
+            _save(task.strip, side_by_side(strip, margin))
+
+    def _latents(self, path: Path) -> Tensor:
+        channels = self.translator.translator.config.model.latent_channels
+        return torch.from_numpy(read_latent(str(path), channels)).float()[None]
+
+
+def _save(path: Path, picture: Image.Image) -> None:
+    picture = flat(picture) if path.suffix.lower() in _OPAQUE else picture
+    _write(path, lambda part: picture.save(part, quality=95))
+
+
+def _write(path: Path, write: Callable[[Path], object]) -> None:
+    """Has `write` make a file, which is there whole or not at all."""
+    part = path.with_name(f".{path.stem}.{os.getpid()}.part{path.suffix}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(part)
+        os.replace(part, path)
+    except OSError as error:
+        raise RaystarError(f"{path}: cannot be written: {error.strerror or error}") from None
+    finally:
+        part.unlink(missing_ok=True)
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -19,8 +19,8 @@ ORDER = [
     "errors", "journal", "storage", "config", "pt", "pictures", "dataset", "kernels", "model", "loss", "distributed",
     "step", "compile", "parity", "speed", "checkpoint", "ruler", "codec", "grid", "usage", "trainer", "rungs",
     "summary", "saved", "ledger", "table", "spool", "registry", "tracking", "space", "retention", "cluster", "trial",
-    "driver", "graphs", "card", "export", "translate", "pyfunc", "record", "plan", "outcome", "session", "sweep",
-    "tune", "train",
+    "driver", "graphs", "card", "export", "encode", "translate", "pyfunc", "record", "plan", "outcome", "session",
+    "sweep", "tune", "train",
 ]  # fmt: skip
 MAY_IMPORT = {"ray": {"cluster", "trial", "driver", "space", "session"}, "mlflow": {"tracking", "registry", "pyfunc"}}
 
