@@ -9,13 +9,12 @@ Parameters: `seed` of the noise, 0 by default; `latents`, whether latents are wa
 base64, and `latent` if wanted.
 
 Pictures need a VAE, to become latents: `model_config={"vae": ...}` of `mlflow.pyfunc.load_model`, the environment
-variable RAYSTAR_VAE, or the VAE that the model's configuration names.
+variable RAYSTAR_VAE, the one that the model's configuration names, or Stable Diffusion 1.5's from the hub.
 """
 
 from __future__ import annotations
 
 import base64
-import binascii
 import functools
 import io
 import os
@@ -30,9 +29,9 @@ from PIL import Image
 from torch import Tensor
 
 from raystar import export
-from raystar.codec import Codec, VaeCodec, open_codec, open_vae
+from raystar.codec import DEFAULT_VAE, open_codec, open_vae
 from raystar.errors import RaystarError
-from raystar.pictures import upright
+from raystar.pictures import FORMATS, upright
 from raystar.translate import PictureTranslator
 
 VAE_VARIABLE = "RAYSTAR_VAE"
@@ -69,7 +68,7 @@ class StyleModel(PythonModel):  # type: ignore[misc]
         for number, row in enumerate(model_input.to_dict("records")):
             try:
                 answers.append(self._translate({key: v for key, v in row.items() if _given(v)}, seed, latents))
-            except RaystarError as error:
+            except (RaystarError, ValueError) as error:
                 raise RaystarError(f"row {number}: {error}") from None
         return type(model_input)(answers)
 
@@ -86,10 +85,10 @@ class StyleModel(PythonModel):  # type: ignore[misc]
             style = self._pictures.encode_reference(_picture(row["reference"], "reference"))
         chosen = None if style is not None else seed
         if "latent" in row:
-            made = self.model.translate(_latent(row["latent"], "latent"), domain, style, chosen)
-            picture = Image.fromarray(self._codec.decode(made)[0])
+            made = self._latents.restyle(_latent(row["latent"], "latent"), domain, style, chosen)
+            picture = self._latents.decode(made)
         else:
-            given = upright(_picture(row["picture"], "picture"))
+            given = _picture(row["picture"], "picture")
             made = self._pictures.restyle(self._pictures.encode(given), domain, style, chosen)
             picture = self._pictures.decode(made, given)
         png = io.BytesIO()
@@ -97,28 +96,20 @@ class StyleModel(PythonModel):  # type: ignore[misc]
         answer: dict[str, Any] = {"picture": base64.b64encode(png.getvalue()).decode()}
         return answer | ({"latent": made[0].tolist()} if latents else {})
 
-    @property
-    def _vae_name(self) -> str | None:
-        return self._asked or os.environ.get(VAE_VARIABLE) or self.model.config.visualization.vae_model_name_or_path
-
     @functools.cached_property
     def _pictures(self) -> PictureTranslator:
-        if self._vae_name is None:
-            raise RaystarError(
-                "pictures need a VAE to become latents, and this model's configuration names none: set "
-                f"{VAE_VARIABLE} to the folder or hub name of Stable Diffusion 1.5's VAE, or send latents"
-            )
-        return PictureTranslator(self.model, self._vae(self._vae_name))
+        """For pictures, which a VAE makes latents of."""
+        asked = self._asked or os.environ.get(VAE_VARIABLE)
+        name = asked or self.model.config.visualization.vae_model_name_or_path or DEFAULT_VAE
+        key = "model_config vae" if self._asked else VAE_VARIABLE
+        return PictureTranslator(self.model, open_vae(name, self.model.device, key=key))
 
     @functools.cached_property
-    def _codec(self) -> Codec:
-        """What shows translated latents: the VAE if one was asked for, else what the grids were drawn with."""
-        asked = self._asked or os.environ.get(VAE_VARIABLE)
-        return self._vae(asked) if asked else open_codec(self.model.config, self.model.device)[0]
-
-    def _vae(self, name: str) -> VaeCodec:
-        where = "model_config vae" if self._asked else VAE_VARIABLE if os.environ.get(VAE_VARIABLE) else "vae"
-        return open_vae(name, self.model.device, key=where)
+    def _latents(self) -> PictureTranslator:
+        """For latents, which need no VAE: results are shown as the grids of training are, unless one was asked for."""
+        if self._asked or os.environ.get(VAE_VARIABLE):
+            return self._pictures
+        return PictureTranslator(self.model, open_codec(self.model.config, self.model.device)[0])
 
 
 def _given(value: Any) -> bool:
@@ -127,15 +118,15 @@ def _given(value: Any) -> bool:
 
 
 def _picture(text: str, name: str) -> Image.Image:
-    """A picture from base64, with or without `data:image/png;base64,` before it."""
+    """An upright picture from base64, with or without `data:image/png;base64,` before it."""
     try:
         data = base64.b64decode(text.partition(",")[2] if text.startswith("data:") else text, validate=True)
-        picture = Image.open(io.BytesIO(data))
-        picture.load()
-    except (binascii.Error, ValueError, OSError, SyntaxError, Image.DecompressionBombError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        with Image.open(io.BytesIO(data), formats=FORMATS) as picture:
+            return upright(picture)
+    # A damaged picture can make a decoder raise nearly anything, and all of it means the same.
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
         raise RaystarError(f"{name}: expected a picture as base64, found {len(text)} characters: {reason}") from None
-    return picture
 
 
 def _latent(value: Any, name: str) -> Tensor:
