@@ -18,11 +18,11 @@ import base64
 import functools
 import io
 import os
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from mlflow.pyfunc import PythonModel
 from PIL import Image
@@ -37,9 +37,6 @@ from raystar.translate import PictureTranslator
 VAE_VARIABLE = "RAYSTAR_VAE"
 """Environment variable that names a VAE: a folder or a hub name."""
 
-# It would have hints for rows, with which it checks requests; the signature that models are saved with does that.
-warnings.filterwarnings("ignore", message="(?s).*[Tt]ype hint", category=UserWarning, module="mlflow")
-
 
 class StyleModel(PythonModel):  # type: ignore[misc]
     """An export behind MLflow's interface."""
@@ -49,7 +46,7 @@ class StyleModel(PythonModel):  # type: ignore[misc]
         self.model = export.load(context.artifacts["export"])
         self._asked = (context.model_config or {}).get("vae")
 
-    def predict(self, context: Any, model_input: Any, params: Mapping[str, Any] | None = None) -> Any:
+    def predict(self, context: Any, model_input: pd.DataFrame, params: Mapping[str, Any] | None = None) -> pd.DataFrame:
         """Translates every row of a table.
 
         Args:
@@ -70,7 +67,7 @@ class StyleModel(PythonModel):  # type: ignore[misc]
                 answers.append(self._translate({key: v for key, v in row.items() if _given(v)}, seed, latents))
             except (RaystarError, ValueError) as error:
                 raise RaystarError(f"row {number}: {error}") from None
-        return type(model_input)(answers)
+        return pd.DataFrame(answers)
 
     def _translate(self, row: Mapping[str, Any], seed: int, latents: bool) -> dict[str, Any]:
         domain = row.get("domain")
