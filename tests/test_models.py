@@ -7,6 +7,7 @@ import importlib.util
 import io
 import json
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -24,7 +25,7 @@ from raystar.errors import RaystarError
 from raystar.tracking import PARENT, MlflowTracker
 from tests.support import ROOT, SHARED, needs_shared
 from tests.test_export import CONFIG, FACTS, make_checkpoint, make_nets, some_latents
-from tests.test_tracking import Flaky, Mute, copy_store, opened, rows
+from tests.test_tracking import Flaky, Mute, Server, copy_store, opened, rows
 
 TELLING = FACTS | {
     "metric": "eval/score", "mode": "min", "trials": 6, "run_id": "abc", "git_commit": "0123456789abcdef",
@@ -323,6 +324,30 @@ def test_a_store_without_models_costs_a_note_and_nothing_else(
     assert "note: MLflow" in told[0]
     assert "not for you" in told[0]
     assert not [line for line in told if not line.startswith("note: ")]
+
+
+@pytest.mark.slow
+def test_models_go_through_a_server(
+    store: Path, finalist: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tracking, "_LAST_S", 60.0)
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "remote")  # whose artifacts go through the server as well
+    server = Server(store)
+    server.start()
+    try:
+        server.wait()
+        tracker = opened(store, server.uri, spool=store / "spool1.jsonl")
+        tracker.start("t00", params={}, tags={}, text={})
+        tracker.log("t00", 8, {"eval/score": 1.5}, {})
+        hand_in(tracker, finalist, 1.5)
+        tracker.close()
+        assert tracker.registered == "models:/remote-d@champion (version 1)"
+        run = str(tracker.run_id("t00"))
+        assert export.main(["--run", run, "--tracking-uri", server.uri, "--out", str(tmp_path / "out")]) == 0
+    finally:
+        server.stop(signal.SIGKILL)
+    assert (tmp_path / "out/model.safetensors").read_bytes() == (finalist / "model.safetensors").read_bytes()
+    once(store)
 
 
 # -- back out of a store --------------------------------------------------------------------------

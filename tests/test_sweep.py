@@ -348,6 +348,7 @@ def test_a_single_run_is_tracked_saved_and_resumed(tmp_path: Path) -> None:
     runs = dict(store.rows("select name, run_uuid from runs where status = 'FINISHED'"))
     assert set(runs) == {"one", "whole"}
     assert len(store.rows("select * from runs")) == 2
+    assert store.tags(runs["one"])["raystar.checkpoint"] == str(folder.resolve() / "latest.pt")
     for name in runs:  # each epoch once, whether the run was resumed or not
         for key in ("eval/score", "train/g_loss", "perf/samples_per_s"):
             found = store.rows("select step from metrics where run_uuid = ? and key = ? order by step", runs[name], key)
