@@ -34,7 +34,7 @@ _CODE = (
 
 def model_name(experiment: str, dataset: str) -> str:
     """Name of the registered model of everything that an experiment trains on a dataset: `raystar-latents`."""
-    return re.sub(r"[^\w.-]+", "-", f"{experiment}-{dataset.rpartition(':')[2]}").strip("-.")
+    return re.sub(r"[^\w.]+", "-", f"{experiment}-{dataset.rpartition(':')[2]}").strip("-.")
 
 
 def save(folder: Path, export: Path, **identity: Any) -> None:

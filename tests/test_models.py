@@ -217,7 +217,7 @@ def test_the_champion_moves_to_a_better_model_only(store: Path, finalist: Path) 
 def test_a_model_has_its_runs_metrics_of_that_epoch_and_is_listed_with_the_run(store: Path, finalist: Path) -> None:
     sweep(store, finalist, 1, 1.5).close()
     (run,) = rows(store, "select run_uuid from runs where name = 't00'")[0]
-    assert rows(store, "select source_run_id, status, name from logged_models") == [(run, 2, "t00")]  # 2: ready
+    assert rows(store, "select source_run_id, status, name from logged_models") == [(run, 2, "s1-t00")]  # 2: ready
     assert rows(store, "select metric_name, metric_value, metric_step from logged_model_metrics") == [
         ("eval/score", 1.5, 8)
     ]

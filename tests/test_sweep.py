@@ -182,7 +182,7 @@ def test_the_finalists_are_models_in_the_store_and_the_best_is_champion(sweep: t
     store, summary = Store(runs), summary_of(runs)
     ranked = sorted(summary["trials"], key=lambda t: t["score"])
     found = dict(store.rows("select source_run_id, name from logged_models where status = 2"))  # ready
-    assert found == {t["run_id"]: t["trial"] for t in ranked[:3]}
+    assert found == {t["run_id"]: f"s-{t['trial']}" for t in ranked[:3]}
     assert len(store.rows("select * from logged_models")) == 3
     best = ranked[0]
     assert store.rows("select name, version, run_id from model_versions") == [("raystar-latents", 1, best["run_id"])]

@@ -166,10 +166,16 @@ def test_a_record_that_mlflow_refuses_is_told_and_holds_up_nothing(
 
 
 def test_the_experiment_opens_on_the_metric_that_is_searched(tracker: MlflowTracker, tmp_path: Path) -> None:
+    record(tracker, tmp_path)
+    tracker.end(PARENT, "finished", None)
     tracker.close()
     tags = dict(rows(tmp_path, "select key, value from experiment_tags"))
     assert tags["mlflow.experiment.primaryMetric.name"] == "eval/score"
-    assert "best/score" in tags["mlflow.sharedViewState.raystar"]
+    state = json.loads(json.loads(tags["mlflow.sharedViewState.raystar"])["state"])
+    assert state["orderByKey"] == "metrics.`best/score`"
+    assert [(chart["imageKeys"], chart["step"]) for chart in state["compareRunCharts"]] == [
+        (["grid_ref"], 2), (["grid_noise"], 2),
+    ]  # fmt: skip
     command, address = tracker.how_to_compare()
     assert command == f"mlflow ui --backend-store-uri sqlite:///{tmp_path}/mlflow.db"
     assert f"#/experiments/{tracker.experiment_id}/runs?" in address
