@@ -1,7 +1,7 @@
 """A trained model as plain files, and back: `python -m raystar.export` and `raystar.export.load`.
 
-An export is a folder with `model.safetensors`, `config.yaml`, `metrics.json`, `grid.png` and `README.md`;
-using one needs neither Ray nor MLflow.
+An export is a folder with `model.safetensors`, `config.yaml`, `metrics.json`, `grid.png` and `README.md`, and with
+`--onnx` the files of `graphs.FILES`; using one needs neither Ray nor MLflow.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from raystar import checkpoint as checkpoints
-from raystar import pt
-from raystar.config import Config, from_mapping, load_config, to_yaml
+from raystar import graphs, pt, tracking
+from raystar.card import card, versions
+from raystar.config import Config, from_mapping, load_config, read_mapping, to_yaml
 from raystar.errors import RaystarError, is_file, nearest, run_cli
 from raystar.model import NAMES, Nets, noise
+from raystar.storage import Storage
 
 WEIGHTS, CONFIG, METRICS, GRID, README = "model.safetensors", "config.yaml", "metrics.json", "grid.png", "README.md"
 
@@ -142,7 +145,7 @@ def write(folder: Path, checkpoint: Mapping[str, Any], facts: Mapping[str, Any],
         (temporary / METRICS).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
         if grid is not None:
             shutil.copyfile(grid, temporary / GRID)
-        (temporary / README).write_text(_readme(config, facts, grid is not None), encoding="utf-8")
+        _write_card(temporary, config, facts)
     except BaseException:
         shutil.rmtree(temporary)
         raise
@@ -153,56 +156,105 @@ def write(folder: Path, checkpoint: Mapping[str, Any], facts: Mapping[str, Any],
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _readme(config: Config, facts: Mapping[str, Any], has_grid: bool) -> str:
-    swept = "\n".join(f"- `{key}`: {value}" for key, value in facts.get("params", {}).items())
-    score = facts.get("score")
-    return (
-        f"# {facts.get('sweep', 'raystar')}: {facts.get('trial', 'a trained model')}\n\n"
-        f"A latent StarGAN v2 between {', '.join(config.data.domains)}, trained for {facts.get('epoch')} epochs"
-        + (f"; {facts['metric']} {score:.4f}.\n" if isinstance(score, float) else ".\n")
-        + ("\n![grid](grid.png)\n" if has_grid else "")
-        + (f"\nFound by the search:\n{swept}\n" if swept else "")
-        + '\n```python\nimport raystar.export\n\nmodel = raystar.export.load("this folder")\n'
-        f'out = model.translate(latents, "{config.data.domains[-1]}", seed=0)  # [B,4,H,W], unscaled\n```\n'
-    )
+def _write_card(folder: Path, config: Config, facts: Mapping[str, Any]) -> None:
+    names = {path.name for path in folder.iterdir()}
+    (folder / README).write_text(card(config, facts, names), encoding="utf-8")
+
+
+def add_onnx(folder: str | Path) -> float:
+    """Adds ONNX graphs to an export, checked against PyTorch; its card and `metrics.json` tell of them.
+
+    Returns:
+        The largest difference, as a share of the largest value.
+
+    Raises:
+        RaystarError: ONNX's packages are missing, the export is broken, or a graph computes something else.
+    """
+    graphs.check_packages()
+    folder = Path(folder)
+    model = load(folder, "cpu")
+    facts = dict(read_mapping(folder / METRICS))
+    difference = graphs.write(folder, model.nets, model.config)
+    facts["onnx"] = {"files": list(graphs.FILES), "difference": difference}
+    (folder / METRICS).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    _write_card(folder, model.config, facts)
+    return difference
 
 
 def main(argv: list[str] | None = None) -> int:
     """`python -m raystar.export`."""
     parser = argparse.ArgumentParser(
-        prog="python -m raystar.export", description="Copies a sweep's best model, or a checkpoint, into plain files."
+        prog="python -m raystar.export",
+        description="Writes a sweep's best model, any trial's model or a checkpoint as plain files.",
     )
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--sweep", metavar="NAME", help="a sweep below --runs: its best trial")
+    source.add_argument("--sweep", metavar="NAME", help="a sweep below --runs, or in the MLflow store: its best trial")
+    source.add_argument("--run", metavar="RUN_ID", help="an MLflow run: a trial's, or a sweep's (its best trial)")
     source.add_argument("--checkpoint", metavar="FILE", type=Path, help="a .pt checkpoint, raystar's or an older one")
     parser.add_argument("--runs", metavar="DIR", type=Path, default=Path("runs"), help="folder of sweeps (runs)")
+    parser.add_argument(
+        "--tracking-uri", metavar="URI", help="MLflow store (MLFLOW_TRACKING_URI, else mlflow.db below --runs)"
+    )
     parser.add_argument("--out", metavar="DIR", type=Path, required=True, help="a folder that does not exist yet")
+    parser.add_argument("--onnx", action="store_true", help="also as ONNX graphs, which need neither torch nor raystar")
     args = parser.parse_args(argv)
     if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
         raise RaystarError(f"--out {args.out}: already there; choose a folder that does not exist")
+    if args.onnx:
+        graphs.check_packages()
+    uri = args.tracking_uri or tracking.default_uri(args.runs)
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    if args.sweep is not None:
-        _export_sweep(args.runs, args.sweep, args.out)
-    else:
-        _export_checkpoint(args.checkpoint, args.out)
+    with tempfile.TemporaryDirectory(dir=args.out.parent, prefix=f".{args.out.name}.") as scratch:
+        made = Path(scratch) / "model"
+        if args.sweep is not None:
+            _export_sweep(args.runs, uri, args.sweep, made)
+        elif args.run is not None:
+            _export_run(uri, args.run, made)
+        else:
+            _export_checkpoint(args.checkpoint, made, {})
+        difference = add_onnx(made) if args.onnx else None
+        os.replace(made, args.out)
     print(f"exported to {args.out}: {', '.join(sorted(p.name for p in args.out.iterdir()))}")
+    if difference is not None:
+        print(f"the ONNX graphs agree with PyTorch to {difference:.1e} of the largest value")
     return 0
 
 
-def _export_sweep(runs: Path, name: str, out: Path) -> None:
+def _export_sweep(runs: Path, uri: str, name: str, out: Path) -> None:
     best = runs / name / "best"
+    if (best / WEIGHTS).is_file():
+        load(best, "cpu")  # a damaged export is not passed on
+        shutil.copytree(best, out)
+        return
+    run_id = tracking.best_run(uri, name)
+    if run_id is not None:
+        _export_run(uri, run_id, out)
+        return
     if not (runs / name).is_dir():
         present = [p.parent.name for p in runs.glob("*/sweep.json")]
         raise RaystarError(f"--sweep {name}: no such sweep in {runs}{nearest(name, present)}")
-    if not (best / WEIGHTS).is_file():
-        raise RaystarError(f"--sweep {name}: no trial of it has a model yet ({best} is not there)")
-    load(best, "cpu")  # a damaged export is not passed on
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.part")
-    shutil.copytree(best, temporary)
-    os.replace(temporary, out)
+    raise RaystarError(f"--sweep {name}: no trial of it has a model yet ({best} is not there)")
 
 
-def _export_checkpoint(path: Path, out: Path) -> None:
+def _export_run(uri: str, run_id: str, out: Path) -> None:
+    with tempfile.TemporaryDirectory(dir=out.parent) as scratch:
+        found = tracking.stored_model(uri, run_id, Path(scratch))
+        if found.export is not None:
+            load(found.export, "cpu")
+            shutil.copytree(found.export, out)
+            return
+    folder, _, name = str(found.checkpoint).rpartition("/")
+    try:
+        with Storage(folder).fetched(name) as path:
+            _export_checkpoint(path, out, found.facts)
+    except (RaystarError, OSError) as error:
+        raise RaystarError(
+            f"--run {run_id}: it has no model in the store, and its checkpoint {found.checkpoint} cannot be used "
+            f"({error}); {tracking.with_models(uri, run_id)}"
+        ) from None
+
+
+def _export_checkpoint(path: Path, out: Path, known: Mapping[str, Any]) -> None:
     checkpoint = checkpoints.load(path)
     if not isinstance(checkpoint.get("config"), dict):
         raise RaystarError(f"{path}: holds no configuration, so the networks' sizes are unknown")
@@ -215,7 +267,7 @@ def _export_checkpoint(path: Path, out: Path) -> None:
     facts = {"trial": path.stem, "epoch": epoch if _is_number(epoch) else None, "metrics": metrics, "params": {}}
     if "eval/score" in metrics:
         facts |= {"metric": "eval/score", "score": metrics["eval/score"]}
-    write(out, checkpoint, facts, None)
+    write(out, checkpoint, {**facts, "versions": versions(), **known}, None)
 
 
 def _is_number(value: Any) -> bool:

@@ -9,16 +9,18 @@ from importlib.metadata import version
 from pathlib import Path
 
 from raystar import checkpoint as checkpoints
-from raystar import export
+from raystar import export, registry
+from raystar.card import versions
 from raystar.config import overlay_yaml
 from raystar.errors import redact
+from raystar.journal import wait_for_space
 from raystar.plan import Plan
 from raystar.results import CONTACT_SHEET, REPORT
 from raystar.saved import checkpoint_name, picture_name, saved_epochs
 from raystar.summary import BROKEN, UNFINISHED, Summary, TrialRecord, duration, write_whole
 from raystar.table import announce, ranking
 
-BEST, FASTEST = "best", "fastest.yaml"
+BEST, FASTEST, FINALISTS = "best", "fastest.yaml", "finalists"
 
 
 def leave(plan: Plan, summary: Summary, best: TrialRecord) -> dict[str, Path]:
@@ -54,23 +56,53 @@ def _export(plan: Plan, summary: Summary, best: TrialRecord) -> None:
     """Writes `best/` from the best trial's best checkpoint."""
     if best.score_epoch is None or best.score_epoch not in saved_epochs(plan.storage, best.trial):
         return
+    _write_model(plan, summary, best, best.score_epoch, plan.folder / BEST)
+
+
+def _write_model(plan: Plan, summary: Summary, record: TrialRecord, epoch: int, folder: Path) -> None:
+    """Writes an export of a trial's checkpoint of `epoch`, its best."""
+    baseline = summary.baseline
     facts = {
         "sweep": plan.name,
-        "trial": best.trial,
-        "epoch": best.score_epoch,
+        "trial": record.trial,
+        "epoch": epoch,
         "metric": summary.metric,
-        "score": best.score,
-        "metrics": best.metrics,
-        "params": best.params,
-        "run_id": best.run_id,
+        "mode": summary.mode,
+        "score": record.score,
+        "metrics": record.metrics,
+        "params": record.params,
+        "run_id": record.run_id,
+        "trials": len(summary.trials),
+        "baseline": {"trial": baseline.trial, "score": baseline.score} if baseline is not None else None,
+        "data": {"name": Path(plan.bank.root).name or "latents", **plan.record["data"]},
+        "versions": versions(),
+        "git_commit": plan.record["git_commit"],
     }
-    picture = picture_name(best.trial, "grid_ref", best.score_epoch)
+    picture = picture_name(record.trial, "grid_ref", epoch)
     with ExitStack() as files:
-        name = checkpoint_name(best.trial, best.score_epoch)
-        checkpoint = checkpoints.load(files.enter_context(plan.storage.fetched(name)))
+        checkpoint = checkpoints.load(files.enter_context(plan.storage.fetched(checkpoint_name(record.trial, epoch))))
         there = Path(picture).name in plan.storage.list(str(Path(picture).parent))
         grid = files.enter_context(plan.storage.fetched(picture)) if there else None
-        export.write(plan.folder / BEST, checkpoint, facts, grid)
+        export.write(folder, checkpoint, facts, grid)
+
+
+def finalists(plan: Plan, summary: Summary) -> list[tuple[TrialRecord, int]]:
+    """The best trials whose models go into the store, each with its best epoch, best first."""
+    if plan.speed:
+        return []
+    found = [(record, record.score_epoch) for record in summary.ranked()[: plan.space.finalists]]
+    return [(r, epoch) for r, epoch in found if epoch is not None and epoch in saved_epochs(plan.storage, r.trial)]
+
+
+def stage(plan: Plan, summary: Summary, record: TrialRecord, epoch: int) -> Path:
+    """Writes the export of a finalist where the tracker finds it, maybe in a later session; returns its folder.
+
+    Its name holds the epoch: what an earlier session has left there for MLflow is another model.
+    """
+    folder = plan.folder / FINALISTS / f"{record.trial}_{epoch:04d}" / registry.EXPORT
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    wait_for_space(plan.folder, lambda: _write_model(plan, summary, record, epoch, folder))
+    return folder
 
 
 def _write_fastest(plan: Plan, summary: Summary, best: TrialRecord) -> Path:
@@ -86,7 +118,9 @@ def _write_fastest(plan: Plan, summary: Summary, best: TrialRecord) -> Path:
     return path
 
 
-def tell(plan: Plan, summary: Summary, how_to_compare: tuple[str, str], error: str | None) -> None:
+def tell(
+    plan: Plan, summary: Summary, how_to_compare: tuple[str, str], registered: str | None, error: str | None
+) -> None:
     """The last lines: what happened to the trials, which is best and by how much, and what to do next."""
     counts = ", ".join(f"{n} {status}" for status, n in summary.counts().items())
     announce(f"\nsweep {summary.status} in {duration(summary.wall_s)}: {counts}")
@@ -109,6 +143,8 @@ def tell(plan: Plan, summary: Summary, how_to_compare: tuple[str, str], error: s
         announce("  " + "  ".join(f"{key}={value}" for key, value in summary.changed(best).items()))
         if left.exists():
             announce(f"  {'overlay' if plan.speed else 'files'}: {left}")
+        if registered is not None:
+            announce(f"  model: {registered}")
     if any(record.status in UNFINISHED for record in summary.trials.values()) or len(summary.trials) < plan.trials:
         out = "" if plan.out == Path("runs") else f" --out {plan.out}"
         announce(f"go on:   python -m raystar.tune --resume {plan.name}{out}")

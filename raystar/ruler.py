@@ -427,6 +427,13 @@ def features_file(bank: Bank, config: Config, cache_dir: str | Path) -> Path:
     return Path(cache_dir) / f"ruler-{key}.safetensors"
 
 
+def measured_by(bank: Bank, config: Config) -> str:
+    """A key of what is measured on what, by which sources and noises: scores under one key can be compared."""
+    facts = [_VERSION, bank.digest, list(bank.domains), config.training.latent_scale, config.model.latent_dim]
+    facts += [config.ruler.sources, config.ruler.targets, config.ruler.styles]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+
+
 def _cached_features(bank: Bank, config: Config, cache_dir: str | Path | None) -> _Features:
     scale = config.training.latent_scale
     if cache_dir is None:

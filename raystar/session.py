@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
+import shutil
 import signal
 import sys
 import tempfile
@@ -26,6 +27,7 @@ from raystar.ledger import ALONE, ENDED, EPOCH, NOTE, SESSION, STARTED, Ledger, 
 from raystar.plan import Plan
 from raystar.record import JOURNAL, RECORD
 from raystar.retention import DiskWatch, Janitor, checkpoint_bytes
+from raystar.ruler import measured_by
 from raystar.summary import (
     BROKEN,
     FAILED,
@@ -40,7 +42,7 @@ from raystar.summary import (
     TrialRecord,
 )
 from raystar.table import Board, announce
-from raystar.tracking import PARENT, MlflowTracker
+from raystar.tracking import CHECKPOINT, PARENT, MlflowTracker
 
 _LEARNING = 8  # trials at a time on a cluster, for a search that learns
 
@@ -476,10 +478,41 @@ class Session:
         metrics = {f"best/{self.summary.short_metric}": best.score} if best and best.score is not None else {}
         self.tracker.attach(PARENT, {k: v for k, v in files.items() if v.is_file()}, tags, metrics)
         self.tracker.end(PARENT, summary.status, error)
+        self._hand_in_models()
         self.tracker.close()
+        if not self.tracker.waiting:
+            shutil.rmtree(plan.folder / outcome.FINALISTS, ignore_errors=True)
         self._write(now=True)
         self.journal.close()
-        outcome.tell(plan, summary, self.tracker.how_to_compare(), error)
+        outcome.tell(plan, summary, self.tracker.how_to_compare(), self.tracker.registered, error)
         if self.interrupts:
             return 130
         return 0 if summary.status == FINISHED else 1
+
+    def _hand_in_models(self) -> None:
+        """Gives the finalists' models to MLflow, and says of other trials where their checkpoints lie.
+
+        Last of all records: a store that has no place for models has everything else by then.
+        """
+        summary, plan = self.summary, self.plan
+        for record in summary.ranked():
+            if (name := self.janitor.checkpoint(record)) is not None:
+                self.tracker.attach(record.trial, {}, {CHECKPOINT: plan.storage.at(name)}, {})
+        if summary.status != FINISHED:  # a resumed sweep's finalists may be others
+            return
+        found = outcome.finalists(plan, summary)
+        for record, epoch in found:
+            if self.tracker.model_epoch(record.trial) != epoch:
+                try:
+                    folder = outcome.stage(plan, summary, record, epoch)
+                except (RaystarError, FileNotFoundError) as missing:
+                    print(f"note: {record.trial} is not handed in as a model: {missing}", file=sys.stderr, flush=True)
+                    continue
+                tags = {"raystar.trial": record.trial}
+                self.tracker.log_model(record.trial, epoch, folder, record.params, tags)
+        best = summary.best
+        if found and found[0][0] is best and best.score is not None:
+            short = f"{summary.short_metric} {best.score:.4f}"
+            description = f"Trial {best.trial} of sweep {plan.name} after epoch {found[0][1]}: {short}."
+            comparable = f"{summary.metric}-{summary.mode}-{measured_by(plan.bank, plan.config)}"
+            self.tracker.register(best.trial, found[0][1], best.score, description, comparable)

@@ -29,7 +29,7 @@ _FIXED_KEYS = ("training.epochs", "training.device", "model.num_domains", "model
 
 _KNOWN = (
     "description", "purpose", "metric", "mode", "trials", "baseline", "search", "seed", "scheduler", "resources",
-    "space", "collapse", "keep", "abort_after",
+    "space", "collapse", "keep", "finalists", "abort_after",
 )  # fmt: skip
 _PURPOSES = {"quality": ("score", "min"), "speed": ("speedup", "max")}  # with their metric and mode
 _MOST = 10_000  # trials, or combinations of a grid: more would never be run, and hardly be listed
@@ -117,6 +117,8 @@ class Space:
     collapse: Collapse = field(default_factory=Collapse)
     keep: int = 5
     """Trials whose best checkpoints stay when all have ended."""
+    finalists: int = 3
+    """Of these, the best whose models go into the MLflow store; 0 for none."""
     abort_after: int = 5
     """Trials that go wrong one after the other before the sweep gives up; 0 never."""
 
@@ -222,6 +224,7 @@ def from_mapping(content: Mapping[str, Any], config: Config, source: str) -> Spa
         resources=resources,
         collapse=_collapse(content.get("collapse", {}), source),
         keep=_whole(content.get("keep", Space.keep), f"{source}: keep", 1, _MOST),
+        finalists=_whole(content.get("finalists", Space.finalists), f"{source}: finalists", 0, _MOST),
         abort_after=_whole(content.get("abort_after", Space.abort_after), f"{source}: abort_after", 0, _MOST),
     )
 

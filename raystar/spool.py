@@ -25,6 +25,10 @@ class Told:
     """Whether epoch 0 is there, which may come after others."""
     final: dict[str, float] = field(default_factory=dict)
     """Metrics without an epoch."""
+    model: int = 0
+    """The epoch whose model came last."""
+    registered: int = 0
+    """The epoch whose model was to be registered last."""
 
 
 class Spool:
@@ -90,6 +94,10 @@ class Spool:
             told.open = False
         elif record["do"] == "attach":
             told.final |= record["metrics"]
+        elif record["do"] == "model":
+            told.model = record["epoch"]
+        elif record["do"] == "register":
+            told.registered = record["epoch"]
         elif record["epoch"]:
             told.epoch = max(told.epoch, record["epoch"])
         else:

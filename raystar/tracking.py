@@ -24,11 +24,12 @@ import time
 import uuid
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
-from raystar import __version__
+from raystar import __version__, registry
 from raystar.errors import RaystarError, redact, redact_value
 from raystar.spool import Spool
 
@@ -36,8 +37,12 @@ DEFAULT_EXPERIMENT = "raystar"
 SPOOL = "spool.jsonl"
 """Name of a tracker's file in the folder of its sweep or run."""
 _VIEW = "raystar"  # key of the saved view
+_GRIDS = {"columns": 2, "cardHeight": 640}  # pixels
 PARENT = ""
 """Name of the parent run, or of the only run, in calls that take a trial's name."""
+
+CHECKPOINT = "raystar.checkpoint"
+"""Tag: where a trial's best checkpoint lies, a path or an fsspec URI."""
 
 _RETRY_S = (0.2, 0.5, 1.0, 2.0, 5.0)
 _LAST_S = 40.0  # how long a record is tried once nothing else is left to do
@@ -51,6 +56,10 @@ _ENDED = {
     "interrupted": "KILLED",
 }
 """MLflow's statuses of raystar's; all others are FAILED."""
+_DECLINES = {
+    "PERMISSION_DENIED", "UNAUTHENTICATED", "CUSTOMER_UNAUTHORIZED", "ENDPOINT_NOT_FOUND", "NOT_FOUND",
+    "RESOURCE_DOES_NOT_EXIST", "FEATURE_DISABLED", "NOT_IMPLEMENTED", "BAD_REQUEST", "INVALID_PARAMETER_VALUE",
+}  # fmt: skip
 
 
 class Tracker(Protocol):
@@ -83,6 +92,22 @@ class Tracker(Protocol):
 
     def end(self, trial: str, status: str, reason: str | None) -> None:
         """Closes a run with raystar's status and reason."""
+
+    def log_model(
+        self, trial: str, epoch: int, export: Path, params: Mapping[str, Any], tags: Mapping[str, str]
+    ) -> None:
+        """Adds the model of an epoch to a run, once. `export` is an export folder that stays there until `close`."""
+
+    def register(self, trial: str, epoch: int, score: float, description: str, comparable: str) -> None:
+        """Registers a run's model, once; it becomes the champion if no better one is known.
+
+        Args:
+            score: by the primary metric.
+            comparable: the same for scores that can be compared: of the same data, by the same ruler.
+        """
+
+    def model_epoch(self, trial: str) -> int:
+        """The epoch whose model was added last; 0 if there is none."""
 
     def run_id(self, trial: str) -> str | None:
         """The run's id in the store, once it has one."""
@@ -202,6 +227,10 @@ class _Refused(Exception):  # noqa: N818
     """A record that cannot be written, whatever the store does."""
 
 
+class _Declined(Exception):  # noqa: N818
+    """What the store does not do, and nobody needs in order to go on."""
+
+
 class _Unreadable(Exception):  # noqa: N818
     """A picture that does not decode."""
 
@@ -239,6 +268,8 @@ class MlflowTracker:
         self.primary = (primary_metric, lower_is_better)
         self.columns = list(columns)
         self.experiment_id: str | None = None
+        self.registered: str | None = None
+        """What was done with the last model that was registered, in a line."""
         self._client: Any = None
         self._spool = Spool(spool)
         self._connected = threading.Event()
@@ -325,6 +356,33 @@ class MlflowTracker:
         if self._spool.told(trial).open:
             self._spool.add("end", trial, status=status, reason=None if reason is None else redact(reason))
 
+    def log_model(
+        self, trial: str, epoch: int, export: Path, params: Mapping[str, Any], tags: Mapping[str, str]
+    ) -> None:
+        """See `Tracker`."""
+        if self._spool.told(trial).model == epoch:
+            return
+        self._spool.add(
+            "model",
+            trial,
+            epoch=epoch,
+            mark=uuid.uuid4().hex,
+            export=os.path.abspath(export),
+            params={key: redact_value(key, str(value)) for key, value in params.items()},
+            tags=_without_credentials({**self.common_tags, **tags}),
+        )
+
+    def register(self, trial: str, epoch: int, score: float, description: str, comparable: str) -> None:
+        """See `Tracker`."""
+        if self._spool.told(trial).registered != epoch:
+            self._spool.add(
+                "register", trial, epoch=epoch, score=score, description=redact(description), comparable=comparable
+            )
+
+    def model_epoch(self, trial: str) -> int:
+        """See `Tracker`."""
+        return self._spool.told(trial).model
+
     def run_id(self, trial: str) -> str | None:
         """See `Tracker`."""
         return self._spool.runs.get(trial)
@@ -393,6 +451,10 @@ class MlflowTracker:
             yield lambda: self._attach(trial, at, record["tags"], record["metrics"])
         elif record["do"] == "end":
             yield lambda: self._end(trial, record["status"], record["reason"], at)
+        elif record["do"] == "model":
+            yield lambda: self._log_model(record)
+        elif record["do"] == "register":
+            yield lambda: self._register(record)
         else:
             if record["metrics"]:
                 yield lambda: self._log_metrics(trial, record["epoch"], at, record["metrics"])
@@ -408,6 +470,9 @@ class MlflowTracker:
                 step()
                 if attempt > _TOLD:
                     print("note: MLflow takes records again", file=sys.stderr, flush=True)
+                return
+            except _Declined as declined:
+                print(f"note: {declined}", file=sys.stderr, flush=True)
                 return
             except Exception as error:
                 reason = _in_a_line(error)
@@ -445,25 +510,14 @@ class MlflowTracker:
         return f"python -m raystar.train ... --name {run} --resume" if run is not None else "going on with that file"
 
     def _connect(self) -> None:
-        # Telemetry would look for the network; alembic tells of every migration of a new store.
-        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-        os.environ.setdefault("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false")
-        os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "15")
-        # Its own attempts would create a second run where only the answer was lost; `_persist` looks first.
-        os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "0"
-        import mlflow
-
-        for name in ("alembic", "mlflow", "urllib3"):
-            logging.getLogger(name).setLevel(logging.ERROR)
-        client = mlflow.MlflowClient(tracking_uri=self.uri)
+        client = _client(self.uri)
         self.experiment_id = self._known_experiment(client) or self._experiment(client)
         metric, lower = self.primary
         client.set_experiment_tag(self.experiment_id, "mlflow.experiment.primaryMetric.name", metric)
         greater = "false" if lower else "true"
         client.set_experiment_tag(self.experiment_id, "mlflow.experiment.primaryMetric.greaterIsBetter", greater)
         client.set_experiment_tag(self.experiment_id, "mlflow.experimentKind", "custom_model_development")
-        client.set_experiment_tag(self.experiment_id, f"mlflow.sharedViewState.{_VIEW}", self._view())
+        self._save_view(client)
         self._client = client
 
     def _experiment(self, client: Any) -> str:
@@ -502,9 +556,13 @@ class MlflowTracker:
             return run.info.experiment_id
         return None
 
+    def _save_view(self, client: Any) -> None:
+        client.set_experiment_tag(self.experiment_id, f"mlflow.sharedViewState.{_VIEW}", self._view())
+
     def _view(self) -> str:
         """A saved view of the UI: every run in one table, best first, with the columns that matter.
 
+        Its charts begin with the grids, large and all at the last epoch, instead of ending with them.
         The form is what MLflow 3.17 writes itself; another version ignores what it does not know.
         """
         now = int(time.time() * 1000)
@@ -517,6 +575,21 @@ class MlflowTracker:
             "runsHiddenMode": "SHOW_ALL",
             "selectedColumns": [*shown, *(f"params.`{column}`" for column in self.columns)],
         }
+        if not metric.startswith("perf/"):  # who measures speed draws nothing
+            section = {"uuid": "raystar-grids", "name": "Grids", "display": True, "isReordered": True}
+            last = max((told.epoch for told in self._spool.trials.values()), default=0)
+            state |= {
+                "compareRunSections": [{**section, "deleted": False, "isGenerated": False, **_GRIDS}],
+                "compareRunCharts": [
+                    {
+                        "type": "IMAGE", "uuid": f"raystar-{key}", "metricSectionId": section["uuid"], "deleted": False,
+                        "isGenerated": True, "imageKeys": [key], "step": last, "showRunParams": False,
+                        "runsCountToCompare": 10,
+                    }
+                    for key in ("grid_ref", "grid_noise")
+                ],
+                "isAccordionReordered": True,  # else sections are sorted by name
+            }  # fmt: skip
         return json.dumps({"name": "raystar", "createdAt": now, "updatedAt": now, "state": json.dumps(state)})
 
     def how_to_compare(self) -> tuple[str, str]:
@@ -629,12 +702,46 @@ class MlflowTracker:
             self._run(trial), metrics=values, tags=[RunTag(key, value) for key, value in tags.items()]
         )  # fmt: skip
 
+    def _log_model(self, record: dict[str, Any]) -> None:
+        export = Path(record["export"])
+        if not export.is_dir():
+            raise _Refused(f"{export}: no such folder")
+        with _unless_declined("takes no models"):
+            registry.log(
+                self._client, self._run(record["trial"]), export, mark=record["mark"],
+                name=re.sub(r"[^\w-]", "-", f"{self.common_tags.get('raystar.sweep', 'model')}-{record['trial']}"),
+                epoch=record["epoch"], params=record["params"], tags=record["tags"],
+            )  # fmt: skip
+
+    def _register(self, record: dict[str, Any]) -> None:
+        metric, lower = self.primary
+        name = registry.model_name(self._client.get_experiment(self.experiment_id).name, self.dataset["name"])
+        with _unless_declined("does not register models"):
+            self.registered = registry.register(
+                self._client, self._run(record["trial"]), name=name, epoch=record["epoch"],
+                description=record["description"], metric=metric, lower=lower, score=record["score"],
+                comparable=record["comparable"],
+            )  # fmt: skip
+
     def _end(self, trial: str, status: str, reason: str | None, at: int) -> None:
         run_id = self._run(trial)
         self._client.set_tag(run_id, "raystar.status", status)
         if reason is not None:
             self._client.set_tag(run_id, "raystar.reason", reason[:4000])
         self._client.set_terminated(run_id, _ENDED.get(status, "FAILED"), end_time=at)
+        if trial == PARENT:
+            self._save_view(self._client)
+
+
+@contextlib.contextmanager
+def _unless_declined(what: str) -> Iterator[None]:
+    """Models are an extra: a server that is too old for them, or does not let us, costs them and nothing else."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, RaystarError) or getattr(error, "error_code", "") in _DECLINES:
+            raise _Declined(f"MLflow {what} ({_in_a_line(error)})") from None
+        raise
 
 
 def _is_final(error: Exception, attempt: int) -> bool:
@@ -645,6 +752,130 @@ def _is_final(error: Exception, attempt: int) -> bool:
         return False
     wrong = isinstance(error, _Refused | ValueError | TypeError)
     return wrong or getattr(error, "error_code", "") == "INVALID_PARAMETER_VALUE"
+
+
+def _client(uri: str) -> Any:
+    """MLflow's client for a store, without its chatter."""
+    # Telemetry would look for the network; alembic tells of every migration of a new store.
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false")
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "15")
+    # Its own attempts would create a second run where only the answer was lost; `_persist` looks first.
+    os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "0"
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    import mlflow
+
+    for name in ("alembic", "mlflow", "urllib3"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="mlflow")
+    return mlflow.MlflowClient(tracking_uri=uri)
+
+
+# -- reading what is in a store -------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class StoredModel:
+    """What a store has of a run's model."""
+
+    export: Path | None
+    """An export folder; None where the run has no model."""
+    checkpoint: str | None
+    """Where the run's checkpoint was, a path or an fsspec URI; only without `export`."""
+    facts: dict[str, Any]
+    """What the run says of itself: sweep, trial, run_id, params."""
+
+
+def stored_model(uri: str, run_id: str, folder: Path) -> StoredModel:
+    """The model of a run, fetched from its store; a sweep's run stands for its best trial's.
+
+    Args:
+        folder: where fetched files are put.
+
+    Raises:
+        RaystarError: no such store or run, or a run without a model or checkpoint; it names runs that have a model.
+    """
+    with _reading(uri):
+        client = _existing(uri)
+        run = _get_run(client, run_id)
+        if run is not None and (best := run.data.tags.get("raystar.best_run")):
+            run = _get_run(client, best)
+        if run is None:
+            raise RaystarError(
+                f"--run {run_id}: the MLflow store at {redact(uri)} has no such run; {with_models(uri, run_id)}"
+            )
+        model = registry.find(client, run.info.run_id)
+        if model is not None:
+            return StoredModel(registry.fetch(uri, model, folder), None, {})
+        place = run.data.tags.get(CHECKPOINT)
+        if place is None:
+            raise RaystarError(
+                f"--run {run_id}: this run has neither a model nor a checkpoint; {with_models(uri, run_id)}"
+            )
+        tags, params = run.data.tags, run.data.params if "raystar.trial" in run.data.tags else {}
+        facts = {"trial": run.info.run_name, "params": dict(params), "run_id": run.info.run_id}
+        return StoredModel(None, place, facts | ({"sweep": tags["raystar.sweep"]} if "raystar.sweep" in tags else {}))
+
+
+def best_run(uri: str, sweep: str) -> str | None:
+    """The run of a sweep's best trial; None where the store, if there is one, does not know it."""
+    if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).is_file():
+        return None
+    with _reading(uri):
+        client = _existing(uri)
+        experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+        wanted = f"tags.`raystar.sweep` = '{sweep}' AND tags.`raystar.best_run` LIKE '%'"
+        found = client.search_runs(experiments, wanted, order_by=["attributes.start_time DESC"], max_results=1)
+        return (found[0].data.tags["raystar.best_run"] or None) if found else None
+
+
+def with_models(uri: str, near: str) -> str:
+    """Which runs of a store have a model, in half a sentence; those of the sweep of the run `near` come first."""
+    with _reading(uri):
+        client = _existing(uri)
+        experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+        run = _get_run(client, near)
+        sweep = run.data.tags.get("raystar.sweep") if run is not None else None
+        models = [model for model in client.search_logged_models(experiments) if registry.EPOCH in model.tags]
+        models.sort(key=lambda model: model.tags.get("raystar.sweep") != sweep)
+        if not models:
+            return "no run there has a model: a sweep's finalists get one when it has finished"
+        named = [
+            f"{model.source_run_id} ({model.tags.get('raystar.trial')} of {model.tags.get('raystar.sweep')})"
+            for model in models[:3]
+        ]
+        return f"runs with a model: {', '.join(named)}" + (f" and {len(models) - 3} more" if len(models) > 3 else "")
+
+
+def _existing(uri: str) -> Any:
+    """A client of a store that is there: MLflow would make a new one."""
+    check_uri(uri)
+    if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).is_file():
+        raise RaystarError(f"no MLflow store at {redact(uri)}; name it with --tracking-uri")
+    return _client(uri)
+
+
+def _get_run(client: Any, run_id: str) -> Any | None:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return client.get_run(run_id)
+    except MlflowException as error:
+        if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            raise
+        return None
+
+
+@contextlib.contextmanager
+def _reading(uri: str) -> Iterator[None]:
+    """Turns what a store raises while it is read into one line."""
+    try:
+        yield
+    except RaystarError:
+        raise
+    except Exception as error:
+        raise RaystarError(f"the MLflow store at {redact(uri)} cannot be read ({_in_a_line(error)})") from None
 
 
 def _in_a_line(error: Exception) -> str:

@@ -18,7 +18,7 @@ from raystar.model import NAMES
 from raystar.ruler import Ruler, check_holdout
 from raystar.step import TrainState, resolve_device
 from raystar.summary import DIVERGED, FAILED, FINISHED, INTERRUPTED, cache_dir, check_name
-from raystar.tracking import PARENT, SPOOL, MlflowTracker, Tracker, check_uri, default_uri, provenance
+from raystar.tracking import CHECKPOINT, PARENT, SPOOL, MlflowTracker, Tracker, check_uri, default_uri, provenance
 from raystar.trainer import Progress, Trainer
 
 DEFAULT_CONFIG = "configs/stargan_v2_latent.yaml"
@@ -167,6 +167,8 @@ def _run(trainer: Trainer, tracker: Tracker, config: Config, folder: Path) -> in
         reason = str(error)
         print(f"error: {reason}", file=sys.stderr)
     finally:
+        if (folder / "latest.pt").is_file():
+            tracker.attach(PARENT, {}, {CHECKPOINT: str((folder / "latest.pt").resolve())}, {})
         tracker.end(PARENT, status, reason)
         tracker.close()
     if best is not None:

@@ -30,6 +30,7 @@ from raystar.model import Nets
 from raystar.ruler import METRICS as RULER_METRICS
 from raystar.ruler import Ruler
 from raystar.step import LOGGED, TrainState, resolve_device, set_backends, train_step
+from raystar.usage import Usage
 
 METRICS = (
     *(f"train/{name}" for name in LOGGED),
@@ -47,7 +48,7 @@ METRICS = (
     "perf/compiled_modules",
     "perf/recompilations",
 )
-"""Every metric that a run can report."""
+"""Every metric that a run can report, but for `usage.Usage`'s, which nobody searches for."""
 
 EXPLODED = 1e6
 """A loss that is further from 0 has exploded: terms of a GAN that trains stay below some hundreds, R1's included."""
@@ -62,7 +63,7 @@ class Progress:
 
     epoch: int
     metrics: dict[str, float]
-    """Some of `METRICS`."""
+    """Some of `METRICS`, and how busy the machine was."""
     images: dict[str, Image.Image]
     """`grid_ref` and `grid_noise`, in epochs that draw them."""
     first_images: dict[str, Image.Image]
@@ -122,6 +123,7 @@ class Trainer:
         if checkpoint is not None:
             self.first_epoch = restore(self.state, checkpoint, source) + 1
         self.display = Display(config, name, self.data.steps)
+        self._usage = Usage(self.device)
         self.first_step_at: float | None = None
         """Unix time at which the first step was done; None before."""
 
@@ -140,8 +142,9 @@ class Trainer:
         untrained = copy.deepcopy(self.state.nets) if self.first_epoch == 1 and self._draws else None
         fixed = {"perf/compile_s": compiled.seconds, "perf/compiled_modules": float(len(compiled.modules))}
         for epoch in range(self.first_epoch, self.config.training.epochs + 1):
+            self._usage.begin()
             graphs_before = graphs()
-            metrics = self._train_epoch(epoch) | fixed
+            metrics = self._train_epoch(epoch) | fixed | self._usage.read()
             metrics["perf/recompilations"] = float(graphs() - graphs_before)
             started = time.perf_counter()
             last = epoch == self.config.training.epochs

@@ -79,7 +79,7 @@ def test_an_export_is_plain_files(folder: Path) -> None:
     with Image.open(folder / "grid.png") as picture:
         assert picture.getpixel((0, 0)) == (1, 2, 3)
     readme = (folder / "README.md").read_text()
-    for words in ("loss: trial_0007", "photo, monet, vangogh", "8 epochs", "score 1.5312", "`loss.w_cyc`: 2.5"):
+    for words in ("loss: trial_0007", "photo, monet, vangogh", "8 epochs", "| score | 1.5312 |", "`loss.w_cyc`: 2.5"):
         assert words in readme
 
 

@@ -17,12 +17,12 @@ PACKAGE = ROOT / "raystar"
 # Imports go downward in this order (design, section 1); a module may import only what stands before it.
 ORDER = [
     "errors", "journal", "storage", "config", "pt", "pictures", "dataset", "kernels", "model", "loss", "distributed",
-    "step", "compile", "parity", "speed", "checkpoint", "ruler", "decoder", "codec", "grid", "trainer", "rungs",
-    "summary", "saved", "ledger", "table", "spool", "tracking", "space", "retention", "cluster", "trial", "driver",
-    "export", "encode", "translate", "record", "results", "importance", "charts", "contact", "report", "plan",
-    "outcome", "session", "sweep", "tune", "train", "distill",
+    "step", "compile", "parity", "speed", "checkpoint", "ruler", "decoder", "codec", "grid", "usage", "trainer",
+    "rungs", "summary", "saved", "ledger", "table", "spool", "registry", "tracking", "space", "retention", "cluster",
+    "trial", "driver", "graphs", "card", "export", "encode", "translate", "pyfunc", "record", "results", "importance",
+    "charts", "contact", "report", "plan", "outcome", "session", "sweep", "tune", "train", "distill",
 ]  # fmt: skip
-MAY_IMPORT = {"ray": {"cluster", "trial", "driver", "space", "session"}, "mlflow": {"tracking"}}
+MAY_IMPORT = {"ray": {"cluster", "trial", "driver", "space", "session"}, "mlflow": {"tracking", "registry", "pyfunc"}}
 
 
 def _imports(path: Path) -> set[str]:

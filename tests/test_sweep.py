@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import re
@@ -193,6 +194,97 @@ def test_export_by_name(sweep: tuple[Path, str], tmp_path: Path, capsys: pytest.
     assert torch.equal(ours.translate(x, "c"), theirs.translate(x, "c"))
 
 
+def test_the_finalists_are_models_in_the_store_and_the_best_is_champion(sweep: tuple[Path, str]) -> None:
+    runs, shown = sweep
+    store, summary = Store(runs), summary_of(runs)
+    ranked = sorted(summary["trials"], key=lambda t: t["score"])
+    found = dict(store.rows("select source_run_id, name from logged_models where status = 2"))  # ready
+    assert found == {t["run_id"]: f"s-{t['trial']}" for t in ranked[:3]}
+    assert len(store.rows("select * from logged_models")) == 3
+    best = ranked[0]
+    assert store.rows("select name, version, run_id from model_versions") == [("raystar-latents", 1, best["run_id"])]
+    assert store.rows("select alias, version from registered_model_aliases") == [("champion", 1)]
+    assert "model: models:/raystar-latents@champion (version 1)" in shown
+    assert not (runs / "s/finalists").exists()  # delivered
+    for trial in ranked[:5]:
+        assert Path(store.tags(trial["run_id"])["raystar.checkpoint"]) == runs / "s" / trial["checkpoint"]
+    assert "raystar.checkpoint" not in store.tags(ranked[5]["run_id"])
+    facts = json.loads((runs / "s/best/metrics.json").read_text())
+    assert facts["baseline"] == {"trial": "t00", "score": summary["baseline"]["score"]}
+    assert facts["data"]["digest"] == store.rows("select digest from datasets")[0][0]
+
+
+def test_how_busy_the_machine_was(sweep: tuple[Path, str]) -> None:
+    runs, _ = sweep
+    store = Store(runs)
+    for trial in summary_of(runs)["trials"]:
+        query = "select key, step, value from metrics where run_uuid = ? and key like 'system/%'"
+        found = {(key, step): value for key, step, value in store.rows(query, trial["run_id"])}
+        assert {step for _, step in found} == set(range(1, trial["epochs"] + 1))
+        for epoch in range(1, trial["epochs"] + 1):
+            assert 0 <= found["system/cpu_utilization_percentage", epoch] <= 100
+            assert 0 < found["system/process_cpu_percentage", epoch] < 100 * (os.cpu_count() or 1) + 50
+            assert 50 < found["system/process_memory_megabytes", epoch] < 20_000
+
+
+def test_mlflow_predicts_with_the_champion(sweep: tuple[Path, str], tmp_path: Path) -> None:
+    runs, _ = sweep
+    latent = torch.randn(4, 16, 16, generator=torch.Generator().manual_seed(1)) * 5
+    asked = {"dataframe_records": [{"latent": latent.tolist(), "domain": "b"}], "params": {"seed": 3, "latents": True}}
+    (tmp_path / "in.json").write_text(json.dumps(asked))
+    command = [sys.executable, "-m", "mlflow", "models", "predict", "-m", "models:/raystar-latents@champion"]
+    command += ["--env-manager", "local", "-i", str(tmp_path / "in.json"), "-o", str(tmp_path / "out.json")]
+    settings = {"MLFLOW_TRACKING_URI": f"sqlite:///{runs}/mlflow.db", "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false"}
+    environment = {**os.environ, **settings, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (answer,) = json.loads((tmp_path / "out.json").read_text())["predictions"]
+    wanted = export.load(runs / "s/best", "cpu").translate(latent[None], "b", seed=3)[0]
+    assert torch.allclose(torch.tensor(answer["latent"]), wanted, rtol=1e-5, atol=1e-5)
+    assert base64.b64decode(answer["picture"]).startswith(b"\x89PNG")
+
+
+def test_export_from_the_store_alone(
+    sweep: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs, _ = sweep
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    summary = summary_of(runs)
+    third = sorted(summary["trials"], key=lambda t: t["score"])[2]
+    kept = (runs / "s/best/model.safetensors").read_bytes()
+    (parent,) = Store(runs).rows("select run_uuid from runs where name = 's'")[0]
+    (runs / "s").rename(tmp_path / "gone")
+    try:
+        for number, source in enumerate((["--sweep", "s"], ["--run", parent], ["--run", summary["best"]["run_id"]])):
+            assert export.main([*source, "--runs", str(runs), "--out", str(tmp_path / f"m{number}")]) == 0
+            assert (tmp_path / f"m{number}/model.safetensors").read_bytes() == kept
+        assert export.main(["--run", third["run_id"], "--runs", str(runs), "--out", str(tmp_path / "third")]) == 0
+    finally:
+        (tmp_path / "gone").rename(runs / "s")
+    assert json.loads((tmp_path / "third/metrics.json").read_text())["trial"] == third["trial"]
+    saved = checkpoints.load(runs / "s" / third["checkpoint"])
+    model = export.load(tmp_path / "third", "cpu")
+    assert torch.equal(model.nets.G.state_dict()["decoder.2.bias"], saved["G"]["decoder.2.bias"])
+    fourth = sorted(summary["trials"], key=lambda t: t["score"])[3]  # no model there, but a checkpoint
+    assert export.main(["--run", fourth["run_id"], "--runs", str(runs), "--out", str(tmp_path / "fourth")]) == 0
+    assert json.loads((tmp_path / "fourth/metrics.json").read_text())["trial"] == fourth["trial"]
+
+
+def test_a_finished_sweep_that_is_resumed_hands_nothing_in_again(sweep: tuple[Path, str]) -> None:
+    runs, _ = sweep
+    tables = ("logged_models", "model_versions", "registered_model_aliases", "inputs", "metrics")
+
+    def counts() -> list[Any]:
+        return [Store(runs).rows(f"select count(*) from {table}") for table in tables]
+
+    before = counts()
+    done = run([sys.executable, "-m", "raystar.tune", "--resume", "s", "--out", str(runs)])
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stderr == ""
+    assert counts() == before
+    assert not (runs / "s/finalists").exists()
+
+
 def test_a_new_trial_starts_stepping_soon(sweep: tuple[Path, str]) -> None:
     """The point of reused processes: a fresh one would need several seconds."""
     idle = [t["idle_s"] for t in summary_of(sweep[0])["trials"] if t["idle_s"] is not None]
@@ -273,6 +365,7 @@ def test_a_single_run_is_tracked_saved_and_resumed(tmp_path: Path) -> None:
     runs = dict(store.rows("select name, run_uuid from runs where status = 'FINISHED'"))
     assert set(runs) == {"one", "whole"}
     assert len(store.rows("select * from runs")) == 2
+    assert store.tags(runs["one"])["raystar.checkpoint"] == str(folder.resolve() / "latest.pt")
     for name in runs:  # each epoch once, whether the run was resumed or not
         for key in ("eval/score", "train/g_loss", "perf/samples_per_s"):
             found = store.rows("select step from metrics where run_uuid = ? and key = ? order by step", runs[name], key)

@@ -56,7 +56,13 @@ def test_epoch_means_are_means_over_steps(config: Config, bank: Bank) -> None:
 
 def test_metrics_are_the_published_ones(config: Config, bank: Bank) -> None:
     for progress in Trainer(config, bank, Ruler.build(bank, config)).run():
-        assert set(progress.metrics) == set(METRICS)
+        system = {name: value for name, value in progress.metrics.items() if name.startswith("system/")}
+        assert set(progress.metrics) - set(system) == set(METRICS)
+        assert set(system) == {
+            "system/cpu_utilization_percentage", "system/system_memory_usage_percentage",
+            "system/process_cpu_percentage", "system/process_memory_megabytes",
+        }  # fmt: skip
+        assert system["system/process_cpu_percentage"] > 0
         assert all(math.isfinite(value) for value in progress.metrics.values())
     assert progress.metrics["train/lambda_ds"] == pytest.approx(0.95)
 
