@@ -39,6 +39,7 @@ def card(config: Config, facts: Mapping[str, Any], files: Collection[str]) -> st
         f"# {facts.get('sweep', 'raystar')}: {facts.get('trial', 'a trained model')}",
         _what(config),
         "![Sources down, references across](grid.png)" if "grid.png" in files else "",
+        "![From one style of each domain to another](interpolation.png)" if "interpolation.png" in files else "",
         _trained(config, facts),
         _scores(facts),
         _use(config, facts, files),

@@ -27,7 +27,8 @@ from raystar.errors import RaystarError, is_file, nearest, run_cli
 from raystar.model import NAMES, Nets, noise
 from raystar.storage import Storage
 
-WEIGHTS, CONFIG, METRICS, GRID, README = "model.safetensors", "config.yaml", "metrics.json", "grid.png", "README.md"
+WEIGHTS, CONFIG, METRICS, README = "model.safetensors", "config.yaml", "metrics.json", "README.md"
+GRID, INTERPOLATION = "grid.png", "interpolation.png"
 
 
 class Translator:
@@ -123,14 +124,14 @@ def _default_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def write(folder: Path, checkpoint: Mapping[str, Any], facts: Mapping[str, Any], grid: Path | None) -> None:
+def write(folder: Path, checkpoint: Mapping[str, Any], facts: Mapping[str, Any], pictures: Mapping[str, Path]) -> None:
     """Writes an export; the folder appears whole or not at all, and an older export in its place is replaced.
 
     Args:
         folder: where to.
         checkpoint: as `checkpoint.load` returns it.
         facts: goes into `metrics.json` and, in part, the README: trial, epoch, score, metrics, parameters.
-        grid: a picture to go with it.
+        pictures: go with it, by name: `grid.png`, `interpolation.png`.
     """
     config = from_mapping(checkpoint["config"], "checkpoint")
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.part")
@@ -143,8 +144,8 @@ def write(folder: Path, checkpoint: Mapping[str, Any], facts: Mapping[str, Any],
         save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt", "made_by": "raystar"})
         (temporary / CONFIG).write_text(to_yaml(config), encoding="utf-8")
         (temporary / METRICS).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-        if grid is not None:
-            shutil.copyfile(grid, temporary / GRID)
+        for name, picture in pictures.items():
+            shutil.copyfile(picture, temporary / name)
         _write_card(temporary, config, facts)
     except BaseException:
         shutil.rmtree(temporary)
@@ -267,7 +268,7 @@ def _export_checkpoint(path: Path, out: Path, known: Mapping[str, Any]) -> None:
     facts = {"trial": path.stem, "epoch": epoch if _is_number(epoch) else None, "metrics": metrics, "params": {}}
     if "eval/score" in metrics:
         facts |= {"metric": "eval/score", "score": metrics["eval/score"]}
-    write(out, checkpoint, {**facts, "versions": versions(), **known}, None)
+    write(out, checkpoint, {**facts, "versions": versions(), **known}, {})
 
 
 def _is_number(value: Any) -> bool:

@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import platform
 import sys
+import tempfile
+from collections.abc import Mapping
 from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
 
 from raystar import checkpoint as checkpoints
-from raystar import export, registry
+from raystar import export, grid, registry
 from raystar.card import versions
-from raystar.config import overlay_yaml
+from raystar.codec import open_codec
+from raystar.config import from_mapping, overlay_yaml
 from raystar.errors import redact
 from raystar.journal import wait_for_space
+from raystar.model import Nets
 from raystar.plan import Plan
 from raystar.results import CONTACT_SHEET, REPORT
 from raystar.saved import checkpoint_name, picture_name, saved_epochs
@@ -28,7 +36,7 @@ def leave(plan: Plan, summary: Summary, best: TrialRecord) -> dict[str, Path]:
     if plan.speed:
         return {FASTEST: _write_fastest(plan, summary, best)}
     _export(plan, summary, best)
-    return {f"{BEST}/{export.GRID}": plan.folder / BEST / export.GRID}
+    return {f"{BEST}/{name}": plan.folder / BEST / name for name in (export.GRID, export.INTERPOLATION)}
 
 
 def report(plan: Plan) -> dict[str, Path]:
@@ -56,11 +64,13 @@ def _export(plan: Plan, summary: Summary, best: TrialRecord) -> None:
     """Writes `best/` from the best trial's best checkpoint."""
     if best.score_epoch is None or best.score_epoch not in saved_epochs(plan.storage, best.trial):
         return
-    _write_model(plan, summary, best, best.score_epoch, plan.folder / BEST)
+    _write_model(plan, summary, best, best.score_epoch, plan.folder / BEST, strip=True)
 
 
-def _write_model(plan: Plan, summary: Summary, record: TrialRecord, epoch: int, folder: Path) -> None:
-    """Writes an export of a trial's checkpoint of `epoch`, its best."""
+def _write_model(
+    plan: Plan, summary: Summary, record: TrialRecord, epoch: int, folder: Path, strip: bool = False
+) -> None:
+    """Writes an export of a trial's checkpoint of `epoch`, its best; with `strip`, its interpolation as well."""
     baseline = summary.baseline
     facts = {
         "sweep": plan.name,
@@ -82,8 +92,21 @@ def _write_model(plan: Plan, summary: Summary, record: TrialRecord, epoch: int, 
     with ExitStack() as files:
         checkpoint = checkpoints.load(files.enter_context(plan.storage.fetched(checkpoint_name(record.trial, epoch))))
         there = Path(picture).name in plan.storage.list(str(Path(picture).parent))
-        grid = files.enter_context(plan.storage.fetched(picture)) if there else None
-        export.write(folder, checkpoint, facts, grid)
+        pictures = {export.GRID: files.enter_context(plan.storage.fetched(picture))} if there else {}
+        if strip and there:
+            drawn = Path(files.enter_context(tempfile.TemporaryDirectory()), export.INTERPOLATION)
+            _interpolation(plan, checkpoint).save(drawn)
+            pictures[export.INTERPOLATION] = drawn
+        export.write(folder, checkpoint, facts, pictures)
+
+
+def _interpolation(plan: Plan, checkpoint: Mapping[str, Any]) -> Image.Image:
+    """The grids' sources on their way through each domain's styles, on the first GPU if there is one."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    config = from_mapping(checkpoint["config"], "checkpoint")
+    nets = Nets.of(config.model, config.num_domains, dict(checkpoint), "checkpoint").to(device)
+    codec, _ = open_codec(plan.config, device)  # what is in its way has been told
+    return grid.interpolation(nets, config, grid.choose(plan.bank, config, codec), codec)
 
 
 def finalists(plan: Plan, summary: Summary) -> list[tuple[TrialRecord, int]]:

@@ -56,7 +56,7 @@ def nets() -> Nets:
 @pytest.fixture
 def folder(tmp_path: Path, nets: Nets) -> Path:
     Image.new("RGB", (4, 4), (1, 2, 3)).save(tmp_path / "drawn.png")
-    export.write(tmp_path / "runs/best", make_checkpoint(nets), FACTS, tmp_path / "drawn.png")
+    export.write(tmp_path / "runs/best", make_checkpoint(nets), FACTS, {"grid.png": tmp_path / "drawn.png"})
     return tmp_path / "runs/best"
 
 
@@ -94,7 +94,7 @@ def test_an_older_export_is_replaced_whole(folder: Path, nets: Nets) -> None:
     (folder / "stray.txt").write_text("of the older one")
     with torch.no_grad():
         nets.G.decoder[2].bias.add_(1)
-    export.write(folder, make_checkpoint(nets), FACTS, None)
+    export.write(folder, make_checkpoint(nets), FACTS, {})
     assert files(folder) == ["README.md", "config.yaml", "metrics.json", "model.safetensors"]
     assert "grid.png" not in (folder / "README.md").read_text()
     assert files(folder.parent) == ["best"]
@@ -104,7 +104,7 @@ def test_an_older_export_is_replaced_whole(folder: Path, nets: Nets) -> None:
 def test_a_failed_export_leaves_the_older_one_and_nothing_else(folder: Path, nets: Nets, tmp_path: Path) -> None:
     before = (folder / "model.safetensors").read_bytes()
     with pytest.raises(OSError, match=r"no such\.png"):
-        export.write(folder, make_checkpoint(nets), FACTS, tmp_path / "no such.png")
+        export.write(folder, make_checkpoint(nets), FACTS, {"grid.png": tmp_path / "no such.png"})
     assert (folder / "model.safetensors").read_bytes() == before
     assert files(folder.parent) == ["best"]
 

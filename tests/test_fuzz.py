@@ -828,7 +828,7 @@ def exported(
     tmp_path_factory: pytest.TempPathFactory, checkpoint: tuple[Path, bytes, dict[str, Any]]
 ) -> tuple[Path, dict[str, bytes]]:
     folder = tmp_path_factory.mktemp("export") / "best"
-    export.write(folder, checkpoint[2], {"trial": "t", "epoch": 1, "metrics": {}, "params": {}}, None)
+    export.write(folder, checkpoint[2], {"trial": "t", "epoch": 1, "metrics": {}, "params": {}}, {})
     return folder, {path.name: path.read_bytes() for path in folder.iterdir()}
 
 

@@ -41,7 +41,7 @@ TELLING = FACTS | {
 @pytest.fixture(scope="module")
 def onnx_export(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("onnx") / "model"
-    export.write(folder, make_checkpoint(make_nets()), TELLING, None)
+    export.write(folder, make_checkpoint(make_nets()), TELLING, {})
     assert export.add_onnx(folder) < 1e-5
     return folder
 
@@ -136,7 +136,7 @@ def test_the_card_says_where_a_model_comes_from_and_how_good_it_is(onnx_export: 
 
 
 def test_the_card_of_a_foreign_checkpoint_claims_nothing(tmp_path: Path) -> None:
-    export.write(tmp_path / "m", make_checkpoint(make_nets()), {"trial": "latest", "epoch": None}, None)
+    export.write(tmp_path / "m", make_checkpoint(make_nets()), {"trial": "latest", "epoch": None}, {})
     card = (tmp_path / "m/README.md").read_text()
     assert "unknown number of epochs" in card
     for words in ("How good it is", "Sweep", "Data:", "None", "onnx", "varied"):
@@ -171,7 +171,7 @@ def store(tmp_path: Path, empty_store: Path) -> Path:
 def finalist(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("finalist") / "t00_0008" / registry.EXPORT
     folder.parent.mkdir()
-    export.write(folder, make_checkpoint(make_nets()), TELLING, None)
+    export.write(folder, make_checkpoint(make_nets()), TELLING, {})
     return folder
 
 

@@ -33,7 +33,7 @@ def vae(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model") / "best"
-    export.write(folder, make_checkpoint(make_nets()), FACTS, None)
+    export.write(folder, make_checkpoint(make_nets()), FACTS, {})
     return folder
 
 
