@@ -5,7 +5,10 @@ same sources, references and noise in every trial and epoch:
 
 - S, style: does the set of translations look like held-out latents of the target domain? Per ordered pair of
   domains the unbiased energy distance (Szekely and Rizzo 2013) in frozen features, as a share of the distance
-  between source and target. Doing nothing is 1, true target samples are 0 on average.
+  between source and target. Doing nothing is 1, true target samples are 0 on average. Where domains differ by far
+  more than latents of one do, that share hides what no domain looks like (all black, all white): so what the means and
+  deviations of the channels are further from the target's than the source's are is added, in units of the target's own
+  spread. It is nothing for doing nothing and for true samples.
 - C, content: is the layout of the source still there? 1 - correlation of instance-normalised latents averaged
   over 2x2 cells. Doing nothing is 0; two unrelated pictures are about 0.92.
 - V, diversity: do different noises give different translations? Their mean feature distance over that of real
@@ -49,7 +52,7 @@ share of translations that the ruler's classifier takes for the target domain.""
 
 DIVERSITY_WANTED = 0.25
 MIN_HELD_OUT = 4
-_VERSION = 1  # part of the cache's name: raise it when features or training change
+_VERSION = 2  # part of the cache's name: raise it when features or training change
 _SEED = 20_251_121
 _STEPS, _BATCH, _LR = 120, 48, 2e-3
 _MAX_TRAIN = 2048  # training latents a domain that the classifier and the standardisation see
@@ -158,9 +161,17 @@ class _Features(nn.Module):
         """x [B,C,H,W] scaled -> features [B,d] and the classifier's logits [B,N]."""
         raw = self.statistics(x)
         tamed = self._tamed(raw)
-        general = tamed * (self.general_weight * tamed.shape[1] ** -0.5)
+        general = tamed * self._weight(tamed.shape[1])
         logits = self.head(raw[:, : self.head.in_features])
         return torch.cat([tamed @ self.discriminants, general], dim=1), logits
+
+    def range_of(self, features: Tensor) -> Tensor:
+        """Features [...,d] -> the channels' means and deviations among them, standardised, not tamed: [...,2C]."""
+        tamed = features[..., -2 * self.channel_mean.shape[1] :] / self._weight(len(self.mean))
+        return tamed.sinh()
+
+    def _weight(self, statistics: int) -> float:
+        return self.general_weight * statistics**-0.5
 
     def classify(self, x: Tensor) -> Tensor:
         """x [B,C,H,W] scaled -> logits of the domains [B,N]."""
@@ -296,6 +307,10 @@ class Ruler:
     """[N] mean distance of two real latents of a domain."""
     do_nothing: Tensor
     """[P] energy distance between sources and targets."""
+    range_spread: Tensor
+    """[N] mean distance of two real latents of a domain in their range alone."""
+    range_nothing: Tensor
+    """[P] energy distance between sources and targets in their range alone."""
     n: int
 
     @classmethod
@@ -326,12 +341,28 @@ class Ruler:
         spread = torch.stack([_mean_pairwise(f) for f in found])
         # Domains that look the same to the features would divide by nothing; a twentieth of the spread is the floor.
         nothing = torch.stack([energy_distance(found[i][:n], found[j]).clamp_min(0.05 * spread[j]) for i, j in pairs])
-        return cls(features, bank.domains, content, y_trg, reference, noise, targets, found, spread, nothing, n)
+        ranges = [features.range_of(f) for f in found]
+        range_spread = torch.stack([_mean_pairwise(f) for f in ranges]).clamp_min(1e-6)
+        range_nothing = torch.stack([energy_distance(ranges[i][:n], ranges[j]) for i, j in pairs])
+        return cls(
+            features, bank.domains, content, y_trg, reference, noise, targets, found, spread, nothing, range_spread,
+            range_nothing, n,
+        )  # fmt: skip
 
     def to(self, device: torch.device) -> Ruler:
         """Moves everything that `measure` reads to `device`; returns itself."""
         self.features.to(device)
-        for name in ("content", "y_trg", "reference", "noise", "target_spread", "do_nothing"):
+        moved = (
+            "content",
+            "y_trg",
+            "reference",
+            "noise",
+            "target_spread",
+            "do_nothing",
+            "range_spread",
+            "range_nothing",
+        )
+        for name in moved:
             setattr(self, name, getattr(self, name).to(device))
         self.targets = [t.to(device) for t in self.targets]
         self.target_features = [t.to(device) for t in self.target_features]
@@ -367,13 +398,12 @@ class Ruler:
         features = torch.cat(found, dim=1).unflatten(1, (pairs, self.n))  # [2, P, n, d]
         C = torch.cat(changed, dim=1).unflatten(1, (pairs, self.n)).mean(dim=(0, 2))  # [P]
         target_of = self.y_trg[:: self.n].tolist()
-        distances = torch.stack(
+        S = torch.stack(
             [
-                torch.stack([energy_distance(path[p], self.target_features[j]) for path in features]).mean()
-                for p, j in enumerate(target_of)
+                torch.stack([self._style(path[pair], pair, target) for path in features]).mean()
+                for pair, target in enumerate(target_of)
             ]
-        )
-        S = (distances / self.do_nothing).clamp_min(0)  # [P]
+        ).clamp_min(0)  # [P]
         V = self._diversity(subject, by_noise, features[1], target_of)
         per_pair = (1 + S) * (1 + C)
         score = per_pair.mean() + (DIVERSITY_WANTED - V).clamp_min(0)
@@ -401,8 +431,14 @@ class Ruler:
         """S of any scaled latents [n,C,H,W] for one ordered pair, not clamped; for tests and reports."""
         found = _in_chunks(self.features, translated)
         pairs = [(i, j) for i in range(len(self.domains)) for j in range(len(self.domains)) if i != j]
-        distance = energy_distance(found, self.target_features[target_domain])
-        return float(distance / self.do_nothing[pairs.index((source_domain, target_domain))])
+        return float(self._style(found, pairs.index((source_domain, target_domain)), target_domain))
+
+    def _style(self, found: Tensor, pair: int, target: int) -> Tensor:
+        """S of the features [n,d] of translations, 0-d, not clamped."""
+        wanted, range_of = self.target_features[target], self.features.range_of
+        beyond = energy_distance(range_of(found), range_of(wanted)) - self.range_nothing[pair]
+        share = energy_distance(found, wanted) / self.do_nothing[pair]
+        return share + beyond.clamp_min(0) / self.range_spread[target]
 
 
 def check_holdout(bank: Bank) -> None:
