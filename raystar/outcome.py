@@ -19,9 +19,9 @@ from raystar import export, grid, registry
 from raystar.card import versions
 from raystar.codec import open_codec
 from raystar.config import from_mapping, overlay_yaml
-from raystar.errors import redact
+from raystar.errors import RaystarError, redact
 from raystar.journal import wait_for_space
-from raystar.model import Nets
+from raystar.model import NAMES, Nets
 from raystar.plan import Plan
 from raystar.results import CONTACT_SHEET, REPORT
 from raystar.saved import checkpoint_name, picture_name, saved_epochs
@@ -95,8 +95,12 @@ def _write_model(
         pictures = {export.GRID: files.enter_context(plan.storage.fetched(picture))} if there else {}
         if strip and there:
             drawn = Path(files.enter_context(tempfile.TemporaryDirectory()), export.INTERPOLATION)
-            _interpolation(plan, checkpoint).save(drawn)
-            pictures[export.INTERPOLATION] = drawn
+            try:
+                _interpolation(plan, checkpoint).save(drawn)
+                pictures[export.INTERPOLATION] = drawn
+            # A VAE that is gone, or more memory than there is: that costs a picture, not the model.
+            except (RaystarError, OSError, RuntimeError) as error:
+                print(f"note: {export.INTERPOLATION} could not be drawn: {redact(str(error))}", file=sys.stderr)
         export.write(folder, checkpoint, facts, pictures)
 
 
@@ -104,9 +108,9 @@ def _interpolation(plan: Plan, checkpoint: Mapping[str, Any]) -> Image.Image:
     """The grids' sources on their way through each domain's styles, on the first GPU if there is one."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     config = from_mapping(checkpoint["config"], "checkpoint")
-    nets = Nets.of(config.model, config.num_domains, dict(checkpoint), "checkpoint").to(device)
+    nets = Nets.of(config.model, config.num_domains, {name: checkpoint[name] for name in NAMES}, "checkpoint")
     codec, _ = open_codec(plan.config, device)  # what is in its way has been told
-    return grid.interpolation(nets, config, grid.choose(plan.bank, config, codec), codec)
+    return grid.interpolation(nets.to(device), config, grid.choose(plan.bank, config, codec), codec)
 
 
 def finalists(plan: Plan, summary: Summary) -> list[tuple[TrialRecord, int]]:
