@@ -21,6 +21,8 @@ class Told:
     open: bool = False
     epoch: int = 0
     """The highest epoch."""
+    pictured: int = 0
+    """The highest epoch with pictures."""
     untrained: bool = False
     """Whether epoch 0 is there, which may come after others."""
     final: dict[str, float] = field(default_factory=dict)
@@ -100,6 +102,8 @@ class Spool:
             told.registered = record["epoch"]
         elif record["epoch"]:
             told.epoch = max(told.epoch, record["epoch"])
+            if record["images"]:
+                told.pictured = max(told.pictured, record["epoch"])
         else:
             told.untrained = True
 

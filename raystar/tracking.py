@@ -562,7 +562,8 @@ class MlflowTracker:
     def _view(self) -> str:
         """A saved view of the UI: every run in one table, best first, with the columns that matter.
 
-        Its charts begin with the grids, large and all at the last epoch, instead of ending with them.
+        Its charts begin with the grids, large and all at one epoch, the last to which every trial came, instead of
+        ending with them: at the last of all, trials that were stopped early would show nothing.
         The form is what MLflow 3.17 writes itself; another version ignores what it does not know.
         """
         now = int(time.time() * 1000)
@@ -577,13 +578,13 @@ class MlflowTracker:
         }
         if not metric.startswith("perf/"):  # who measures speed draws nothing
             section = {"uuid": "raystar-grids", "name": "Grids", "display": True, "isReordered": True}
-            last = max((told.epoch for told in self._spool.trials.values()), default=0)
+            common = min((told.pictured for told in self._spool.trials.values() if told.pictured), default=0)
             state |= {
                 "compareRunSections": [{**section, "deleted": False, "isGenerated": False, **_GRIDS}],
                 "compareRunCharts": [
                     {
                         "type": "IMAGE", "uuid": f"raystar-{key}", "metricSectionId": section["uuid"], "deleted": False,
-                        "isGenerated": True, "imageKeys": [key], "step": last, "showRunParams": False,
+                        "isGenerated": True, "imageKeys": [key], "step": common, "showRunParams": False,
                         "runsCountToCompare": 10,
                     }
                     for key in ("grid_ref", "grid_noise")
