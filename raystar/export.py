@@ -141,7 +141,7 @@ def write(folder: Path, checkpoint: Mapping[str, Any], facts: Mapping[str, Any],
         f"{name}.{key}": value.detach().cpu().contiguous() for name in NAMES for key, value in checkpoint[name].items()
     }
     try:
-        save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt", "made_by": "raystar"})
+        save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt"})
         (temporary / CONFIG).write_text(to_yaml(config), encoding="utf-8")
         (temporary / METRICS).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
         for name, picture in pictures.items():

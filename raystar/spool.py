@@ -102,7 +102,7 @@ class Spool:
             told.registered = record["epoch"]
         elif record["epoch"]:
             told.epoch = max(told.epoch, record["epoch"])
-            if record["images"]:
+            if record.get("images"):
                 told.pictured = max(told.pictured, record["epoch"])
         else:
             told.untrained = True

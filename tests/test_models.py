@@ -20,9 +20,11 @@ import torch
 from PIL import Image
 
 from raystar import export, graphs, registry, tracking
+from raystar.codec import open_codec
 from raystar.config import override
 from raystar.errors import RaystarError
 from raystar.tracking import PARENT, MlflowTracker
+from raystar.translate import PictureTranslator
 from tests.support import ROOT, SHARED, needs_shared
 from tests.test_export import CONFIG, FACTS, make_checkpoint, make_nets, some_latents
 from tests.test_tracking import Flaky, Mute, Server, copy_store, opened, rows
@@ -430,10 +432,11 @@ def encoded(picture: Image.Image, kind: str = "PNG") -> str:
     return base64.b64encode(data.getvalue()).decode()
 
 
-def test_a_served_model_translates_latents_as_the_export_does(served: Path, finalist: Path) -> None:
+def test_a_served_model_translates_latents_as_the_command_line_does(served: Path, finalist: Path) -> None:
     import mlflow
 
-    model, direct = mlflow.pyfunc.load_model(str(served)), export.load(finalist, "cpu")
+    model, translator = mlflow.pyfunc.load_model(str(served)), export.load(finalist, "cpu")
+    direct = PictureTranslator(translator, open_codec(translator.config)[0])
     latents, reference = some_latents(2), some_latents(1, seed=5)
     table = frame(
         latent=[latent.tolist() for latent in latents],
@@ -442,8 +445,8 @@ def test_a_served_model_translates_latents_as_the_export_does(served: Path, fina
     )
     found = model.predict(table, params={"seed": 3, "latents": True})
     wanted = [
-        direct.translate(latents[:1], "monet", seed=3),
-        direct.translate(latents[1:], "vangogh", reference=reference),
+        direct.restyle(latents[:1], "monet", None, 3),
+        direct.restyle(latents[1:], "vangogh", reference, None),
     ]
     for row, latent in zip(found.to_dict("records"), wanted, strict=True):
         assert torch.equal(torch.tensor(row["latent"])[None], latent)

@@ -39,7 +39,7 @@ def test_a_slower_step_is_found_though_the_machine_drifts(
     """The candidate's step takes twice the eager one's, and all takes thrice as long in odd epochs."""
 
     def step(state: TrainState, batch: Any, *, epoch: int, step: int) -> None:
-        time.sleep((0.004 if state.config.training.channels_last else 0.002) * (3 if epoch % 2 else 1))
+        time.sleep((0.016 if state.config.training.channels_last else 0.008) * (3 if epoch % 2 else 1))
 
     monkeypatch.setattr(speed, "train_step", step)
     slower = override(config, {"training.channels_last": True})

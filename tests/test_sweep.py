@@ -20,8 +20,10 @@ import yaml
 
 from raystar import checkpoint as checkpoints
 from raystar import export
+from raystar.codec import open_codec
 from raystar.config import from_mapping, load_config, to_mapping
 from raystar.model import Nets
+from raystar.translate import PictureTranslator
 from tests.support import ROOT, tiny_config, write_latents
 
 pytestmark = pytest.mark.slow
@@ -182,7 +184,7 @@ def test_the_best_model_is_what_was_trained(sweep: tuple[Path, str]) -> None:
     wanted = nets.translate(x * scale, nets.F(z.expand(2, -1), torch.tensor([1, 1]))) / scale
     assert torch.equal(export.load(runs / "s/best", "cpu").translate(x, "b", seed=3), wanted)
     assert {p.name for p in (runs / "s/best").iterdir()} == {
-        "model.safetensors", "config.yaml", "metrics.json", "grid.png", "README.md",
+        "model.safetensors", "config.yaml", "metrics.json", "grid.png", "interpolation.png", "README.md",
     }  # fmt: skip
 
 
@@ -239,7 +241,8 @@ def test_mlflow_predicts_with_the_champion(sweep: tuple[Path, str], tmp_path: Pa
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     (answer,) = json.loads((tmp_path / "out.json").read_text())["predictions"]
-    wanted = export.load(runs / "s/best", "cpu").translate(latent[None], "b", seed=3)[0]
+    best = export.load(runs / "s/best", "cpu")
+    wanted = PictureTranslator(best, open_codec(best.config)[0]).restyle(latent[None], "b", None, 3)[0]
     assert torch.allclose(torch.tensor(answer["latent"]), wanted, rtol=1e-5, atol=1e-5)
     assert base64.b64decode(answer["picture"]).startswith(b"\x89PNG")
 
