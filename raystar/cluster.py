@@ -59,7 +59,9 @@ def start(
     Raises:
         RaystarError: Ray cannot be started; nothing answers at `address`, or it is another version, or wants a token.
     """
-    os.environ.update(environment)
+    for name, value in environment.items():
+        if os.environ.get(name) != value:  # threads may be reading
+            os.environ[name] = value
     settle_token(create=address is None)
     if address is not None:
         _try_to_join(address)

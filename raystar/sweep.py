@@ -82,6 +82,7 @@ def _run(plan: Plan) -> int:
     )
     if not left:
         return _tracked(plan, ledger, None, lambda: None)
+    _set_environment(plan)
     # Made while Ray starts and the trials' processes import; a trial that comes first waits for its file.
     ruler = _Background(lambda: None if plan.speed else Ruler.build(plan.bank, plan.config, plan.cache_dir))
     try:
@@ -161,13 +162,17 @@ class _Background:
         return self._value
 
 
-def _start_ray(plan: Plan) -> None:
+def _set_environment(plan: Plan) -> None:
+    """Before any thread begins: where one sets a variable while another's C library reads one, the process crashes."""
     if plan.address is None:
         # Trials compile once a sweep, not once each; the cache is shared by every sweep below --out.
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(plan.cache_dir / "inductor"))
     os.environ.update(_RAY_ENVIRONMENT)
     # Before anything imports Ray, which reads once whether there is a token; its servers would want one all the same.
     cluster.settle_token(create=plan.address is None)
+
+
+def _start_ray(plan: Plan) -> None:
     # Tune's imports take two seconds, most of which Ray spends waiting for its processes.
     imports = _Background(lambda: [importlib.import_module(f"raystar.{name}") for name in ("trial", "driver")])
     # What steers a group of workers takes a hundredth beside them; how many groups fit, Plan.at_a_time says.
