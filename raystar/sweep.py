@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from raystar import cluster
+from raystar import cluster, tracking
 from raystar.codec import open_codec, say
 from raystar.config import Config, override, to_mapping
 from raystar.errors import RaystarError
@@ -168,6 +168,7 @@ def _set_environment(plan: Plan) -> None:
         # Trials compile once a sweep, not once each; the cache is shared by every sweep below --out.
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(plan.cache_dir / "inductor"))
     os.environ.update(_RAY_ENVIRONMENT)
+    tracking.set_environment()
     # Before anything imports Ray, which reads once whether there is a token; its servers would want one all the same.
     cluster.settle_token(create=plan.address is None)
 

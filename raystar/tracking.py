@@ -261,6 +261,7 @@ class MlflowTracker:
         *,
         spool: Path,
     ) -> None:
+        set_environment()
         self.uri = uri
         self.artifacts = artifacts
         self.dataset = dict(dataset)
@@ -755,16 +756,27 @@ def _is_final(error: Exception, attempt: int) -> bool:
     return wrong or getattr(error, "error_code", "") == "INVALID_PARAMETER_VALUE"
 
 
-def _client(uri: str) -> Any:
-    """MLflow's client for a store, without its chatter."""
-    # Telemetry would look for the network; alembic tells of every migration of a new store.
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    os.environ.setdefault("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false")
-    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "15")
+_ENVIRONMENT = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",  # it would look for the network
+    "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "15",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+}
+
+
+def set_environment() -> None:
+    """What MLflow is told by variables. To be called before threads begin: setting one beside a reader can crash."""
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
     # Its own attempts would create a second run where only the answer was lost; `_persist` looks first.
-    os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "0"
-    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    if os.environ.get("MLFLOW_HTTP_REQUEST_MAX_RETRIES") != "0":
+        os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "0"
+
+
+def _client(uri: str) -> Any:
+    """MLflow's client for a store, without its chatter; alembic would tell of every migration of a new store."""
+    set_environment()
     import mlflow
 
     for name in ("alembic", "mlflow", "urllib3"):
