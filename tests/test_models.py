@@ -258,17 +258,27 @@ def test_a_resumed_sweep_registers_nothing_twice(store: Path, finalist: Path) ->
     once(store)
 
 
+def second_trial(tracker: MlflowTracker) -> None:
+    """Returns once the store has all of it, and all that was recorded before."""
+    delivered(tracker)
+    tracker.start("t01", params={}, tags={}, text={})
+    tracker.end("t01", "finished", None)
+    delivered(tracker)
+
+
+def delivered(tracker: MlflowTracker) -> None:
+    until = time.monotonic() + 60
+    while tracker.waiting:
+        assert time.monotonic() < until
+        time.sleep(0.01)
+
+
 def test_a_server_whose_answers_are_lost_gets_a_model_once(
     store: Path, finalist: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tracking, "_LAST_S", 60.0)
     tracker = sweep(store, finalist, 1, 1.5)
-    while tracker.waiting:
-        time.sleep(0.01)
-    tracker.start("t01", params={}, tags={}, text={})
-    tracker.end("t01", "finished", None)
-    while tracker.waiting:
-        time.sleep(0.01)
+    second_trial(tracker)
     tracker._client = client = Mute(tracker._client, missing=40)
     tracker.log_model("t01", 3, finalist, {}, {})
     tracker.register("t01", 3, 1.4, "better", "same")
@@ -284,12 +294,7 @@ def test_a_server_whose_answers_are_lost_gets_a_model_once(
 def test_models_wait_for_a_server_that_is_away(store: Path, finalist: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tracking, "_LAST_S", 0.2)
     tracker = sweep(store, finalist, 1, 1.5)
-    while tracker.waiting:
-        time.sleep(0.01)
-    tracker.start("t01", params={}, tags={}, text={})
-    tracker.end("t01", "finished", None)
-    while tracker.waiting:
-        time.sleep(0.01)
+    second_trial(tracker)
     tracker._client = Flaky(tracker._client, missing=10**9)
     tracker.log_model("t01", 3, finalist, {}, {})
     tracker.register("t01", 3, 1.4, "better", "same")
