@@ -243,8 +243,7 @@ def once(store: Path) -> None:
 
 def test_a_resumed_sweep_registers_nothing_twice(store: Path, finalist: Path) -> None:
     first = sweep(store, finalist, 1, 1.5)
-    while first.waiting:
-        time.sleep(0.01)
+    delivered(first)
     lines = (store / "spool1.jsonl").read_bytes()
     first.close()
     once(store)
