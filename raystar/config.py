@@ -59,6 +59,10 @@ class ModelConfig:
     d_layers: int = _key(3, "depth of the discriminator", at_least=1)
     mapping_hidden_dim: int = _key(512, "width of the mapping network", at_least=1)
     mapping_shared_layers: int = _key(4, "shared layers of the mapping network", at_least=1)
+    residual: bool = _key(False, "G gives x + net(x), and its last convolution starts at zero: it begins as identity")
+    discriminator_dim: int | None = _key(
+        None, "channels of the discriminator's first layer, a quarter of its widest; by default base_dim / 4", at_least=1
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -102,22 +102,31 @@ class Generator(nn.Module):
 
     With K = 1 this is the specification's `G(x, s)`. With K styles for every content (style k of content b in
     row `k * B + b`) the encoder, which does not see the style, runs once instead of K times: the same function.
+
+    With `model.residual` the translation is the content plus what the networks make of it, and the last convolution
+    starts at zero: G begins as the identity, and whatever it does to a picture it has learnt (as in ReZero, Bachlechner
+    et al., arXiv:2003.04887).
     """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         b, channels = config.base_dim, config.latent_channels
-        self.width = b
+        self.width, self.residual = b, config.residual
         # The identities stand where checkpoints number the activations.
         self.encoder = nn.Sequential(
             _conv(channels, b), InstanceNormLeaky(b), nn.Identity(),
             Conv3x3(b, b), InstanceNormLeaky(b), nn.Identity(),
         )  # fmt: skip
         self.res_blocks = nn.ModuleList(AdaINResBlock(b, config.style_dim) for _ in range(config.n_res_blocks))
-        self.decoder = nn.Sequential(Conv3x3(b, b // 2), _leaky(), _conv(b // 2, channels))
+        last = _conv(b // 2, channels)
+        if config.residual:
+            nn.init.zeros_(last.weight)
+            nn.init.zeros_(last.bias)  # type: ignore[arg-type]  # the stubs forget that it has one
+        self.decoder = nn.Sequential(Conv3x3(b, b // 2), _leaky(), last)
 
     def forward(self, x: Tensor, s: Tensor) -> Tensor:
         native = kernels.serves(x, self.width)
+        content = x
         given = torch.contiguous_format if x.is_contiguous() else torch.channels_last
         if native:  # the kernels' layout, from the first convolution on
             x = x.contiguous(memory_format=torch.channels_last)
@@ -130,6 +139,8 @@ class Generator(nn.Module):
         for block in self.res_blocks:
             h = block(h, s)
         h = self.decoder(h)
+        if self.residual:  # in the content's precision, so that the identity is exact under autocast
+            h = (content if styles_each == 1 else content.repeat(styles_each, 1, 1, 1)) + h
         # Compiled networks are made for one layout of translations; whoever calls G decides on it.
         return h.contiguous(memory_format=given) if native else h
 
@@ -179,14 +190,18 @@ class StyleEncoder(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """D: latents [B,C,H,W] and domains [B] -> patch logits [B,1,H/4,W/4] (for `d_layers` >= 3)."""
+    """D: latents [B,C,H,W] and domains [B] -> patch logits [B,1,H/4,W/4] (for `d_layers` >= 3).
+
+    Its first layer has `discriminator_dim` channels, by default base_dim / 4; no layer has more than four times as many.
+    """
 
     def __init__(self, config: ModelConfig, num_domains: int) -> None:
         super().__init__()
-        width = config.base_dim // 4
+        width = config.discriminator_dim or config.base_dim // 4
+        widest = 4 * width if config.discriminator_dim else config.base_dim
         layers: list[nn.Module] = [_conv(config.latent_channels, width), _leaky()]
         for i in range(max(1, config.d_layers - 1)):
-            wider = min(config.base_dim, 2 * width)
+            wider = min(widest, 2 * width)
             layers += [_conv(width, wider, 2 if i < 2 else 1), _leaky()]
             width = wider
         self.main = nn.Sequential(*layers, nn.Conv2d(width, num_domains, 1))
