@@ -54,7 +54,7 @@ def _what(config: Config) -> str:
         f"A latent StarGAN v2 between {', '.join(domains)}: it translates a picture into each of these "
         f"{len(domains)} domains, in the style of a reference picture or of a noise. It works on unscaled "
         f"{config.model.latent_channels}-channel latents of Stable Diffusion 1.5's VAE, an eighth of the picture "
-        "along each side."
+        "along each side." + (" What it makes is added to the picture." if config.model.residual else "")
     )
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from raystar import __version__, pt
-from raystar.config import to_mapping
+from raystar.config import Config, to_mapping
 from raystar.errors import RaystarError, is_file, is_folder, show
 from raystar.model import NAMES
 from raystar.step import TrainState
@@ -51,6 +51,7 @@ def restore(state: TrainState, checkpoint: Mapping[str, Any], source: str) -> in
     Raises:
         RaystarError: weights or optimisers that do not fit the configuration.
     """
+    check_function(checkpoint, state.config, source)
     state.nets.load_state_dict({name: checkpoint.get(name) for name in NAMES}, source)  # type: ignore[misc]
     notes: list[str] = []
     for name in ("opt_g", "opt_d"):
@@ -73,6 +74,23 @@ def restore(state: TrainState, checkpoint: Mapping[str, Any], source: str) -> in
     if notes:
         print(f"note: {source}: {', '.join(notes)}; the configuration counts", file=sys.stderr)
     return epoch
+
+
+def check_function(checkpoint: Mapping[str, Any], config: Config, source: str) -> None:
+    """Refuses weights that fit the networks of `config` and mean another function: no shape tells of `model.residual`.
+
+    Raises:
+        RaystarError: `checkpoint` was trained with the other; one that says nothing was trained without.
+    """
+    made_for = checkpoint.get("config")
+    model = made_for.get("model") if isinstance(made_for, Mapping) else None
+    found = model.get("residual", False) if isinstance(model, Mapping) else False
+    if found is not config.model.residual:
+        there, now = (show(value).lower() for value in (found, config.model.residual))
+        raise RaystarError(
+            f"{source}: does not fit the configuration: model.residual {there} there, {now} now; "
+            f"set model.residual={there}"
+        )
 
 
 def _restore_optimizer(optimizer: torch.optim.AdamW, found: Any) -> list[str]:

@@ -137,9 +137,10 @@ def _exercise(name: str, call: Callable[..., Tensor], state: TrainState, size: t
     memory_format = layout(config, torch.empty(1, model.latent_channels, *size, device=device))
     with autocast(config, device):  # what networks hand on to each other is in autocast's type
         made = torch.get_autocast_dtype(device.type) if training.use_amp else torch.float32
+    translated = torch.float32 if model.residual else made  # a residual G adds to the content in the content's type
 
     def latents(n: int, *, fake: bool) -> Tensor:
-        x = torch.zeros(n, model.latent_channels, *size, device=device, dtype=made if fake else torch.float32)
+        x = torch.zeros(n, model.latent_channels, *size, device=device, dtype=translated if fake else torch.float32)
         return x.to(memory_format=memory_format).requires_grad_(fake)
 
     def codes(n: int) -> Tensor:

@@ -61,7 +61,7 @@ class ModelConfig:
     mapping_shared_layers: int = _key(4, "shared layers of the mapping network", at_least=1)
     residual: bool = _key(False, "G gives x + net(x), and its last convolution starts at zero: it begins as identity")
     discriminator_dim: int | None = _key(
-        None, "channels of the discriminator's first layer, a quarter of its widest; by default base_dim / 4", at_least=1
+        None, "channels of the discriminator's first layer, a quarter of its widest; absent: base_dim / 4", at_least=1
     )
 
 

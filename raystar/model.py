@@ -139,8 +139,9 @@ class Generator(nn.Module):
         for block in self.res_blocks:
             h = block(h, s)
         h = self.decoder(h)
-        if self.residual:  # in the content's precision, so that the identity is exact under autocast
-            h = (content if styles_each == 1 else content.repeat(styles_each, 1, 1, 1)) + h
+        if self.residual:
+            # In the content's precision, so that the identity is exact under autocast; in h's layout, the first one's.
+            h = h + (content if styles_each == 1 else content.repeat(styles_each, 1, 1, 1))
         # Compiled networks are made for one layout of translations; whoever calls G decides on it.
         return h.contiguous(memory_format=given) if native else h
 
@@ -192,7 +193,7 @@ class StyleEncoder(nn.Module):
 class Discriminator(nn.Module):
     """D: latents [B,C,H,W] and domains [B] -> patch logits [B,1,H/4,W/4] (for `d_layers` >= 3).
 
-    Its first layer has `discriminator_dim` channels, by default base_dim / 4; no layer has more than four times as many.
+    Its first layer has `discriminator_dim` channels, by default base_dim / 4; no layer has over four times as many.
     """
 
     def __init__(self, config: ModelConfig, num_domains: int) -> None:

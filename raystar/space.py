@@ -138,6 +138,11 @@ class Space:
                         f"{self.source}: space: {key}: search tpe begins with the baseline, whose value {value} is not "
                         "among the choices; add it, or set baseline: false"
                     )
+                if self.space[key].kind != "choice" and value is None:
+                    raise RaystarError(
+                        f"{self.source}: space: {key}: search tpe begins with the baseline, whose value null is not a "
+                        "number; set it, or baseline: false"
+                    )
             return None
         if self.search == "grid":
             combinations: Iterable[tuple[Any, ...]] = itertools.product(*(d.values for d in self.space.values()))
