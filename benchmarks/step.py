@@ -76,7 +76,7 @@ class TextbookStep:
 
 
 class RaystarStep:
-    """`train_step` on batches gathered by index."""
+    """`train_step` on batches gathered by index, and the averages where they are on."""
 
     def __init__(self, config: Config, bank: Bank, device: torch.device) -> None:
         self.data = LatentDataset(bank, config, device)
@@ -89,6 +89,7 @@ class RaystarStep:
     def __call__(self, number: int) -> None:
         batch = self.data.batch(1 + number % self.data.steps).to(self.state.device)
         logs = train_step(self.state, batch, epoch=1, step=number)
+        self.state.average(self.data.steps)
         self.sums = {name: self.sums.get(name, 0.0) + value for name, value in logs.items()}
 
 
@@ -107,6 +108,7 @@ def main() -> None:
     p.add_argument("--batch", type=int, default=8)
     p.add_argument("--rounds", type=int, default=15, help="steps of each that count")
     p.add_argument("--compile", action="store_true", help="also both steps with torch.compile")
+    p.add_argument("--average", action="store_true", help="also raystar's step with averaged weights")
     p.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="of raystar's steps; repeatable")
     p.add_argument(
         "--overlay", metavar="FILE", action="append", default=[],
@@ -143,6 +145,8 @@ def report(args: argparse.Namespace, base: Config, bank: Bank, device: torch.dev
         compiled = {"training.use_compile": True}
         subjects["textbook autocast, compiled"] = TextbookStep(override(base, compiled), bank, device)
         subjects["raystar, compiled"] = RaystarStep(override(ours, compiled), bank, device)
+    if args.average:
+        subjects["raystar, averaging"] = RaystarStep(override(ours, {"training.ema_epochs": 1}), bank, device)
     for overlay in args.overlay:
         subjects[f"raystar, {Path(overlay).stem}"] = RaystarStep(load_config(overlay, ours), bank, device)
     # Counted in float32, where every product is one that the counter knows: the same function in every precision.

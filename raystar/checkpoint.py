@@ -1,8 +1,9 @@
 """Checkpoints: written whole or not at all, checked when read, in the form that users already have.
 
 A checkpoint is a dictionary with `epoch`, `G`, `F`, `E`, `D` (state dictionaries), `opt_g`, `opt_d`, `config`
-and, from raystar, `scaler`, `metrics`, `raystar` and a `digest` over all tensors. Files without raystar's keys,
-as users have them from other trainers, are gone on from just as well (networks.md, last paragraph).
+and, from raystar, `scaler`, `metrics`, `raystar`, where `training.ema_epochs` is on `ema` (the averages of `G`, `F`
+and `E`), and a `digest` over all tensors. Files without raystar's keys, as users have them from other trainers, are
+gone on from just as well (networks.md, last paragraph).
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from torch import Tensor
 from raystar import __version__, pt
 from raystar.config import Config, to_mapping
 from raystar.errors import RaystarError, is_file, is_folder, show
-from raystar.model import NAMES
+from raystar.model import AVERAGED, NAMES
 from raystar.step import TrainState
 
 _COMPILED_PREFIX = "_orig_mod."
@@ -38,7 +39,17 @@ def snapshot(state: TrainState, epoch: int, metrics: Mapping[str, float]) -> dic
         "config": to_mapping(state.config),
         "metrics": dict(metrics),
         "raystar": __version__,
+        **({} if state.averaged is None else {"ema": _of(state.averaged.state_dict(), AVERAGED)}),
     }
+
+
+def _of(networks: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    return {name: networks.get(name) for name in names}
+
+
+def shown_weights(checkpoint: Mapping[str, Any]) -> dict[str, dict[str, Tensor]]:
+    """The weights, by network, of the model that a checkpoint holds: averages where it has any, and D."""
+    return {**_of(checkpoint, NAMES), **checkpoint.get("ema", {})}
 
 
 def restore(state: TrainState, checkpoint: Mapping[str, Any], source: str) -> int:
@@ -46,13 +57,15 @@ def restore(state: TrainState, checkpoint: Mapping[str, Any], source: str) -> in
 
     Of the optimisers only the moments and step counts are taken over. Learning rates, betas and weight decay
     are those of the configuration, so one that was changed takes effect, with a note on stderr; how the update
-    is computed (`fused`, `foreach`) belongs to the process, not to the file.
+    is computed (`fused`, `foreach`) belongs to the process, not to the file. Averages that the configuration wants and
+    `checkpoint` lacks start from its weights, others are left out, each with a note.
 
     Raises:
         RaystarError: weights or optimisers that do not fit the configuration.
     """
     check_function(checkpoint, state.config, source)
-    state.nets.load_state_dict({name: checkpoint.get(name) for name in NAMES}, source)  # type: ignore[misc]
+    averages = checkpoint.get("ema")
+    state.load_networks(_of(checkpoint, NAMES), source, averages)
     notes: list[str] = []
     for name in ("opt_g", "opt_d"):
         try:
@@ -68,11 +81,16 @@ def restore(state: TrainState, checkpoint: Mapping[str, Any], source: str) -> in
             state.scaler.load_state_dict(scaler)
         except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
             raise RaystarError(f"{source}: the loss scale cannot be restored: {error}") from None
+    state.count_steps()
     epoch = checkpoint.get("epoch")
     if not isinstance(epoch, int) or isinstance(epoch, bool) or epoch < 0:
         raise RaystarError(f"{source}: expected the number of its epoch, found {show(epoch)}")
     if notes:
         print(f"note: {source}: {', '.join(notes)}; the configuration counts", file=sys.stderr)
+    if state.averaged is not None and averages is None:
+        print(f"note: {source}: holds no averages; they start from its weights", file=sys.stderr)
+    if state.averaged is None and averages is not None:
+        print(f"note: {source}: its averages are left out, since training.ema_epochs is 0", file=sys.stderr)
     return epoch
 
 
@@ -200,15 +218,23 @@ def load(path: str | Path) -> dict[str, Any]:
         raise RaystarError(f"{path}: {error}") from None
     if not isinstance(checkpoint, dict) or any(name not in checkpoint for name in NAMES):
         raise RaystarError(f"{path}: expected a dictionary with the networks {', '.join(NAMES)}")
-    for name in NAMES:
-        if not isinstance(checkpoint[name], dict) or not all(isinstance(key, str) for key in checkpoint[name]):
-            raise RaystarError(f"{path}: network {name} holds no weights")
-        # Optimisers and networks saved from compiled modules carry the wrapper's name.
-        checkpoint[name] = {key.replace(_COMPILED_PREFIX, ""): value for key, value in checkpoint[name].items()}
+    _drop_prefixes(checkpoint, NAMES, f"{path}: network")
+    if "ema" in checkpoint:
+        if not isinstance(checkpoint["ema"], dict) or checkpoint["ema"].keys() != set(AVERAGED):
+            raise RaystarError(f"{path}: ema: expected the averages of {', '.join(AVERAGED)}")
+        _drop_prefixes(checkpoint["ema"], AVERAGED, f"{path}: ema: network")
     recorded = checkpoint.pop("digest", None)
     if recorded is not None and not _matches(checkpoint, recorded):
         raise RaystarError(f"{path}: damaged (its content does not match its digest)")
     return checkpoint
+
+
+def _drop_prefixes(networks: dict[str, Any], names: Sequence[str], where: str) -> None:
+    """Networks that were saved from compiled modules carry the wrapper's name."""
+    for name in names:
+        if not isinstance(networks[name], dict) or not all(isinstance(key, str) for key in networks[name]):
+            raise RaystarError(f"{where} {name} holds no weights")
+        networks[name] = {key.replace(_COMPILED_PREFIX, ""): value for key, value in networks[name].items()}
 
 
 def _matches(checkpoint: Mapping[str, Any], recorded: Any) -> bool:

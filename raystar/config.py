@@ -93,6 +93,11 @@ class TrainingConfig:
     lr_d: float = _key(1e-4, "learning rate of the discriminator", above=0)
     lr_mapping: float = _key(1e-6, "learning rate of the mapping network", above=0)
     weight_decay: float = _key(1e-4, "AdamW weight decay", at_least=0)
+    ema_epochs: float = _key(
+        0.0,
+        "half-life, in epochs, of averages of G, F and E, which are then measured, drawn and exported; 0 for none",
+        at_least=0,
+    )
     latent_scale: float = _key(0.18215, "factor on latents before the networks", above=0)
     use_amp: bool = _key(True, "autocast the networks to amp_dtype")
     amp_dtype: Literal["bf16", "fp16"] = _key("bf16", "autocast type; fp16 needs a GPU")
@@ -164,7 +169,7 @@ class CheckpointConfig:
     """Checkpoints of a single run (`raystar.train`); a sweep keeps its own."""
 
     save_dir: str | None = _key(None, "folder of epoch_xxxx.pt and latest.pt; by default <out>/<name>", result=False)
-    init_from: str | None = _key(None, "a .pt checkpoint whose networks training starts from")
+    init_from: str | None = _key(None, "a .pt checkpoint whose networks, not their averages, training starts from")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

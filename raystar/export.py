@@ -129,7 +129,7 @@ def write(folder: Path, checkpoint: Mapping[str, Any], facts: Mapping[str, Any],
 
     Args:
         folder: where to.
-        checkpoint: as `checkpoint.load` returns it.
+        checkpoint: as `checkpoint.load` returns it; of its averages where it has any.
         facts: goes into `metrics.json` and, in part, the README: trial, epoch, score, metrics, parameters.
         pictures: go with it, by name: `grid.png`, `interpolation.png`.
     """
@@ -138,7 +138,9 @@ def write(folder: Path, checkpoint: Mapping[str, Any], facts: Mapping[str, Any],
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     tensors = {
-        f"{name}.{key}": value.detach().cpu().contiguous() for name in NAMES for key, value in checkpoint[name].items()
+        f"{name}.{key}": value.detach().cpu().contiguous()
+        for name, weights in checkpoints.shown_weights(checkpoint).items()
+        for key, value in weights.items()
     }
     try:
         save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt"})
@@ -260,7 +262,7 @@ def _export_checkpoint(path: Path, out: Path, known: Mapping[str, Any]) -> None:
     if not isinstance(checkpoint.get("config"), dict):
         raise RaystarError(f"{path}: holds no configuration, so the networks' sizes are unknown")
     nets_config = from_mapping(checkpoint["config"], str(path))
-    Nets.of(nets_config.model, nets_config.num_domains, {name: checkpoint[name] for name in NAMES}, str(path))
+    Nets.of(nets_config.model, nets_config.num_domains, checkpoints.shown_weights(checkpoint), str(path))
     # Other trainers' files hold here what they like; what is no plain number is left out.
     found = checkpoint.get("metrics")
     metrics = {str(k): v for k, v in found.items() if _is_number(v)} if isinstance(found, dict) else {}

@@ -5,6 +5,7 @@ Shapes: B batch, C latent channels, H x W latent size, S style_dim, Z latent_dim
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Iterator
 
@@ -20,6 +21,8 @@ from raystar.errors import RaystarError
 LEAK = 0.2
 NORM_EPS = 1e-5
 NAMES = ("G", "F", "E", "D")
+AVERAGED = ("G", "F", "E")
+"""Networks whose weights are averaged where `training.ema_epochs` wants it: those that translate."""
 
 
 def _conv(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:
@@ -248,6 +251,13 @@ class Nets:
         nets = cls.create(config, num_domains, seed=0)
         nets.load_state_dict(states, source)
         return nets
+
+    def averages(self) -> Nets:
+        """Copies of G, F and E beside the same D, in float32 and without gradients: what averages are kept in."""
+        found = copy.copy(self)
+        for name in AVERAGED:
+            setattr(found, name, copy.deepcopy(getattr(self, name)).float().requires_grad_(False))
+        return found
 
     def items(self) -> Iterator[tuple[str, nn.Module]]:
         """(name, network) in the order G, F, E, D."""

@@ -21,7 +21,7 @@ from raystar.codec import open_codec
 from raystar.config import from_mapping, overlay_yaml
 from raystar.errors import RaystarError, redact
 from raystar.journal import wait_for_space
-from raystar.model import NAMES, Nets
+from raystar.model import Nets
 from raystar.plan import Plan
 from raystar.results import CONTACT_SHEET, REPORT
 from raystar.saved import checkpoint_name, picture_name, saved_epochs
@@ -108,7 +108,7 @@ def _interpolation(plan: Plan, checkpoint: Mapping[str, Any]) -> Image.Image:
     """The grids' sources on their way through each domain's styles, on the first GPU if there is one."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     config = from_mapping(checkpoint["config"], "checkpoint")
-    nets = Nets.of(config.model, config.num_domains, {name: checkpoint[name] for name in NAMES}, "checkpoint")
+    nets = Nets.of(config.model, config.num_domains, checkpoints.shown_weights(checkpoint), "checkpoint")
     codec, _ = open_codec(plan.config, device)  # what is in its way has been told
     return grid.interpolation(nets.to(device), config, grid.choose(plan.bank, config, codec), codec)
 

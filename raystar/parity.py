@@ -22,7 +22,7 @@ _AT_MOST = 0.5  # ... nor above this, where results are wrong in any precision
 _FLOOR = 0.03
 """Share of its network's gradient that is added to a parameter's: some gradients (of a bias before a
 normalisation) are exactly zero but for rounding."""
-_EAGER = {"training.use_compile": False, "training.channels_last": False}
+_EAGER = {"training.use_compile": False, "training.channels_last": False, "training.ema_epochs": 0}
 
 
 def check_parity(state: TrainState, data: LatentDataset) -> None:

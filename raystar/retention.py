@@ -12,7 +12,7 @@ import torch
 
 from raystar.config import Config
 from raystar.errors import RaystarError
-from raystar.model import Nets
+from raystar.model import AVERAGED, NAMES, Nets
 from raystar.saved import checkpoint_name, saved_epochs
 from raystar.storage import Storage
 from raystar.summary import FINISHED, STOPPED, UNFINISHED, TrialRecord
@@ -23,10 +23,12 @@ _LOOK_S = 2.0
 
 
 def checkpoint_bytes(config: Config) -> int:
-    """Size of a trial's checkpoint: weights and AdamW's two moments, float32."""
+    """Size of a trial's checkpoint: weights, AdamW's two moments and, where they are on, averages, all float32."""
     with torch.device("meta"):
         nets = Nets(config.model, len(config.data.domains))
-    return 12 * sum(parameter.numel() for _, net in nets.items() for parameter in net.parameters())
+    averaged = AVERAGED if config.training.ema_epochs > 0 else ()
+    copies = {name: 4 if name in averaged else 3 for name in NAMES}
+    return 4 * sum(copies[name] * parameter.numel() for name, net in nets.items() for parameter in net.parameters())
 
 
 def check_space(storage: Storage, needed: int) -> None:

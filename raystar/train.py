@@ -134,7 +134,7 @@ def _initial_state(config: Config, device: Any) -> TrainState:
         path = Path(config.checkpoint.init_from).expanduser()
         found = checkpoints.load(path)
         checkpoints.check_function(found, config, str(path))
-        state.nets.load_state_dict({name: found[name] for name in NAMES}, str(path))
+        state.load_networks({name: found[name] for name in NAMES}, str(path))
     return state
 
 

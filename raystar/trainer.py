@@ -149,12 +149,12 @@ class Trainer:
             started = time.perf_counter()
             last = epoch == self.config.training.epochs
             if self.ruler is not None and (last or epoch == 1 or epoch % self.config.ruler.every_epochs == 0):
-                found = self.ruler.measure(self.state.nets, self.config)
+                found = self.ruler.measure(self.state.shown, self.config)
                 metrics |= {f"eval/{name}": value for name, value in found.items()}
             metrics["perf/eval_s"] = time.perf_counter() - started
             images, first_images = {}, {}
             if self._draws_in(epoch):
-                images = self._draw(self.state.nets)
+                images = self._draw(self.state.shown)
                 if untrained is not None:
                     first_images = self._draw(untrained)
                     untrained = None
@@ -196,9 +196,11 @@ class Trainer:
             logs: dict[str, Tensor] | None = None
             try:
                 logs = train_step(self.state, batch, epoch=epoch, step=step)
+                self.state.average(self.data.steps)
             except RuntimeError as error:
                 if not _out_of_memory(error):
                     raise
+                logs = None
             if logs is None and self.group.size > 1:
                 # The others wait for this worker's gradients, of which it has none; only its end can free them.
                 raise TrialOutOfMemory(

@@ -153,8 +153,9 @@ def worker(rank: int, folder: Path, cases: dict[str, tuple[Config, int]], config
     found["scaled"] = {poisoned: scaled_steps(group, poisoned) for poisoned in (None, 2)}
     bank = open_bank(config, folder / "cache")
     found["loop"] = run_loop(config, bank, group, wide=True)
-    whole = run_loop(config, bank, group, wide=False)
-    resumed = run_loop(config, bank, group, wide=False, checkpoint=whole[1]["checkpoint"])
+    averaging = override(config, {"training.ema_epochs": 0.5})
+    whole = run_loop(averaging, bank, group, wide=False)
+    resumed = run_loop(averaging, bank, group, wide=False, checkpoint=whole[1]["checkpoint"])
     found["whole"], found["resumed"] = whole[2:], resumed
     found["diverged"] = diverged(config, bank, group)
     parameter = torch.nn.Parameter(torch.zeros(2))
@@ -264,6 +265,9 @@ def test_resume_is_bitwise(workers: list[Any]) -> None:
         assert len(tensors) > 50
         for key in tensors:
             assert torch.equal(leaves[key], wanted[key]), key
+        averages = [key for key in tensors if key.startswith(".ema.")]
+        assert {key.split(".")[2] for key in averages} == set("GFE")
+        assert not any(torch.equal(leaves[key], leaves[key.removeprefix(".ema")]) for key in averages)
 
 
 def test_divergence_ends_all_workers_alike(workers: list[Any]) -> None:

@@ -103,7 +103,7 @@ def test_resume_in_a_fresh_process_is_bitwise(config: Config, bank: Bank, tmp_pa
     for use_amp in (False, True):
         folder = tmp_path / f"amp {use_amp}"
         folder.mkdir()
-        config = override(config, keys | {"training.use_amp": use_amp})
+        config = override(config, keys | {"training.use_amp": use_amp, "training.ema_epochs": 0.5})
         wholes[folder] = list(Trainer(config, bank).run())
         (half,) = Trainer(override(config, {"training.epochs": 1}), bank).run()
         checkpoints.save(folder / "half.pt", half.checkpoint)
@@ -122,7 +122,7 @@ def test_resume_in_a_fresh_process_is_bitwise(config: Config, bank: Bank, tmp_pa
     for folder, whole in wholes.items():
         end = checkpoints.load(folder / "end.pt")
         assert end["epoch"] == 3
-        for part in ("G", "F", "E", "D", "opt_g", "opt_d"):
+        for part in ("G", "F", "E", "D", "opt_g", "opt_d", "ema"):
             _assert_equal(end[part], whole[-1].checkpoint[part])
 
 
