@@ -72,7 +72,9 @@ class LossConfig:
     w_adv: float = _key(1.0, "weight of the adversarial term", at_least=0)
     w_sty: float = _key(1.0, "weight of style reconstruction", at_least=0)
     w_ds: float = _key(1.0, "weight of the diversity term at epoch 1; it is subtracted", at_least=0)
-    ds_decay_epochs: int = _key(20, "epochs over which w_ds falls linearly to 0", at_least=1)
+    ds_decay_epochs: int | float = _key(
+        20, "epochs over which w_ds falls linearly to 0; below 1, a share of training.epochs", above=0
+    )
     ds_margin: float | None = _key(1.5, "upper limit of the rewarded diversity; null for none", above=0)
     w_cyc: float = _key(1.0, "weight of cycle consistency", at_least=0)
     w_id: float = _key(1.0, "weight of the identity term; 0 switches it off", at_least=0)
@@ -198,6 +200,12 @@ class Config:
     def num_domains(self) -> int:
         """Number of domains N."""
         return len(self.data.domains)
+
+    @property
+    def ds_decay(self) -> float:
+        """Epochs over which the weight of the diversity term falls to 0; of a share of the run, not always whole."""
+        given = self.loss.ds_decay_epochs
+        return given if given >= 1 else given * self.training.epochs
 
     @property
     def grid_every(self) -> int:
@@ -484,6 +492,8 @@ def check_value(key: str, value: Any, source: str) -> Any:
         _check_limits(checked, spec.metadata["limits"])
         if key == "data.domains":
             _check_domains(checked)
+        if key == "loss.ds_decay_epochs" and isinstance(checked, float) and checked > 1:
+            raise ValueError("expected a whole number of epochs, or a share of the run below 1")
     except ValueError as error:
         raise RaystarError(f"{source}: {key}: {error}, found {show(value)} ({spec.metadata['meaning']})") from None
     return checked
@@ -493,6 +503,9 @@ def _convert(hint: Any, value: Any) -> Any:
     origin = typing.get_origin(hint)
     if origin in (typing.Union, types.UnionType):
         inner = [arg for arg in typing.get_args(hint) if arg is not type(None)]
+        if inner == [int, float]:  # whole numbers stay what they are where nothing else was possible
+            number = _number(value)
+            return _convert(int if number is not None and number.is_integer() else float, value)
         return None if value is None else _convert(inner[0], value)
     if origin is Literal:
         choices = typing.get_args(hint)

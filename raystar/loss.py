@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from raystar.config import Config
+
 
 def _wide(x: Tensor) -> Tensor:
     """bf16 and fp16 inputs are averaged in float32; float32 and float64 stay as they are."""
@@ -61,7 +63,23 @@ def r1_penalty(real_logits: Tensor, real_inputs: Tensor) -> Tensor:
     return grad.flatten(1).square().sum(dim=1).mean()
 
 
-def lambda_ds(epoch: int, w_ds: float, ds_decay_epochs: int) -> float:
-    """Weight of the diversity term at `epoch` (from 1): `w_ds` falling linearly to 0 at `ds_decay_epochs + 1`."""
-    progress = min(max((epoch - 1) / ds_decay_epochs, 0.0), 1.0)
+def lambda_ds(epoch: int, w_ds: float, ds_decay: float) -> float:
+    """Weight of the diversity term at `epoch` (from 1): `w_ds` falling linearly to 0 at `ds_decay + 1`, in epochs."""
+    progress = min(max((epoch - 1) / ds_decay, 0.0), 1.0)
     return w_ds * (1 - progress)
+
+
+def outlasting(config: Config) -> str | None:
+    """What to say of a schedule of `lambda_ds` that does not come to 0 within the run; None of one that does.
+
+    A run of one epoch has no schedule.
+    """
+    epochs, weights = config.training.epochs, config.loss
+    last = lambda_ds(epochs, weights.w_ds, config.ds_decay)
+    if epochs == 1 or last == 0:
+        return None
+    return (
+        f"loss.ds_decay_epochs {weights.ds_decay_epochs:g} outlasts training.epochs {epochs}: the weight of the "
+        f"diversity term falls from {weights.w_ds:g} to {last:.3g}, never to 0; set loss.ds_decay_epochs to a share of "
+        f"the run, for example 0.5, or to at most {epochs - 1} epochs"
+    )

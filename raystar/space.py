@@ -275,6 +275,11 @@ def _distribution(key: str, value: Any, source: str) -> Distribution:
             check_value(key, value_drawn, f"{source}: space")
     else:
         low, high = (check_value(key, v, f"{source}: space") for v in values)
+        if key == "loss.ds_decay_epochs" and not isinstance(high, float):
+            raise RaystarError(
+                f"{where}: {kind}: takes shares of the run, both ends below 1, found [{low:g}, {high:g}]; "
+                "use randint or choice for epochs"
+            )
         if not isinstance(low, float) or not isinstance(high, float):
             raise RaystarError(f"{where}: takes whole numbers or names; use randint or choice instead of {kind}")
     if not low < high:

@@ -250,7 +250,7 @@ def train_step(state: TrainState, batch: Batch, *, epoch: int, step: int) -> dic
         cyc = 2 * losses.cycle_consistency_loss(rec, content.repeat(2, 1, 1, 1))
         whole = partial(state.group.mean, rows=B) if state.group.size > 1 else None
         ds = losses.diversity_sensitive_loss(fake_1, fake_2, weights.ds_margin, whole)
-        w_ds = losses.lambda_ds(epoch, weights.w_ds, weights.ds_decay_epochs)
+        w_ds = losses.lambda_ds(epoch, weights.w_ds, state.config.ds_decay)
         g_loss = weights.w_adv * adv + weights.w_sty * sty + weights.w_cyc * cyc - w_ds * ds
         identity = g_loss.new_zeros(())
         if use_id:

@@ -14,6 +14,7 @@ from raystar.codec import check_codec, open_codec, say
 from raystar.config import Config, override, request_config, signature, to_yaml
 from raystar.dataset import open_bank
 from raystar.errors import RaystarError, TrialDiverged, TrialOutOfMemory, run_cli
+from raystar.loss import outlasting
 from raystar.model import NAMES
 from raystar.ruler import Ruler, check_holdout
 from raystar.step import TrainState, resolve_device
@@ -76,6 +77,8 @@ def main(argv: list[str] | None = None) -> int:
     cache = cache_dir(config, args.out)
     bank = open_bank(config, cache)
     check_holdout(bank)
+    if note := outlasting(config):
+        print(f"note: {note}", file=sys.stderr)
     checkpoint, source = checkpoints.load_latest([latest, *saved]) if begun else (None, folder)
     state = _initial_state(config, device)
 

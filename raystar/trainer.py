@@ -176,7 +176,7 @@ class Trainer:
         return grid.draw(nets, self.config, self._grid_set, self.codec)
 
     def _train_epoch(self, epoch: int) -> dict[str, float]:
-        training, weights = self.config.training, self.config.loss
+        training = self.config.training
         self.data.set_epoch(epoch)
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
@@ -184,7 +184,7 @@ class Trainer:
         sums = torch.zeros(len(LOGGED), dtype=torch.float64, device=self.device)
         done, samples, skipped = 0, 0, 0
         now: dict[str, float] = {
-            "lambda_ds": lambda_ds(epoch, weights.w_ds, weights.ds_decay_epochs),
+            "lambda_ds": lambda_ds(epoch, self.config.loss.w_ds, self.config.ds_decay),
             "lr_g": training.lr_g,
             "lr_d": training.lr_d,
             "lr_mapping": training.lr_mapping,

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import itertools
+import sys
 from pathlib import Path
 
+from raystar.config import override
 from raystar.errors import redact, run_cli
+from raystar.loss import outlasting
 from raystar.plan import DEFAULT_CONFIG, Plan, make_plan
+
+_SCHEDULE = ("loss.ds_decay_epochs", "loss.w_ds")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -49,12 +55,25 @@ def main(argv: list[str] | None = None) -> int:
     """`python -m raystar.tune`."""
     args = parser().parse_args(argv)
     plan = make_plan(args)
+    if not plan.resumed:
+        note_schedules(plan)
     if args.dry_run:
         print_plan(plan)
         return 0
     from raystar.sweep import run  # Ray takes seconds to import; a wrong request is answered before that
 
     return run(plan)
+
+
+def note_schedules(plan: Plan) -> None:
+    """Says on stderr if `lambda_ds` does not come to 0 within a trial: what the first such trial has, and how many."""
+    swept = {key: plan.space.space[key].values for key in _SCHEDULE if key in plan.space.space}
+    drawn = [dict(zip(swept, values, strict=True)) for values in itertools.product(*swept.values())]
+    points = drawn if plan.points is None else plan.points  # a search that draws as it goes may draw any of these
+    notes = [note for point in points if (note := outlasting(override(plan.config, point)))]
+    if notes and not plan.speed:
+        many = f" ({len(notes)} of {len(points)} trials)" if plan.points is not None else ""
+        print(f"note: {notes[0]}{many}", file=sys.stderr)
 
 
 def print_plan(plan: Plan) -> None:

@@ -382,13 +382,14 @@ def test_the_command_line_goes_on_from_a_users_checkpoint(tmp_path: Path) -> Non
     shutil.copy(folder / "latest.pt", tmp_path / "theirs.pt")
     command = [sys.executable, "-m", "raystar.train", "--config", str(tmp_path / "config.yaml"), "--resume"]
     done = subprocess.run(
-        [*command, "--name", "X", "--out", str(tmp_path / "runs"), "--epochs", "3", "--set", "loss.r1_interval=2"],
+        [*command, "--name", "X", "--out", str(tmp_path / "runs"), "--epochs", "3", "--set", "loss.r1_interval=2",
+         "--set", "loss.ds_decay_epochs=2"],
         cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stderr == ""
     assert files(folder) == ["epoch_0003.pt", "latest.pt", "spool.done.jsonl", "spool.jsonl"]
-    config = override(config, {"training.epochs": 3, "loss.r1_interval": 2})
+    config = override(config, {"training.epochs": 3, "loss.r1_interval": 2, "loss.ds_decay_epochs": 2})
     trainer = Trainer(
         config, open_bank(config, tmp_path / "cache"), checkpoint=checkpoints.load(tmp_path / "theirs.pt")
     )

@@ -61,6 +61,24 @@ def test_values_as_people_write_them(key: str, written: str, found: object) -> N
     assert getattr(getattr(override(Config(), {name: value}), section), field) == found
 
 
+@pytest.mark.parametrize(
+    ("written", "found"),
+    [("20", 20), ("20.0", 20), ("2e1", 20), ("1", 1), ("0.5", 0.5), ("'0.25'", 0.25), ("1e-2", 0.01)],
+)
+def test_a_schedule_is_in_epochs_or_a_share_of_the_run(written: str, found: float) -> None:
+    """Whole numbers stay whole, and sign as they always did."""
+    config = override(Config(), dict([parse_assignment(f"loss.ds_decay_epochs={written}")]))
+    value = config.loss.ds_decay_epochs
+    assert (value, type(value)) == (found, type(found))
+    assert (signature(config) == signature(Config())) == (value == 20)
+    assert from_mapping(json.loads(json.dumps(to_mapping(config))), "again") == config
+
+
+@pytest.mark.parametrize(("share", "epochs", "resolved"), [(20, 8, 20), (1, 8, 1), (0.5, 8, 4.0), (0.5, 5, 2.5)])
+def test_a_share_follows_the_length_of_the_run(share: float, epochs: int, resolved: float) -> None:
+    assert override(Config(), {"loss.ds_decay_epochs": share, "training.epochs": epochs}).ds_decay == resolved
+
+
 def test_legacy_keys() -> None:
     assert from_mapping({"training": {"progress_bar": False}}, "old").progress == "off"
     old = from_mapping({"training": {"eval_interval": 3}}, "old")
@@ -76,6 +94,15 @@ def test_legacy_keys() -> None:
         ({"training.batch_size": 0}, ["training.batch_size", "at least 1", "found 0"]),
         ({"training.batch_size": 2.5}, ["whole number", "2.5"]),
         ({"training.batch_size": True}, ["whole number", "True"]),
+        (
+            {"loss.ds_decay_epochs": 2.5},
+            ["loss.ds_decay_epochs", "whole number of epochs, or a share of the run", "2.5"],
+        ),
+        ({"loss.ds_decay_epochs": 0}, ["loss.ds_decay_epochs", "more than 0"]),
+        ({"loss.ds_decay_epochs": -0.5}, ["loss.ds_decay_epochs", "more than 0"]),
+        ({"loss.ds_decay_epochs": None}, ["loss.ds_decay_epochs", "a number", "null"]),
+        ({"loss.ds_decay_epochs": True}, ["loss.ds_decay_epochs", "a number", "True"]),
+        ({"loss.ds_decay_epochs": 1e12}, ["loss.ds_decay_epochs", "a whole number up to"]),
         ({"training.lr_g": "fast"}, ["training.lr_g", "a number", "'fast'"]),
         ({"training.lr_g": float("nan")}, ["a number"]),
         ({"training.lr_g": 0}, ["more than 0"]),

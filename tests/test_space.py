@@ -80,6 +80,24 @@ def test_tpe_needs_a_baseline_that_it_can_name() -> None:
     assert space_of(search="tpe", baseline=False).points(Config(), CPU) is None
 
 
+@pytest.mark.parametrize(
+    ("draws", "possible"),
+    [
+        ({"uniform": [0.2, 0.8]}, lambda value: isinstance(value, float) and 0.2 <= value <= 0.8),
+        ({"loguniform": [0.05, 0.9]}, lambda value: isinstance(value, float) and 0.05 <= value <= 0.9),
+        ({"choice": [0.5, 20]}, lambda value: value in (0.5, 20) and isinstance(value, float) == (value < 1)),
+        ({"randint": [1, 9]}, lambda value: value in range(1, 9) and isinstance(value, int)),
+    ],
+    ids=str,
+)
+def test_a_schedule_can_be_searched_by_shares_or_epochs(draws: dict[str, Any], possible: Any) -> None:
+    points = space_of(trials=8, space={"loss.ds_decay_epochs": draws}).points(Config(), CPU)
+    assert points[0] == {"loss.ds_decay_epochs": 20}
+    drawn = [point["loss.ds_decay_epochs"] for point in points[1:]]
+    assert drawn
+    assert all(map(possible, drawn))
+
+
 def test_no_baseline() -> None:
     points = space_of(baseline=False).points(Config(), CPU)
     assert points[0]["loss.w_id"] in (0.0, 0.5)
@@ -103,6 +121,11 @@ def test_no_baseline() -> None:
         ({"space": {"loss.r1_interval": {"uniform": [1, 5]}}}, ["use randint or choice"]),
         ({"space": {"loss.r1_interval": {"randint": [0, 5]}}}, ["at least 1"]),
         ({"space": {"loss.r1_interval": {"randint": [1.5, 5]}}}, ["whole number"]),
+        (
+            {"space": {"loss.ds_decay_epochs": {"uniform": [0.2, 1]}}},
+            ["loss.ds_decay_epochs: uniform", "shares of the run, both ends below 1", "[0.2, 1]", "randint or choice"],
+        ),
+        ({"space": {"loss.ds_decay_epochs": {"uniform": [1.5, 4.5]}}}, ["whole number of epochs, or a share", "1.5"]),
         ({"space": {"ruler.sources": {"choice": [4]}}}, ["cannot be searched"]),
         ({"space": {"training.epochs": {"choice": [4]}}}, ["cannot be searched"]),
         ({"space": {"training.log_json": {"choice": [True]}}}, ["cannot be searched"]),

@@ -142,6 +142,49 @@ def test_losses_by_hand() -> None:
     assert penalty.item() == pytest.approx(weight.square().sum().item(), rel=1e-5)
 
 
-@pytest.mark.parametrize(("epoch", "weight"), [(1, 2.0), (2, 1.9), (11, 1.0), (20, 0.1), (21, 0.0), (500, 0.0)])
-def test_lambda_ds(epoch: int, weight: float) -> None:
-    assert losses.lambda_ds(epoch, 2.0, 20) == pytest.approx(weight)
+@pytest.mark.parametrize(
+    ("decay", "epochs", "epoch", "weight"),
+    [
+        (20, 100, 1, 2.0), (20, 100, 2, 1.9), (20, 100, 11, 1.0), (20, 100, 20, 0.1), (20, 100, 21, 0.0),
+        (20, 100, 500, 0.0), (20, 8, 8, 1.3),
+        (1, 8, 1, 2.0), (1, 8, 2, 0.0),  # one epoch, not the whole run
+        (0.5, 40, 1, 2.0), (0.5, 40, 11, 1.0), (0.5, 40, 20, 0.1), (0.5, 40, 21, 0.0),
+        (0.5, 5, 3, 0.4), (0.5, 5, 4, 0.0),  # two and a half epochs
+        (0.01, 8, 1, 2.0), (0.01, 8, 2, 0.0),
+    ],
+)  # fmt: skip
+def test_lambda_ds(decay: float, epochs: int, epoch: int, weight: float) -> None:
+    config = tiny_config("unused", loss__ds_decay_epochs=decay, training__epochs=epochs)
+    assert losses.lambda_ds(epoch, 2.0, config.ds_decay) == pytest.approx(weight)
+
+
+def test_a_step_weighs_diversity_by_a_share_of_the_run() -> None:
+    """Half of ten epochs is five."""
+    found = []
+    for changed in ({"loss.ds_decay_epochs": 0.5, "training.epochs": 10}, {"loss.ds_decay_epochs": 5}):
+        state = make_state(override(tiny_config("unused"), changed))
+        batch = make_batch(4, state.config.model.latent_dim)
+        found.append([train_step(state, batch, epoch=epoch, step=1)["g_loss"].item() for epoch in (1, 3, 6)])
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({}, ["loss.ds_decay_epochs 20 outlasts training.epochs 8", "falls from 1 to 0.65", "at most 7 epochs"]),
+        ({"loss.w_ds": 2, "loss.ds_decay_epochs": 8}, ["ds_decay_epochs 8", "from 2 to 0.25"]),
+        ({"loss.ds_decay_epochs": 0.9}, ["ds_decay_epochs 0.9", "to 0.0278", "share of the run, for example 0.5"]),
+        ({"loss.ds_decay_epochs": 7}, None),
+        ({"loss.ds_decay_epochs": 0.875}, None),
+        ({"loss.ds_decay_epochs": 0.5}, None),
+        ({"loss.w_ds": 0}, None),
+        ({"training.epochs": 21}, None),
+        ({"training.epochs": 1}, None),
+    ],
+    ids=str,
+)
+def test_a_schedule_that_outlasts_the_run(changed: dict[str, float], words: list[str] | None) -> None:
+    found = losses.outlasting(override(tiny_config("unused", training__epochs=8), changed))
+    assert (found is None) == (words is None)
+    for word in words or ():
+        assert word in str(found)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,9 +13,9 @@ import numpy as np
 import pytest
 import yaml
 
-from raystar import plan, tune
+from raystar import plan, train, tune
 from raystar.config import to_mapping
-from raystar.errors import run_cli
+from raystar.errors import RaystarError, run_cli
 from raystar.export import main as export_main
 from raystar.train import main as train_main
 from tests.support import ROOT, tiny_config, write_latents
@@ -61,6 +62,53 @@ def test_a_good_request_is_listed(files: Files, capsys: pytest.CaptureFixture[st
     assert "t00 (baseline): loss.w_cyc=1.0" in shown
     assert "t04: loss.w_cyc=" in shown
     assert not (files.out / "n").exists()
+
+
+@pytest.mark.parametrize(
+    ("space", "setting", "words"),
+    [
+        (SPACE["space"], "20", "ds_decay_epochs 20 outlasts training.epochs 8: .* from 1 to 0.65, .*\\(5 of 5 trials"),
+        (SPACE["space"], "0.5", None),
+        ({"loss.ds_decay_epochs": {"uniform": [0.2, 0.8]}}, "20", r"ds_decay_epochs 20 .*\(1 of 5 trials\)"),
+        ({"loss.ds_decay_epochs": {"choice": [0.5, 30]}}, "20", r"ds_decay_epochs 20 .*\(2 of 3 trials\)"),
+    ],
+    ids=str,
+)
+def test_a_schedule_that_outlasts_the_trials_is_told_once(
+    files: Files, capsys: pytest.CaptureFixture[str], space: dict[str, Any], setting: str, words: str | None
+) -> None:
+    files.space.write_text(yaml.safe_dump(SPACE | {"trials": 5, "space": space}))
+    arguments = files.arguments("--dry-run", "--epochs", "8", "--set", f"loss.ds_decay_epochs={setting}")
+    assert tune.main(arguments) == 0
+    shown = [line for line in capsys.readouterr().err.splitlines() if "outlasts" in line]
+    assert len(shown) == (words is not None)
+    if words is not None:
+        assert re.search(words, shown[0]), shown
+
+
+@pytest.mark.parametrize(("setting", "told"), [("20", True), ("0.5", False)])
+def test_a_run_is_told_of_a_schedule_that_outlasts_it(
+    files: Files, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, setting: str, told: bool
+) -> None:
+    def stop(config: Any, device: Any) -> None:
+        raise RaystarError("far enough")
+
+    monkeypatch.setattr(train, "_initial_state", stop)
+    arguments = ["--config", str(files.config), "--out", str(files.out), "--name", "x", "--epochs", "8"]
+    with pytest.raises(RaystarError, match="far enough"):
+        train_main([*arguments, "--set", f"loss.ds_decay_epochs={setting}"])
+    assert capsys.readouterr().err.count("note: loss.ds_decay_epochs 20 outlasts training.epochs 8") == told
+
+
+def test_a_search_that_draws_as_it_goes_is_told_what_it_may_draw(
+    files: Files, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("optuna")
+    for choices, told in (([0.5, 30, 20], True), ([0.5, 4, 20], True), ([0.5, 4], False)):
+        space = {"loss.ds_decay_epochs": {"choice": choices}}
+        files.space.write_text(yaml.safe_dump(SPACE | {"search": "tpe", "baseline": False, "space": space}))
+        assert tune.main(files.arguments("--dry-run", "--epochs", "8")) == 0
+        assert ("outlasts training.epochs 8" in capsys.readouterr().err) == told, choices
 
 
 def test_workers_are_listed_and_counted(

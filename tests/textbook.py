@@ -53,7 +53,8 @@ def g_terms(nets: Nets, batch: Batch, config: Config, epoch: int) -> dict[str, T
     identity = torch.zeros((), dtype=content.dtype)
     if w.w_id > 0:
         identity = l1_loss(nets.G(content, s_src), content)
-    progress = min(max((epoch - 1) / w.ds_decay_epochs, 0.0), 1.0)
+    decay = w.ds_decay_epochs if w.ds_decay_epochs >= 1 else w.ds_decay_epochs * config.training.epochs
+    progress = min(max((epoch - 1) / decay, 0.0), 1.0)
     lambda_ds = w.w_ds * (1 - progress)
     g_loss = w.w_adv * adv + w.w_sty * sty + w.w_cyc * cyc + w.w_id * identity - lambda_ds * ds
     return {"g_loss": g_loss, "g_adv": adv, "sty": sty, "ds": ds, "cyc": cyc, "id": identity}
