@@ -8,7 +8,7 @@ import json
 import resource
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -82,13 +82,15 @@ class Trainer:
     Args:
         config: the whole configuration.
         bank: the latents (`dataset.open_bank`).
-        ruler: measures every `ruler.every_epochs`; None measures nothing.
+        ruler: measures the networks as they are shown, in epochs that `measure_at` says; None measures nothing.
         codec: decodes the grids; None draws none.
         state: networks and optimisers; fresh ones from `training.seed` by default.
         checkpoint: goes on after this checkpoint's epoch, bitwise as if never stopped.
         source: where the checkpoint comes from, for errors.
         name: shown in the terminal.
         group: the workers of this run; of `state`, where one is given.
+        measure_at: epochs that the ruler measures, such as a sweep's rungs, besides every `ruler.every_epochs` and the
+            last. Where neither is given, epochs with grids are measured.
     """
 
     def __init__(
@@ -103,6 +105,7 @@ class Trainer:
         source: str = "checkpoint",
         name: str = "",
         group: Group = ALONE,
+        measure_at: Collection[int] | None = None,
     ) -> None:
         self.config = config
         self.device = state.device if state is not None else resolve_device(config)
@@ -118,6 +121,7 @@ class Trainer:
             )
         self.ruler = ruler.to(self.device) if ruler is not None and first else None
         self.codec = codec if first else None
+        self.measure_at = measure_at
         self._grid_set: grid.GridSet | None = None
         self.first_epoch = 1
         if checkpoint is not None:
@@ -147,8 +151,7 @@ class Trainer:
             metrics = self._train_epoch(epoch) | fixed | self._usage.read()
             metrics["perf/recompilations"] = float(graphs() - graphs_before)
             started = time.perf_counter()
-            last = epoch == self.config.training.epochs
-            if self.ruler is not None and (last or epoch == 1 or epoch % self.config.ruler.every_epochs == 0):
+            if self.ruler is not None and self._measures_in(epoch):
                 found = self.ruler.measure(self.state.shown, self.config)
                 metrics |= {f"eval/{name}": value for name, value in found.items()}
             metrics["perf/eval_s"] = time.perf_counter() - started
@@ -162,8 +165,18 @@ class Trainer:
                 self.display.epoch_done(epoch, metrics)
             yield Progress(epoch, metrics, images, first_images, told, snapshot(self.state, epoch, metrics))
 
+    def _measures_in(self, epoch: int) -> bool:
+        every = self.config.ruler.every_epochs
+        if every is None and self.measure_at is None:
+            every = self.config.grid_every
+        return epoch in (self.measure_at or ()) or self._falls_on(epoch, every or 0)
+
     def _draws_in(self, epoch: int) -> bool:
-        return self._draws and (epoch % self.config.grid_every == 0 or epoch == self.config.training.epochs)
+        return self._draws and self._falls_on(epoch, self.config.grid_every)
+
+    def _falls_on(self, epoch: int, every: int) -> bool:
+        """Whether `epoch` is the last or one of every so many; 0 for none of these."""
+        return epoch == self.config.training.epochs or (every > 0 and epoch % every == 0)
 
     @property
     def _draws(self) -> bool:

@@ -152,7 +152,10 @@ def _train(settings: dict[str, Any], report: _Report, group: Group) -> None:
     codec = _codec(config) if first and config.grid_every else None
     restored = report.repeat()
     where = report.files.storage.at(f"trials/{settings['trial']}")
-    trainer = Trainer(config, bank, ruler, codec, checkpoint=restored.checkpoint, source=where, group=group)
+    trainer = Trainer(
+        config, bank, ruler, codec, checkpoint=restored.checkpoint, source=where, group=group,
+        measure_at=range(1, config.training.epochs + 1),
+    )  # fmt: skip
     for progress in trainer.run():
         report.epoch(progress, trainer.first_step_at)
 

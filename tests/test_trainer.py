@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,7 @@ def test_epoch_means_are_means_over_steps(config: Config, bank: Bank) -> None:
 
 
 def test_metrics_are_the_published_ones(config: Config, bank: Bank) -> None:
-    for progress in Trainer(config, bank, Ruler.build(bank, config)).run():
+    for progress in Trainer(config, bank, Ruler.build(bank, config), measure_at=[1]).run():
         system = {name: value for name, value in progress.metrics.items() if name.startswith("system/")}
         assert set(progress.metrics) - set(system) == set(METRICS)
         assert set(system) == {
@@ -222,6 +223,34 @@ def test_when_grids_are_drawn(config: Config, bank: Bank, keys: dict[str, int], 
     found = [(p.epoch, set(p.images)) for p in Trainer(config, bank, codec=PreviewCodec()).run()]
     assert [epoch for epoch, images in found if images] == drawn
     assert all(images in (set(), {"grid_ref", "grid_noise"}) for _, images in found)
+
+
+GRIDS = "visualization.every_epochs"
+
+
+@pytest.mark.parametrize(
+    ("keys", "measure_at", "measured"),
+    [
+        ({}, None, [5, 6]),  # with the grids, every five epochs, and at the end
+        ({GRIDS: 2}, None, [2, 4, 6]),
+        ({GRIDS: 0}, None, [6]),
+        ({GRIDS: 1}, [2, 3], [2, 3, 6]),
+        ({GRIDS: 1}, [], [6]),
+        ({GRIDS: 1}, range(1, 7), [1, 2, 3, 4, 5, 6]),
+        ({GRIDS: 1, "ruler.every_epochs": 4}, None, [4, 6]),
+        ({GRIDS: 1, "ruler.every_epochs": 4}, {1, 5}, [1, 4, 5, 6]),
+        ({GRIDS: 1, "ruler.every_epochs": 99}, None, [6]),
+    ],
+    ids=str,
+)
+def test_when_the_ruler_measures(
+    config: Config, bank: Bank, keys: dict[str, int], measure_at: Collection[int] | None, measured: list[int]
+) -> None:
+    config = override(config, {"training.epochs": 6, "training.epoch_size": 4, **keys})
+    trainer = Trainer(config, bank, Ruler.build(bank, config), measure_at=measure_at)
+    found = {p.epoch: {key for key in p.metrics if key.startswith("eval/")} for p in trainer.run()}
+    assert [epoch for epoch, metrics in found.items() if metrics] == measured
+    assert len({frozenset(metrics) for metrics in found.values()}) == 2 - (measured == [1, 2, 3, 4, 5, 6])
 
 
 def test_json_lines(config: Config, bank: Bank, capsys: pytest.CaptureFixture[str]) -> None:
