@@ -41,7 +41,7 @@ def request(folder: Path, space: dict[str, Any], **changed: Any) -> list[str]:
     latents = folder / "latents"
     if not latents.exists():
         write_latents(latents)
-    config = tiny_config(latents, **{"visualization__every_epochs": 1, "loss__ds_decay_epochs": 0.5} | changed)
+    config = tiny_config(latents, **{"visualization__every_epochs": 1, "loss__ds_decay_epochs": 1} | changed)
     (folder / "config.yaml").write_text(yaml.safe_dump(to_mapping(config)))
     (folder / "space.yaml").write_text(yaml.safe_dump(space))
     command = [sys.executable, "-m", "raystar.tune", "--space", str(folder / "space.yaml")]
