@@ -64,7 +64,9 @@ def _trained(config: Config, facts: Mapping[str, Any]) -> str:
     lines = [f"Trained for {epoch if epoch is not None else 'an unknown number of'} epochs of up to {training.epochs}"]
     lines[0] += f", batch size {training.batch_size}, seed {training.seed}."
     if training.ema_epochs:
-        lines.append(f"Its weights are averages over training, with a half-life of {training.ema_epochs:g} epochs.")
+        lines.append(
+            f"Its weights are averages over training, with a half-life of up to {training.ema_epochs:g} epochs."
+        )
     if data := facts.get("data"):
         lines.append(f"Data: `{data['name']}`, {data['latents']} latents, digest `{data['digest']}`.")
     if facts.get("sweep") and facts.get("trials"):

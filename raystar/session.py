@@ -200,7 +200,11 @@ class Session:
             )
             tuner = tune.Tuner(
                 tune.with_resources(tune.with_parameters(run_trial, request=request), resources),
-                param_space={key: d.to_ray() for key, d in space.space.items()},
+                # What was chosen before need not lie in a range: a baseline's null cannot even be compared with one.
+                param_space={
+                    key: d.to_ray() if fresh else tune.choice([self.summary.trials[n].params[key] for n in names])
+                    for key, d in space.space.items()
+                },
                 tune_config=tune.TuneConfig(
                     search_alg=self._search(names, fresh, at_a_time),
                     scheduler=Warden(self),

@@ -17,7 +17,7 @@ from raystar import checkpoint as checkpoints
 from raystar import export, grid, outcome, space
 from raystar import trainer as trainer_module
 from raystar.codec import PreviewCodec
-from raystar.config import Config, override
+from raystar.config import Config, from_mapping, override
 from raystar.dataset import Bank, Batch, LatentDataset, open_bank
 from raystar.errors import RaystarError, TrialDiverged
 from raystar.model import AVERAGED, NAMES, Nets
@@ -29,6 +29,7 @@ from raystar.step import TrainState, train_step
 from raystar.train import _initial_state
 from raystar.trainer import Trainer
 from tests.support import tiny_config, write_latents
+from tests.test_sweep import request, run, summary_of
 
 EPOCH_STEPS = 4
 RATES = {"training__lr_d": 1e-2, "training__lr_g": 1e-2, "training__lr_mapping": 1e-2}
@@ -395,7 +396,7 @@ def test_an_export_has_them_and_says_so(saved: Path, config: Config, tmp_path: P
     assert tensors.keys() == wanted.keys()
     assert all(torch.equal(tensors[key], value) for key, value in wanted.items())
     card = (tmp_path / "model/README.md").read_text()
-    assert "- Its weights are averages over training, with a half-life of 0.5 epochs.\n" in card
+    assert "- Its weights are averages over training, with a half-life of up to 0.5 epochs.\n" in card
 
 
 def test_an_export_without_them_says_nothing(config: Config, tmp_path: Path) -> None:
@@ -424,3 +425,33 @@ def test_the_half_life_can_be_searched() -> None:
     assert len({point["training.ema_epochs"] for point in points}) == 6
     with pytest.raises(RaystarError, match="at least 0"):
         override(Config(), {"training.ema_epochs": -1})
+
+
+@pytest.mark.slow
+def test_a_sweep_searches_them_and_exports_those_of_the_best(tmp_path: Path) -> None:
+    """Beside ranges in which the baseline's values, null and 20, do not lie."""
+    searched = {
+        "training.ema_epochs": {"uniform": [0.3, 1.0]},
+        "model.discriminator_dim": {"randint": [4, 9]},
+        "model.residual": {"choice": [True]},
+        "loss.ds_decay_epochs": {"uniform": [0.2, 0.7]},
+    }
+    content = {"trials": 2, "finalists": 1, "scheduler": {"type": "none"}, "space": searched}
+    done = run(request(tmp_path, content, training__epochs=3, loss__ds_decay_epochs=20))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stderr.count("outlasts training.epochs 3") == 1
+    summary = summary_of(tmp_path / "runs")
+    assert [trial["status"] for trial in summary["trials"]] == ["finished", "finished"]
+    averaged = next(trial for trial in summary["trials"] if trial["params"]["training.ema_epochs"])
+    (path,) = (tmp_path / f"runs/s/trials/{averaged['trial']}").rglob(f"*{averaged['score_epoch']:04d}.pt")
+    checkpoint = checkpoints.load(path)
+    assert checkpoint["metrics"]["eval/score"] == averaged["score"]
+    config = from_mapping(checkpoint["config"], str(path))
+    bank = open_bank(config, tmp_path / "cache")
+    nets = model_of(checkpoints.shown_weights(checkpoint), config)
+    assert Ruler.build(bank, config, tmp_path / "runs/cache").measure(nets, config)["score"] == averaged["score"]
+    best = next(trial for trial in summary["trials"] if trial["trial"] == summary["best"]["trial"])
+    tensors = load_file(tmp_path / "runs/s/best/model.safetensors")
+    (path,) = (tmp_path / f"runs/s/trials/{best['trial']}").rglob(f"*{best['score_epoch']:04d}.pt")
+    for name, found in checkpoints.shown_weights(checkpoints.load(path)).items():
+        assert all(torch.equal(value, tensors[f"{name}.{key}"]) for key, value in found.items())
