@@ -184,9 +184,18 @@ class RulerConfig:
         "single run those with grids",
         at_least=1,
     )
-    sources: int = _key(16, "held-out contents translated for each ordered pair of domains", at_least=2)
+    sources: int = _key(
+        32,
+        "held-out contents translated for each ordered pair of domains, half by reference, half by noise",
+        at_least=2,
+    )
     targets: int = _key(256, "held-out latents of a domain that translations are compared with", at_least=4)
     styles: int = _key(4, "noises per content that measure diversity", at_least=2)
+    features: str | None = _key(
+        None,
+        "a VGG state dictionary (.pth or .safetensors) whose features the ruler takes beside its own",
+        result=False,
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

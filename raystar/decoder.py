@@ -62,12 +62,29 @@ class Decoder(nn.Module):
 
     def forward(self, scaled: Tensor) -> Tensor:
         """[B,4,H,W] scaled latents -> [B,3,8H,8W], a picture in [-1,1] but for overshoots."""
+        return functional.pixel_shuffle(self.leave(self._inner(scaled)), 2)
+
+    def half_size(self, scaled: Tensor) -> Tensor:
+        """[B,4,H,W] scaled latents -> [B,3,4H,4W]: each pixel the mean of 2x2 of `forward`'s, at two thirds the cost.
+
+        The last convolution's four outputs for a pixel are averaged in its weights, which comes to the same.
+        """
+        weight, bias = (value.unflatten(0, (3, 4)).mean(dim=1) for value in (self.leave.weight, self._leave_bias))
+        return functional.conv2d(self._inner(scaled), weight, bias, padding=1)
+
+    @property
+    def _leave_bias(self) -> Tensor:
+        assert self.leave.bias is not None
+        return self.leave.bias
+
+    def _inner(self, scaled: Tensor) -> Tensor:
+        """All but the last convolution: [B,4,H,W] -> [B,widths[2],4H,4W]."""
         # As TAESD does: a latent far off, from a generator that has just begun, is no reason for glaring colours.
         x = functional.relu(self.enter(torch.tanh(scaled / _LIMIT) * _LIMIT))
         x = self.levels[0](x)
         for grow, level in zip(self.grow, self.levels[1:], strict=True):
             x = level(functional.pixel_shuffle(grow(x), 2))
-        return functional.pixel_shuffle(self.leave(x), 2)
+        return x
 
 
 def save(decoder: Decoder, path: Path, facts: Mapping[str, str]) -> None:

@@ -22,7 +22,7 @@ from raystar.dataset import Bank, open_bank
 from raystar.errors import RaystarError, redact
 from raystar.record import RECORD, code, differences, read_record
 from raystar.retention import check_space, checkpoint_bytes, needed_bytes
-from raystar.ruler import check_holdout
+from raystar.ruler import check as check_ruler
 from raystar.space import Space
 from raystar.space import from_mapping as space_from_mapping
 from raystar.speed import check_steps
@@ -178,7 +178,7 @@ def _check(
     if space.purpose == "speed":
         check_steps(config, bank)
     else:
-        check_holdout(bank)
+        check_ruler(bank, config)
         check_codec(config)
         at_a_time = max(1, usable_cpus() // (cpus * space.resources.workers))
         check_space(storage, needed_bytes(checkpoint_bytes(config), at_a_time, space.keep, trials))

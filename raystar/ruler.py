@@ -1,34 +1,37 @@
-"""The score that loss weights cannot move: held-out latents translated into every other domain, and compared.
+"""The score that loss weights cannot move: held-out pictures translated into every other domain, and looked at.
 
-Losses cannot rank trials whose weights define them. The ruler asks three questions of a model instead, with the
-same sources, references and noise in every trial and epoch:
+Losses cannot rank trials whose weights define them. The ruler decodes translations, by the decoder that comes with
+raystar and at half its size, and asks three questions of the pictures, with the same sources, references and noise in
+every trial and epoch. It never looks at latents: there the discriminator looks too, and what fools one fools the other.
 
-- S, style: does the set of translations look like held-out latents of the target domain? Per ordered pair of
-  domains the unbiased energy distance (Szekely and Rizzo 2013) in frozen features, as a share of the distance
-  between source and target. Doing nothing is 1, true target samples are 0 on average. Where domains differ by far
-  more than latents of one do, that share hides what no domain looks like (all black, all white): so what the means and
-  deviations of the channels are further from the target's than the source's are is added, in units of the target's own
-  spread. It is nothing for doing nothing and for true samples.
-- C, content: is the layout of the source still there? 1 - correlation of instance-normalised latents averaged
-  over 2x2 cells. Doing nothing is 0; two unrelated pictures are about 0.92.
-- V, diversity: do different noises give different translations? Their mean feature distance over that of real
-  target latents, at most 1.
+- S, style: is the set of translations distributed like held-out pictures of the target domain? Per ordered pair of
+  domains the unbiased energy distance (Szekely and Rizzo 2013) in `picture_stats.statistics`, as a share of the
+  distance between source and target. Doing nothing is 1, real pictures of the target are 0 on average.
+- C, content: is the layout of the source still there? `picture_stats.content_lost`: 0 for doing nothing, about 0.95 for
+  another picture. Strokes, outlines and new colours count little, a tone that jumps from picture to picture does.
+- V, diversity: do different noises give different translations of a picture? Their mean distance over that of two real
+  pictures of the domain.
 
-`score = mean over pairs of (1 + S)(1 + C) + max(0, 0.25 - V)`: 1 is perfect, doing nothing scores 2.25, and
-copying some target picture scores about 1.9. Lower is better.
+`score = mean over pairs of (0.1 + S)(1 + C) + I, plus (0.2 - V)(1 - S) where V lacks and V - 1 where it is too much`.
+I is what keeps a model that ignores its sources from winning by handing out pictures of the target: nothing up to
+0.6 of the C of unrelated pictures, and 1 there. Lower is better: 0.1 is perfect, doing nothing scores 1.1. The form is
+ArtFID's (Wright and Ommer 2022), whose first factor is far above 1, so that style counts in full; hence 0.1.
 
-Shapes: n sources a pair, P ordered pairs, d features, C x H x W latents, S style code, Z noise.
+What it cannot see: anything finer than two pixels of 256, faces or things as such, beauty.
+
+Shapes: n sources a pair, P ordered pairs, N domains, d features, C x H x W latents, S style code, Z noise.
 """
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Protocol
 
@@ -37,26 +40,45 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.nn import functional
 
+from raystar import decoder as decoders
 from raystar.checkpoint import digest
+from raystar.codec import SCALE
 from raystar.config import Config
 from raystar.dataset import Bank
+from raystar.decoder import Decoder
 from raystar.errors import RaystarError
+from raystar.feature_file import FeatureFile, file_digest
+from raystar.feature_file import load as load_features
 from raystar.model import Nets
+from raystar.picture_stats import content_lost, sketch, statistics
 from raystar.step import autocast
 
-METRICS = ("score", "style", "content", "diversity", "worst_pair", "accuracy")
-"""What `Ruler.measure` returns. `worst_pair` is the largest (1 + S)(1 + C) of any ordered pair; `accuracy` the
-share of translations that the ruler's classifier takes for the target domain."""
+METRICS = ("score", "style", "content", "diversity", "worst_pair", "accuracy", "movement", "outlook")
+"""What `Ruler.measure` returns. `worst_pair` is the score of the pair of domains that fares worst; `accuracy` the share
+of translations that a linear classifier of picture statistics takes for the target domain; `movement` how far
+translations are from their sources, over how far real pictures of a domain are from each other; `outlook` is what ranks
+trials that are still under way."""
 
-DIVERSITY_WANTED = 0.25
+HIGHER = ("diversity", "accuracy", "movement")
+"""Metrics of which more is better; of the others less is."""
+
+NOTHING, TRANSFER = "nothing", "transfer"
+"""Keys of `Ruler.references`."""
+
+UNMOVED = 0.1
+"""A model whose `movement` is below this cannot be told from doing nothing: no eye sees the difference."""
+
 MIN_HELD_OUT = 4
-_VERSION = 2  # part of the cache's name: raise it when features or training change
+_VERSION = 3  # part of what scores are compared by: raise it when anything that is measured changes
 _SEED = 20_251_121
-_STEPS, _BATCH, _LR = 120, 48, 2e-3
-_MAX_TRAIN = 2048  # training latents a domain that the classifier and the standardisation see
-_CHUNK = 64  # latents in one pass of the networks
+_PERFECT = 0.1
+_DIVERSITY_WANTED = 0.2
+_IGNORED_FROM = 0.6  # of the content that unrelated pictures lose: other renderings of one scene lose half of it
+_LEAST_CONTENTS = 12  # pictures whose diversity is measured
+_MAX_TRAIN = 128  # training pictures a domain that standardisation and classifier see
+_SHRINKAGE = 0.5  # of the within-domain covariance towards a multiple of the identity: statistics outnumber pictures
+_CHUNK = 32  # latents in one pass of the networks and the decoder
 
 
 class Subject(Protocol):
@@ -96,165 +118,84 @@ class _NetsSubject:
 # -- features --------------------------------------------------------------------------------------
 
 
-class _Features(nn.Module):
-    """Frozen features: what tells the domains apart, and how everything else is distributed.
+class Features(nn.Module):
+    """Frozen features of pictures: statistics, each in units of its deviation within a domain, through asinh.
 
-    Raw statistics are the channel moments of a small domain classifier's layers and of a Laplacian pyramid
-    (Burt and Adelson 1983). They are standardised and passed through asinh, which is linear around the mean and
-    grows as a logarithm far from it, so that no single outlying statistic decides a distance. The features are
-    their linear discriminants (Fisher 1936; within-domain variance 1) beside all of them, so that a translation
-    must lie right between the domains and must not leave what latents look like in any other direction.
+    asinh is linear around the mean and grows as a logarithm far from it, so that no single outlying statistic decides
+    a distance. All of it is in closed form: the same pictures give the same features. Where a feature file adds its
+    own, those weigh as much as all of `picture_stats.statistics` together; the classifier looks at the latter alone.
+
+    Args:
+        own: number of `picture_stats.statistics`, the first of all.
+        size: number of all statistics d.
     """
 
-    widths = (32, 64, 64)
-    strides = (2, 2, 1)
-    levels = 4
-    general_weight = 1.5
-    """Weight of all statistics together, beside discriminants of unit variance each."""
-    shrinkage = 0.5
-    """Of the within-domain covariance towards a multiple of the identity: statistics outnumber small domains."""
-
-    def __init__(self, channels: int, num_domains: int) -> None:
+    def __init__(self, num_domains: int, own: int, size: int) -> None:
         super().__init__()
-        inputs = (channels, *self.widths[:-1])
-        sizes = zip(inputs, self.widths, self.strides, strict=True)
-        self.convs = nn.ModuleList(nn.Conv2d(i, o, 3, stride, padding=1) for i, o, stride in sizes)
-        self.head = nn.Linear(2 * sum(self.widths), num_domains)
-        self.channel_mean: Tensor
-        self.channel_std: Tensor
-        self.register_buffer("channel_mean", torch.zeros(1, channels, 1, 1))
-        self.register_buffer("channel_std", torch.ones(1, channels, 1, 1))
-        raw = self.statistics(torch.zeros(1, channels, 32, 32)).shape[1]
-        self.register_buffer("mean", torch.zeros(raw))
-        self.register_buffer("std", torch.ones(raw))
-        self.register_buffer("discriminants", torch.zeros(raw, num_domains - 1))
+        self.own = own
+        self.mean: Tensor
+        self.deviation: Tensor
+        self.classifier: Tensor
+        self.bias: Tensor
+        self.register_buffer("mean", torch.zeros(size))
+        self.register_buffer("deviation", torch.ones(size))
+        self.register_buffer("classifier", torch.zeros(own, num_domains))
+        self.register_buffer("bias", torch.zeros(num_domains))
 
-    def _learned(self, x: Tensor) -> Tensor:
-        """x [B,C,H,W], standardised channels -> moments of the classifier's layers [B, 2*sum(widths)]."""
-        found = []
-        for conv in self.convs:
-            x = functional.leaky_relu(conv(x), 0.2)
-            deviation, mean = torch.std_mean(x, dim=(2, 3))
-            found += [mean, deviation]
-        return torch.cat(found, dim=1)
+    def forward(self, raw: Tensor) -> Tensor:
+        """Raw statistics [B,d] -> features [B,d]."""
+        tamed = torch.asinh((raw - self.mean) / self.deviation)
+        added = tamed.shape[1] - self.own
+        if not added:
+            return tamed
+        return torch.cat([tamed[:, : self.own], tamed[:, self.own :] * (self.own / added) ** 0.5], dim=1)
 
-    def statistics(self, x: Tensor) -> Tensor:
-        """x [B,C,H,W] scaled -> raw statistics [B,r]."""
-        x = (x - self.channel_mean) / self.channel_std
-        found = [self._learned(x)]
-        for _ in range(self.levels - 1):
-            lower = functional.avg_pool2d(x, 2)
-            band = x - functional.interpolate(lower, scale_factor=2, mode="bilinear", align_corners=False)
-            found += _band_statistics(band)
-            x = lower
-        deviation, mean = torch.std_mean(x, dim=(2, 3))
-        return torch.cat([*found, mean, deviation], dim=1)
+    def classify(self, features: Tensor) -> Tensor:
+        """Features [B,d] -> logits of the domains [B,N]."""
+        return features[:, : self.own] @ self.classifier + self.bias
 
-    def _tamed(self, raw: Tensor) -> Tensor:
-        return torch.asinh((raw - self.mean) / self.std)
+    @classmethod
+    def fit(cls, raw: list[Tensor], own: int) -> Features:
+        """Features of real pictures' raw statistics, one tensor [m,d] a domain.
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [B,C,H,W] scaled -> features [B,d]."""
-        return self.examine(x)[0]
-
-    def examine(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x [B,C,H,W] scaled -> features [B,d] and the classifier's logits [B,N]."""
-        raw = self.statistics(x)
-        tamed = self._tamed(raw)
-        general = tamed * self._weight(tamed.shape[1])
-        logits = self.head(raw[:, : self.head.in_features])
-        return torch.cat([tamed @ self.discriminants, general], dim=1), logits
-
-    def range_of(self, features: Tensor) -> Tensor:
-        """Features [...,d] -> the channels' means and deviations among them, standardised, not tamed: [...,2C]."""
-        tamed = features[..., -2 * self.channel_mean.shape[1] :] / self._weight(len(self.mean))
-        return tamed.sinh()
-
-    def _weight(self, statistics: int) -> float:
-        return self.general_weight * statistics**-0.5
-
-    def classify(self, x: Tensor) -> Tensor:
-        """x [B,C,H,W] scaled -> logits of the domains [B,N]."""
-        return self.head(self._learned((x - self.channel_mean) / self.channel_std))
-
-    @torch.no_grad()
-    def fit(self, latents: list[Tensor]) -> None:
-        """Sets standardisation and discriminants from scaled latents, one tensor [n,C,H,W] a domain."""
-        raw = [torch.cat([self.statistics(chunk) for chunk in x.split(256)]) for x in latents]
-        everything = torch.cat(raw)
-        self.mean, self.std = everything.mean(dim=0), everything.std(dim=0).clamp_min(1e-6)
-        # Float64: these few small products must not depend on how a library orders its sums.
-        tamed = [self._tamed(r).double() for r in raw]
-        centres = torch.stack([t.mean(dim=0) for t in tamed])
-        spread = torch.cat([t - centre for t, centre in zip(tamed, centres, strict=True)])
-        within = spread.T @ spread / len(spread)
-        r = within.shape[0]
-        within = within.lerp(torch.eye(r, dtype=within.dtype) * within.diagonal().mean(), self.shrinkage)
-        lower = torch.linalg.cholesky(within)
-        between = torch.linalg.solve_triangular(lower, (centres - centres.mean(dim=0)).T, upper=False)  # [r,N]
-        axes = torch.linalg.svd(between, full_matrices=False).U[:, : len(latents) - 1]
-        self.discriminants = torch.linalg.solve_triangular(lower.T, axes, upper=True).float()
+        The classifier is linear discriminant analysis (Fisher 1936) with a shrunk covariance.
+        """
+        found = cls(len(raw), own, raw[0].shape[1])
+        # Float64: these few sums must not depend on how a library orders them.
+        double = [r.double() for r in raw]
+        within = torch.cat([r - r.mean(dim=0) for r in double])
+        found.mean = torch.cat(double).mean(dim=0).float()
+        found.deviation = within.square().mean(dim=0).sqrt().clamp_min(1e-6).float()
+        features = [found(r)[:, :own].double() for r in raw]
+        centres = torch.stack([f.mean(dim=0) for f in features])
+        spread = torch.cat([f - centre for f, centre in zip(features, centres, strict=True)])
+        covariance = spread.T @ spread / len(spread)
+        identity = torch.eye(len(covariance), dtype=covariance.dtype)
+        covariance = covariance.lerp(identity * covariance.diagonal().mean(), _SHRINKAGE)
+        weights = torch.linalg.solve(covariance, centres.T)  # [d,N]
+        found.classifier = weights.float()
+        found.bias = (-0.5 * (centres.T * weights).sum(dim=0)).float()
+        return found.eval().requires_grad_(False)
 
 
-def _band_statistics(band: Tensor) -> list[Tensor]:
-    """Of one pyramid level [B,C,H,W]: strength, sparsity, direction of its detail, and how channels go together."""
-    deviation = band.std(dim=(2, 3)).clamp_min(1e-6)  # [B,C]
-    horizontal = band.diff(dim=3).abs().mean(dim=(2, 3)) / deviation
-    vertical = band.diff(dim=2).abs().mean(dim=(2, 3)) / deviation
-    flat = (band / deviation[:, :, None, None]).flatten(2)
-    flat = flat - flat.mean(dim=2, keepdim=True)
-    i, j = torch.triu_indices(band.shape[1], band.shape[1], 1)
-    together = (flat @ flat.transpose(1, 2) / flat.shape[2])[:, i, j]
-    return [deviation.log(), band.abs().mean(dim=(2, 3)) / deviation, horizontal, vertical, together]
+class _Eye(nn.Module):
+    """From latents to what is measured of their pictures; float32, whatever the networks train in."""
 
+    def __init__(self, feature_file: str | None) -> None:
+        super().__init__()
+        # On a CPU, convolutions of few channels run twice as fast in this layout.
+        self.decoder: Decoder = decoders.load().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.added: FeatureFile | None = load_features(feature_file) if feature_file is not None else None
 
-def _train_features(latents: list[Tensor], num_domains: int) -> _Features:
-    """A `_Features` trained to tell the domains apart; `latents` are scaled [n,C,H,W], one tensor a domain."""
-    with torch.random.fork_rng(devices=[]), _one_thread():
-        torch.manual_seed(_SEED)
-        everything = torch.cat(latents)
-        net = _Features(everything.shape[1], num_domains)
-        net.channel_mean = everything.mean(dim=(0, 2, 3), keepdim=True)
-        net.channel_std = everything.std(dim=(0, 2, 3), keepdim=True).clamp_min(1e-6)
-        labels = torch.cat([torch.full((len(x),), y) for y, x in enumerate(latents)])
-        # Domains of different sizes are drawn equally often, as training draws them.
-        chance = torch.cat([torch.full((len(x),), 1 / len(x)) for x in latents])
-        optimizer = torch.optim.AdamW(net.parameters(), lr=_LR, weight_decay=1e-2)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _LR, total_steps=_STEPS)
-        for _ in range(_STEPS):
-            rows = torch.multinomial(chance, _BATCH, replacement=True)
-            x = _augment(everything[rows], net.channel_std)
-            loss = functional.cross_entropy(net.classify(x), labels[rows], label_smoothing=0.05)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-        net.eval().requires_grad_(False)
-        net.fit(latents)
-    return net
-
-
-@contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    """Sums in one order, so that a ruler is the same bits on any number of cores; and no cores taken from others."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
-def _augment(x: Tensor, std: Tensor) -> Tensor:
-    """Crops, mirrors, and shifts and noise in channels [B,C,H,W]: a few hundred latents are soon learnt by heart."""
-    B, C, H, W = x.shape
-    if torch.rand(()) < 0.5:
-        x = x.flip(3)
-    h, w = (size // 4 * int(torch.randint(2, 5, ())) for size in (H, W))
-    top, left = int(torch.randint(0, H - h + 1, ())), int(torch.randint(0, W - w + 1, ()))
-    x = x[:, :, top : top + h, left : left + w]
-    x = x * (1 + 0.1 * torch.randn(B, C, 1, 1)) + 0.2 * std * torch.randn(B, C, 1, 1)
-    return x + 0.1 * std * torch.randn_like(x)
+    @torch.inference_mode()
+    def look(self, unscaled: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Raw statistics [b,d] and sketches [b,G,G] of unscaled latents [B,C,H,W], a chunk at a time."""
+        for chunk in unscaled.split(_CHUNK):
+            with torch.autocast(chunk.device.type, enabled=False):
+                small = (chunk.float() * SCALE).contiguous(memory_format=torch.channels_last)
+                rgb = (self.decoder.half_size(small).clamp(-1, 1) + 1) / 2
+                raw = statistics(rgb)
+                yield (raw if self.added is None else torch.cat([raw, self.added(rgb)], dim=1)), sketch(rgb)
 
 
 # -- distances -------------------------------------------------------------------------------------
@@ -275,95 +216,83 @@ def _mean_pairwise(a: Tensor) -> Tensor:
     return _distances(a, a).sum(dim=(-2, -1)).mean() / (n * (n - 1))
 
 
-def content_distance(translated: Tensor, source: Tensor) -> Tensor:
-    """1 - correlation of instance-normalised latents [B,C,H,W] averaged over 2x2 cells; [B], in [0, 2]."""
-    a, b = (functional.avg_pool2d(functional.instance_norm(x), 2).flatten(1) for x in (translated, source))
-    a, b = a - a.mean(dim=1, keepdim=True), b - b.mean(dim=1, keepdim=True)
-    scale = (a.norm(dim=1) * b.norm(dim=1)).clamp_min(1e-12)
-    return 1 - (a * b).sum(dim=1) / scale
-
-
 # -- the ruler -------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Seen:
+    """What is kept of pictures."""
+
+    features: Tensor
+    """[B,d]."""
+    sketch: Tensor
+    """[B,G,G]."""
 
 
 @dataclass
 class Ruler:
     """A built ruler; `measure` is a pure function of the model."""
 
-    features: _Features
+    features: Features
+    eye: _Eye
+    scale: float
+    """Of the latents that networks see, to unscaled ones."""
     domains: tuple[str, ...]
-    content: Tensor
-    """[P*n,C,H,W] scaled sources, ordered by pair."""
-    y_trg: Tensor
-    """[P*n] target domains."""
-    reference: Tensor
-    """[P*n] which row of `targets[y_trg]` is the reference."""
-    noise: Tensor
-    """[styles, P*n, Z]."""
+    sources: Tensor
+    """[N,n,C,H,W] scaled contents of each domain."""
+    source_features: Tensor
+    """[N,n,d]."""
+    source_sketches: Tensor
+    """[N,n,G,G]."""
     targets: list[Tensor]
-    """Scaled held-out latents of each domain [m,C,H,W]."""
+    """Scaled held-out latents of each domain [m,C,H,W]: the references."""
     target_features: list[Tensor]
+    """[m,d] of each domain."""
+    reference: Tensor
+    """[P,n] which row of the target domain's `targets` is the reference."""
+    noise: Tensor
+    """[styles,P,n,Z]."""
     target_spread: Tensor
-    """[N] mean distance of two real latents of a domain."""
+    """[N] mean distance of two real pictures of a domain."""
     do_nothing: Tensor
     """[P] energy distance between sources and targets."""
-    range_spread: Tensor
-    """[N] mean distance of two real latents of a domain in their range alone."""
-    range_nothing: Tensor
-    """[P] energy distance between sources and targets in their range alone."""
-    n: int
+    unrelated: Tensor
+    """0-d: the content that other pictures lose."""
+    references: dict[str, dict[str, float]] = field(default_factory=dict)
+    """The metrics, as `eval/NAME`, of two things that no model is needed for: `NOTHING`, the untouched sources, and
+    `TRANSFER`, the sources with the channel means and deviations of their references (AdaIN on latents, Huang and
+    Belongie 2017). Diversity and what it does to the score are left out of both."""
 
     @classmethod
     def build(cls, bank: Bank, config: Config, cache_dir: str | Path | None = None) -> Ruler:
-        """Trains the features on the bank's training latents (seconds), or reads them from `cache_dir`.
+        """Looks at the bank's pictures (seconds), or reads from `cache_dir` what was seen of them.
 
         Raises:
-            RaystarError: a domain with too few held-out latents.
+            RaystarError: a domain with too few held-out latents, latents that no SD1.5 decoder takes, or a feature
+                file that is none.
         """
-        check_holdout(bank)
-        features = _cached_features(bank, config, cache_dir)
-        return cls._assemble(features, bank, config)
-
-    @classmethod
-    def _assemble(cls, features: _Features, bank: Bank, config: Config) -> Ruler:
-        settings, scale = config.ruler, config.training.latent_scale
-        rng = np.random.default_rng(_SEED)
-        N = len(bank.domains)
-        targets = [bank.rows(rng.permutation(rows)[: settings.targets]) * scale for rows in bank.held]
-        n = min(settings.sources, *map(len, targets))
-        pairs = [(i, j) for i in range(N) for j in range(N) if i != j]
-        content = torch.cat([targets[i][:n] for i, _ in pairs])
-        y_trg = torch.tensor([j for _, j in pairs]).repeat_interleave(n)
-        reference = torch.from_numpy(np.concatenate([rng.permutation(len(targets[j]))[:n] for _, j in pairs]))
-        shape = (settings.styles, len(pairs) * n, config.model.latent_dim)
-        noise = torch.from_numpy(rng.standard_normal(shape, dtype=np.float32))
-        found = [_in_chunks(features, x) for x in targets]
-        spread = torch.stack([_mean_pairwise(f) for f in found])
-        # Domains that look the same to the features would divide by nothing; a twentieth of the spread is the floor.
-        nothing = torch.stack([energy_distance(found[i][:n], found[j]).clamp_min(0.05 * spread[j]) for i, j in pairs])
-        ranges = [features.range_of(f) for f in found]
-        range_spread = torch.stack([_mean_pairwise(f) for f in ranges]).clamp_min(1e-6)
-        range_nothing = torch.stack([energy_distance(ranges[i][:n], ranges[j]) for i, j in pairs])
-        return cls(
-            features, bank.domains, content, y_trg, reference, noise, targets, found, spread, nothing, range_spread,
-            range_nothing, n,
-        )  # fmt: skip
+        check(bank, config)
+        if cache_dir is None:
+            return _fresh(cls, bank, config)
+        path = ruler_file(bank, config, cache_dir)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # One process of the node makes it, the others wait for the file.
+        with path.with_suffix(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            found = _read(path, bank, config)
+            if found is None:
+                found = _fresh(cls, bank, config)
+                _write(found, path)
+        return found
 
     def to(self, device: torch.device) -> Ruler:
         """Moves everything that `measure` reads to `device`; returns itself."""
         self.features.to(device)
-        moved = (
-            "content",
-            "y_trg",
-            "reference",
-            "noise",
-            "target_spread",
-            "do_nothing",
-            "range_spread",
-            "range_nothing",
-        )
-        for name in moved:
-            setattr(self, name, getattr(self, name).to(device))
+        self.eye.to(device)
+        for name in (f.name for f in fields(self)):
+            value = getattr(self, name)
+            if isinstance(value, Tensor):
+                setattr(self, name, value.to(device))
         self.targets = [t.to(device) for t in self.targets]
         self.target_features = [t.to(device) for t in self.target_features]
         return self
@@ -374,75 +303,112 @@ class Ruler:
 
     @torch.inference_mode()
     def measure_subject(self, subject: Subject) -> dict[str, float]:
-        """The metrics `METRICS` of anything that translates."""
-        N, pairs = len(self.domains), len(self.do_nothing)
+        """The metrics `METRICS` of anything that translates.
+
+        Of each pair's n sources one half is translated by reference, the other by noise: two translations of one
+        source would lie closer together than two pictures of a domain do, and the unbiased distance relies on that.
+        """
+        n, by_reference = self.sources.shape[1], self.sources.shape[1] // 2
         codes = [  # [m,S] a domain: each reference is encoded once, however many pairs use it
             torch.cat([subject.encode(x, torch.full((len(x),), y, device=x.device)) for x in t.split(_CHUNK)])
             for y, t in enumerate(self.targets)
         ]
-        by_reference = torch.stack(
-            [codes[y][r] for y, r in zip(self.y_trg.tolist(), self.reference.tolist(), strict=True)]
-        )
-        by_noise = subject.sample(self.noise.flatten(0, 1), self.y_trg.repeat(len(self.noise)))
-        by_noise = by_noise.unflatten(0, (len(self.noise), -1))  # [styles, P*n, S]
+        fakes = []
+        for pair, (source, target) in enumerate(self.pairs):
+            s_ref = codes[target][self.reference[pair, :by_reference]]
+            s_noise = self._sampled(subject, self.noise[0, pair, by_reference:], target)
+            styles = torch.cat([s_ref, s_noise])
+            x = self.sources[source]
+            fakes.append(torch.cat([subject.translate(x[r], styles[r]) for r in torch.arange(n).split(_CHUNK)]))
+        seen = self._look(torch.cat(fakes))
+        diversity = self._diversity(subject, seen)
+        return dict(zip(METRICS, self._judge(seen, diversity).tolist(), strict=True))
 
-        found, changed, right = [], [], []
-        for rows in torch.arange(len(self.content), device=self.content.device).split(_CHUNK):
-            x = self.content[rows]
-            styles = torch.cat([by_reference[rows], by_noise[0, rows]])
-            fake = subject.translate(x, styles)  # [2 * chunk, C, H, W]
-            features, logits = self.features.examine(fake)
-            found.append(features.unflatten(0, (2, -1)))
-            changed.append(content_distance(fake, x.repeat(2, 1, 1, 1)).unflatten(0, (2, -1)))
-            right.append(logits.argmax(1).unflatten(0, (2, -1)) == self.y_trg[rows])
-        features = torch.cat(found, dim=1).unflatten(1, (pairs, self.n))  # [2, P, n, d]
-        C = torch.cat(changed, dim=1).unflatten(1, (pairs, self.n)).mean(dim=(0, 2))  # [P]
-        target_of = self.y_trg[:: self.n].tolist()
-        S = torch.stack(
-            [
-                torch.stack([self._style(path[pair], pair, target) for path in features]).mean()
-                for pair, target in enumerate(target_of)
-            ]
-        ).clamp_min(0)  # [P]
-        V = self._diversity(subject, by_noise, features[1], target_of)
-        per_pair = (1 + S) * (1 + C)
-        score = per_pair.mean() + (DIVERSITY_WANTED - V).clamp_min(0)
-        values = (score, S.mean(), C.mean(), V, per_pair.max(), torch.cat(right, dim=1).float().mean())
-        assert pairs == N * (N - 1)
-        return dict(zip(METRICS, torch.stack(values).tolist(), strict=True))
+    @property
+    def pairs(self) -> list[tuple[int, int]]:
+        """Source and target domain of each ordered pair."""
+        N = len(self.domains)
+        return [(i, j) for i in range(N) for j in range(N) if i != j]
 
-    def _diversity(self, subject: Subject, by_noise: Tensor, first: Tensor, target_of: list[int]) -> Tensor:
-        """V: two contents of each pair under several noises; `first` [P,n,d] are the features under the first."""
-        K, contents = len(by_noise), min(2, self.n)
-        rows = torch.cat([torch.arange(contents) + p * self.n for p in range(len(target_of))])
-        rows = rows.to(self.content.device)
-        found = [first[:, :contents].flatten(0, 1)[None]]
-        others = []
-        for chunk in rows.split(_CHUNK):
-            fake = subject.translate(self.content[chunk], by_noise[1:, chunk].flatten(0, 1))
-            others.append(self.features(fake).unflatten(0, (K - 1, -1)))
-        found.append(torch.cat(others, dim=1))
-        features = torch.cat(found).transpose(0, 1)  # [P * contents, K, d]
-        each = _distances(features, features).sum(dim=(1, 2)) / (K * (K - 1))
-        wanted = self.target_spread[torch.tensor(target_of, device=each.device)].repeat_interleave(contents)
-        return (each / wanted).mean().clamp_max(1.0)
+    def _sampled(self, subject: Subject, noise: Tensor, target: int) -> Tensor:
+        return subject.sample(noise, torch.full((len(noise),), target, device=noise.device))
 
+    def _look(self, scaled: Tensor) -> _Seen:
+        """Features and sketches of the pictures of scaled latents [B,C,H,W]."""
+        found = [(self.features(raw), sketches) for raw, sketches in self.eye.look(scaled / self.scale)]
+        return _Seen(*(torch.cat(parts) for parts in zip(*found, strict=True)))
+
+    def _judge(self, seen: _Seen, diversity: Tensor | None) -> Tensor:
+        """The metrics, in the order of `METRICS`, of the translations of all pairs."""
+        P, n = self.reference.shape
+        features, sketches = seen.features.unflatten(0, (P, n)), seen.sketch.unflatten(0, (P, n))
+        source, target = (torch.tensor(side, device=features.device) for side in zip(*self.pairs, strict=True))
+        S = torch.stack([self._style(features[pair], pair) for pair in range(P)]).clamp_min(0)  # [P]
+        C = content_lost(sketches, self.source_sketches[source])  # [P]
+        ignored = (C / self.unrelated - _IGNORED_FROM).clamp_min(0) / (1 - _IGNORED_FROM)
+        per_pair = (_PERFECT + S) * (1 + C) + ignored
+        score = per_pair.mean()
+        V = torch.zeros((), device=features.device)
+        if diversity is not None:
+            V = diversity
+            score = score + (_DIVERSITY_WANTED - V).clamp_min(0) * (1 - S.mean()).clamp_min(0) + (V - 1).clamp_min(0)
+        moved = (features - self.source_features[source]).norm(dim=2).mean(dim=1) / self.target_spread[source]  # [P]
+        right = self.features.classify(seen.features).argmax(dim=1) == target.repeat_interleave(n)
+        return torch.stack([score, S.mean(), C.mean(), V, per_pair.max(), right.float().mean(), moved.mean(), S.mean()])
+
+    def _diversity(self, subject: Subject, first: _Seen) -> Tensor:
+        """V: some contents of each pair under several noises; the first noise's are among what was seen."""
+        P, n = self.reference.shape
+        contents = min(n - n // 2, -(-_LEAST_CONTENTS // P))
+        kept = first.features.unflatten(0, (P, n))[:, -contents:]  # [P,k,d]: by noise
+        fakes = []
+        for pair, (source, target) in enumerate(self.pairs):
+            x = self.sources[source, -contents:]
+            fakes += [subject.translate(x, self._sampled(subject, z, target)) for z in self.noise[1:, pair, -contents:]]
+        others = self._look(torch.cat(fakes)).features.unflatten(0, (P, len(self.noise) - 1, contents))
+        features = torch.cat([kept[:, None], others], dim=1).transpose(1, 2)  # [P,k,styles,d]
+        K = features.shape[2]
+        each = _distances(features, features).sum(dim=(2, 3)) / (K * (K - 1))  # [P,k]
+        targets = torch.tensor([target for _, target in self.pairs], device=each.device)
+        return (each / self.target_spread[targets][:, None]).mean()
+
+    @torch.inference_mode()
     def style(self, translated: Tensor, source_domain: int, target_domain: int) -> float:
         """S of any scaled latents [n,C,H,W] for one ordered pair, not clamped; for tests and reports."""
-        found = _in_chunks(self.features, translated)
-        pairs = [(i, j) for i in range(len(self.domains)) for j in range(len(self.domains)) if i != j]
-        return float(self._style(found, pairs.index((source_domain, target_domain)), target_domain))
+        pair = self.pairs.index((source_domain, target_domain))
+        return float(self._style(self._look(translated).features, pair))
 
-    def _style(self, found: Tensor, pair: int, target: int) -> Tensor:
+    def _style(self, found: Tensor, pair: int) -> Tensor:
         """S of the features [n,d] of translations, 0-d, not clamped."""
-        wanted, range_of = self.target_features[target], self.features.range_of
-        beyond = energy_distance(range_of(found), range_of(wanted)) - self.range_nothing[pair]
-        share = energy_distance(found, wanted) / self.do_nothing[pair]
-        return share + beyond.clamp_min(0) / self.range_spread[target]
+        target = self.pairs[pair][1]
+        nothing = self.do_nothing[pair]
+        # Domains that look the same would divide by nothing, or less; a twentieth of the spread is the floor.
+        unit = nothing.maximum(0.05 * self.target_spread[target])
+        return 1 + (energy_distance(found, self.target_features[target]) - nothing) / unit
 
 
-def check_holdout(bank: Bank) -> None:
-    """Raises `RaystarError` if a domain has too few held-out latents to measure with."""
+def channel_transfer(x: Tensor, reference: Tensor) -> Tensor:
+    """Latents [B,C,H,W] with the channel means and deviations of references [B,C,H,W] (AdaIN, Huang and Belongie)."""
+    (deviation, mean), (wanted, shift) = (
+        torch.std_mean(latents, dim=(2, 3), keepdim=True) for latents in (x, reference)
+    )
+    return (x - mean) / deviation.clamp_min(1e-6) * wanted + shift
+
+
+def check(bank: Bank, config: Config) -> None:
+    """Refuses data and settings that the ruler cannot measure with.
+
+    Raises:
+        RaystarError: a domain with too few held-out latents, latents that are not of four channels, or a feature file
+            that is none.
+    """
+    if config.ruler.features is not None:
+        load_features(config.ruler.features)
+    if bank.shape[0] != 4 or min(bank.shape[1:]) < 4:
+        raise RaystarError(
+            f"{bank.root}: the ruler looks at decoded pictures, and SD1.5's decoder takes latents [4,H,W] of 4 cells "
+            f"or more; found {list(bank.shape)}"
+        )
     for domain, rows in zip(bank.domains, bank.held, strict=True):
         if len(rows) < MIN_HELD_OUT:
             raise RaystarError(
@@ -451,65 +417,143 @@ def check_holdout(bank: Bank) -> None:
             )
 
 
-def _in_chunks(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    with torch.no_grad():
-        return torch.cat([function(chunk) for chunk in x.split(_CHUNK)])
-
-
-def features_file(bank: Bank, config: Config, cache_dir: str | Path) -> Path:
-    """Where `Ruler.build` keeps the features that it has trained."""
-    facts = [_VERSION, bank.digest, list(bank.domains), config.training.latent_scale]
-    key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
-    return Path(cache_dir) / f"ruler-{key}.safetensors"
-
-
 def measured_by(bank: Bank, config: Config) -> str:
     """A key of what is measured on what, by which sources and noises: scores under one key can be compared."""
-    facts = [_VERSION, bank.digest, list(bank.domains), config.training.latent_scale, config.model.latent_dim]
-    facts += [config.ruler.sources, config.ruler.targets, config.ruler.styles]
+    facts = [_VERSION, _decoder_digest(), bank.digest, list(bank.domains), config.training.latent_scale]
+    facts += [config.model.latent_dim, config.ruler.sources, config.ruler.targets, config.ruler.styles]
+    facts += [] if config.ruler.features is None else [file_digest(config.ruler.features)]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
 
-def _cached_features(bank: Bank, config: Config, cache_dir: str | Path | None) -> _Features:
-    scale = config.training.latent_scale
-    if cache_dir is None:
-        return _fresh_features(bank, scale)
-    path = features_file(bank, config, cache_dir)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # One process of the node makes it, the others wait for the file.
-    with path.with_suffix(".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        found = _read_features(path, bank)
-        if found is not None:
-            return found
-        features = _fresh_features(bank, scale)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        state = {k: v.contiguous() for k, v in sorted(features.state_dict().items())}
-        save_file(state, temporary, metadata={"digest": digest(state)})
-        os.replace(temporary, path)
-    return features
+@functools.cache
+def _decoder_digest() -> str:
+    return hashlib.sha256(decoders.PACKAGED.read_bytes()).hexdigest()[:16]
 
 
-def _read_features(path: Path, bank: Bank) -> _Features | None:
-    """Cached features; None if they are not there, or damaged and to be made again."""
+# -- building --------------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def _fresh(cls: type[Ruler], bank: Bank, config: Config) -> Ruler:
+    with _one_thread():
+        eye, scale = _Eye(config.ruler.features), config.training.latent_scale
+        rng = np.random.default_rng(_SEED)
+        train = [bank.rows(np.sort(rng.permutation(rows)[:_MAX_TRAIN])) for rows in bank.train]
+        raw = [torch.cat([found for found, _ in eye.look(x)]) for x in train]
+        features = Features.fit(raw, _own_statistics(bank))
+        chosen = _choose(bank, config)
+        pairs = [(i, j) for i in range(len(bank.domains)) for j in range(len(bank.domains)) if i != j]
+        looks = [list(zip(*eye.look(x / scale), strict=True)) for x in chosen.targets]
+        seen = [_Seen(features(torch.cat(raw)), torch.cat(sketches)) for raw, sketches in looks]
+        n = chosen.sources.shape[1]
+        spread = torch.stack([_mean_pairwise(s.features) for s in seen])
+        nothing = torch.stack([energy_distance(seen[i].features[:n], seen[j].features) for i, j in pairs])
+        sketches = torch.stack([s.sketch[:n] for s in seen])
+        others = torch.stack([content_lost(sketches[j], sketches[i]) for i, j in pairs])
+        ruler = cls(
+            features, eye, scale, bank.domains, chosen.sources, torch.stack([s.features[:n] for s in seen]),
+            sketches, chosen.targets, [s.features for s in seen], chosen.reference, chosen.noise, spread, nothing,
+            others.mean(),
+        )  # fmt: skip
+        ruler.references = _references(ruler)
+    return ruler
+
+
+def _own_statistics(bank: Bank) -> int:
+    """How many `statistics` a picture of this size has."""
+    return statistics(torch.zeros(1, 3, 4 * bank.shape[1], 4 * bank.shape[2])).shape[1]
+
+
+def _references(ruler: Ruler) -> dict[str, dict[str, float]]:
+    untouched, transferred = [], []
+    for pair, (source, target) in enumerate(ruler.pairs):
+        untouched.append(ruler.sources[source])
+        transferred.append(channel_transfer(ruler.sources[source], ruler.targets[target][ruler.reference[pair]]))
+    found = {}
+    for name, fakes in ((NOTHING, untouched), (TRANSFER, transferred)):
+        values = ruler._judge(ruler._look(torch.cat(fakes)), None).tolist()
+        found[name] = {f"eval/{key}": value for key, value in zip(METRICS, values, strict=True) if key != "diversity"}
+    return found
+
+
+@dataclass
+class _Chosen:
+    """What is drawn of the held-out latents: the same in every process."""
+
+    targets: list[Tensor]
+    sources: Tensor
+    reference: Tensor
+    noise: Tensor
+
+
+def _choose(bank: Bank, config: Config) -> _Chosen:
+    settings, scale = config.ruler, config.training.latent_scale
+    rng = np.random.default_rng(_SEED)
+    N = len(bank.domains)
+    targets = [bank.rows(rng.permutation(rows)[: settings.targets]) * scale for rows in bank.held]
+    n = min(settings.sources, *map(len, targets))
+    sources = torch.stack([t[:n] for t in targets])
+    drawn = [rng.permutation(len(targets[j]))[:n] for i in range(N) for j in range(N) if i != j]
+    noise = rng.standard_normal((settings.styles, N * (N - 1), n, config.model.latent_dim), dtype=np.float32)
+    return _Chosen(targets, sources, torch.from_numpy(np.stack(drawn)), torch.from_numpy(noise))
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Sums in one order, so that a ruler is the same bits on any number of cores; and no cores taken from others."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+# -- the cache -------------------------------------------------------------------------------------
+
+_KEPT = ("source_features", "source_sketches", "target_spread", "do_nothing", "unrelated")
+
+
+def ruler_file(bank: Bank, config: Config, cache_dir: str | Path) -> Path:
+    """Where `Ruler.build` keeps what it has seen."""
+    return Path(cache_dir) / f"ruler-{measured_by(bank, config)}.safetensors"
+
+
+def _write(ruler: Ruler, path: Path) -> None:
+    state = {name: getattr(ruler, name) for name in _KEPT}
+    state |= {f"features.{name}": value for name, value in ruler.features.state_dict().items()}
+    state |= {f"target_features.{y}": value for y, value in enumerate(ruler.target_features)}
+    state = {name: value.contiguous() for name, value in sorted(state.items())}
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    facts = {"digest": digest(state), "references": json.dumps(ruler.references)}
+    save_file(state, temporary, metadata=facts)
+    os.replace(temporary, path)
+
+
+def _read(path: Path, bank: Bank, config: Config) -> Ruler | None:
+    """A cached ruler; None if it is not there, or damaged and to be made again."""
     try:
         with safe_open(path, framework="pt") as file:
             state = {name: file.get_tensor(name) for name in sorted(file.keys())}
-            recorded = (file.metadata() or {}).get("digest")
-        if digest(state) != recorded:  # one bit, and trials would be measured with another ruler
+            facts = file.metadata() or {}
+        if digest(state) != facts["digest"]:  # one bit, and trials would be measured with another ruler
             return None
-        features = _Features(bank.shape[0], len(bank.domains))
-        features.load_state_dict(state)
-        return features.eval().requires_grad_(False)
+        features = Features(len(bank.domains), _own_statistics(bank), len(state["features.mean"]))
+        features.load_state_dict({name.partition(".")[2]: v for name, v in state.items() if name[:9] == "features."})
+        chosen = _choose(bank, config)
+        return Ruler(
+            features=features.eval().requires_grad_(False),
+            eye=_Eye(config.ruler.features),
+            scale=config.training.latent_scale,
+            domains=bank.domains,
+            sources=chosen.sources,
+            targets=chosen.targets,
+            target_features=[state[f"target_features.{y}"] for y in range(len(bank.domains))],
+            reference=chosen.reference,
+            noise=chosen.noise,
+            references=json.loads(facts["references"]),
+            **{name: state[name] for name in _KEPT},
+        )
     # Whatever a damaged file makes its reader raise, it is made again.
     except Exception:
         return None
-
-
-def _fresh_features(bank: Bank, scale: float) -> _Features:
-    rows = [np.sort(np.random.default_rng(_SEED).permutation(r)[:_MAX_TRAIN]) for r in bank.train]
-    trained = _train_features([bank.rows(r) * scale for r in rows], len(bank.domains))
-    # Laid out in memory as one that is read back: another layout adds in another order, and scores differ by bits.
-    features = _Features(bank.shape[0], len(bank.domains))
-    features.load_state_dict(trained.state_dict())
-    return features.eval().requires_grad_(False)

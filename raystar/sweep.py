@@ -19,7 +19,7 @@ from raystar.journal import Journal
 from raystar.ledger import Ledger
 from raystar.plan import Plan, share_of_gpu, usable_cpus
 from raystar.record import JOURNAL, locked, write_record
-from raystar.ruler import Ruler, features_file
+from raystar.ruler import Ruler, ruler_file
 from raystar.rungs import Rungs
 from raystar.session import Session
 from raystar.summary import UNFINISHED, Summary
@@ -195,7 +195,7 @@ def _on_the_cluster(plan: Plan, ruler: _Background) -> tuple[Plan, cluster.Place
         to_mapping(plan.config),
         plan.bank,
         plan.cache_dir,
-        [] if plan.speed else [features_file(plan.bank, plan.config, plan.cache_dir)],
+        [] if plan.speed else [ruler_file(plan.bank, plan.config, plan.cache_dir)],
         plan.storage.child("shared"),
         timeout_s=_PLACING_S,
     )

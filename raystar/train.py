@@ -16,7 +16,8 @@ from raystar.dataset import open_bank
 from raystar.errors import RaystarError, TrialDiverged, TrialOutOfMemory, run_cli
 from raystar.loss import outlasting
 from raystar.model import NAMES
-from raystar.ruler import Ruler, check_holdout
+from raystar.ruler import Ruler
+from raystar.ruler import check as check_ruler
 from raystar.step import TrainState, resolve_device
 from raystar.summary import DIVERGED, FAILED, FINISHED, INTERRUPTED, cache_dir, check_name
 from raystar.tracking import CHECKPOINT, PARENT, SPOOL, MlflowTracker, Tracker, check_uri, default_uri, provenance
@@ -76,7 +77,7 @@ def main(argv: list[str] | None = None) -> int:
     device = resolve_device(config)
     cache = cache_dir(config, args.out)
     bank = open_bank(config, cache)
-    check_holdout(bank)
+    check_ruler(bank, config)
     if note := outlasting(config):
         print(f"note: {note}", file=sys.stderr)
     checkpoint, source = checkpoints.load_latest([latest, *saved]) if begun else (None, folder)
