@@ -76,7 +76,7 @@ _PERFECT = 0.1
 _DIVERSITY_WANTED = 0.2
 _IGNORED_FROM = 0.6  # of the content that unrelated pictures lose: other renderings of one scene lose half of it
 _LEAST_CONTENTS = 12  # pictures whose diversity is measured
-_MAX_TRAIN = 128  # training pictures a domain that standardisation and classifier see
+_MAX_TRAIN = 96  # training pictures a domain that standardisation and classifier see
 _SHRINKAGE = 0.5  # of the within-domain covariance towards a multiple of the identity: statistics outnumber pictures
 _CHUNK = 32  # latents in one pass of the networks and the decoder
 
@@ -187,15 +187,21 @@ class _Eye(nn.Module):
         self.decoder: Decoder = decoders.load().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.added: FeatureFile | None = load_features(feature_file) if feature_file is not None else None
 
-    @torch.inference_mode()
-    def look(self, unscaled: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Raw statistics [b,d] and sketches [b,G,G] of unscaled latents [B,C,H,W], a chunk at a time."""
+    def pictures(self, unscaled: Tensor) -> Iterator[Tensor]:
+        """[b,3,4H,4W] in [0,1] of unscaled latents [B,C,H,W], a chunk at a time."""
         for chunk in unscaled.split(_CHUNK):
             with torch.autocast(chunk.device.type, enabled=False):
                 small = (chunk.float() * SCALE).contiguous(memory_format=torch.channels_last)
-                rgb = (self.decoder.half_size(small).clamp(-1, 1) + 1) / 2
-                raw = statistics(rgb)
-                yield (raw if self.added is None else torch.cat([raw, self.added(rgb)], dim=1)), sketch(rgb)
+                yield (self.decoder.half_size(small).clamp(-1, 1) + 1) / 2
+
+    def see(self, rgb: Tensor) -> tuple[Tensor, Tensor]:
+        """Raw statistics [B,d] and sketches [B,G,G] of pictures [B,3,h,w] in [0,1]."""
+        raw = statistics(rgb)
+        return (raw if self.added is None else torch.cat([raw, self.added(rgb)], dim=1)), sketch(rgb)
+
+    def look(self, unscaled: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """What `see` gives of unscaled latents [B,C,H,W], a chunk at a time."""
+        return map(self.see, self.pictures(unscaled))
 
 
 # -- distances -------------------------------------------------------------------------------------
@@ -324,6 +330,22 @@ class Ruler:
         diversity = self._diversity(subject, seen)
         return dict(zip(METRICS, self._judge(seen, diversity).tolist(), strict=True))
 
+    @torch.inference_mode()
+    def measure_pictures(self, translations: Tensor) -> dict[str, float]:
+        """The metrics `METRICS`, but for diversity and what it does to the score, of pictures made in any way.
+
+        Args:
+            translations: [P*n,3,4H,4W] in [0,1], of the sources (`source_pictures`) in the order of `pairs`.
+        """
+        raw, sketches = zip(*map(self.eye.see, translations.split(_CHUNK)), strict=True)
+        return _without_diversity(self._judge(_Seen(self.features(torch.cat(raw)), torch.cat(sketches)), None))
+
+    @torch.inference_mode()
+    def source_pictures(self) -> Tensor:
+        """[P*n,3,4H,4W] in [0,1]: each pair's sources as they are."""
+        each = [torch.cat(list(self.eye.pictures(x / self.scale))) for x in self.sources]
+        return torch.cat([each[source] for source, _ in self.pairs])
+
     @property
     def pairs(self) -> list[tuple[int, int]]:
         """Source and target domain of each ordered pair."""
@@ -335,8 +357,8 @@ class Ruler:
 
     def _look(self, scaled: Tensor) -> _Seen:
         """Features and sketches of the pictures of scaled latents [B,C,H,W]."""
-        found = [(self.features(raw), sketches) for raw, sketches in self.eye.look(scaled / self.scale)]
-        return _Seen(*(torch.cat(parts) for parts in zip(*found, strict=True)))
+        raw, sketches = zip(*self.eye.look(scaled / self.scale), strict=True)
+        return _Seen(self.features(torch.cat(raw)), torch.cat(sketches))
 
     def _judge(self, seen: _Seen, diversity: Tensor | None) -> Tensor:
         """The metrics, in the order of `METRICS`, of the translations of all pairs."""
@@ -471,9 +493,13 @@ def _references(ruler: Ruler) -> dict[str, dict[str, float]]:
         transferred.append(channel_transfer(ruler.sources[source], ruler.targets[target][ruler.reference[pair]]))
     found = {}
     for name, fakes in ((NOTHING, untouched), (TRANSFER, transferred)):
-        values = ruler._judge(ruler._look(torch.cat(fakes)), None).tolist()
-        found[name] = {f"eval/{key}": value for key, value in zip(METRICS, values, strict=True) if key != "diversity"}
+        measured = _without_diversity(ruler._judge(ruler._look(torch.cat(fakes)), None))
+        found[name] = {f"eval/{key}": value for key, value in measured.items()}
     return found
+
+
+def _without_diversity(values: Tensor) -> dict[str, float]:
+    return {key: value for key, value in zip(METRICS, values.tolist(), strict=True) if key != "diversity"}
 
 
 @dataclass
