@@ -10,14 +10,19 @@ from typing import Any
 from raystar import __version__
 from raystar.config import Config
 
-# The ruler's metrics in a reader's words; what is best, and what the two things that prove nothing score.
+# The ruler's metrics in a reader's words; what is best, and what doing nothing has.
 _MEANING = {
-    "eval/score": "all of the below in one number; 1 is perfect, doing nothing scores 2.25",
-    "eval/style": "distance to held-out latents of the target domain: 0 like real ones, 1 like untranslated ones",
-    "eval/content": "how much of the layout is lost: 0 none, about 0.9 for another picture",
+    "eval/score": "all of the below in one number; 0.1 is perfect, doing nothing scores 1.1",
+    "eval/style": "distance to held-out pictures of the target domain: 0 like real ones, 1 like untranslated ones",
+    "eval/content": "how much of the layout is lost: 0 none, about 0.95 for another picture",
     "eval/diversity": "how much noises differ in effect: 1 as much as real pictures do, 0 not at all",
     "eval/worst_pair": "score of the worst pair of domains, without diversity",
-    "eval/accuracy": "share of translations that a classifier takes for the target domain",
+    "eval/accuracy": "share of translations that a simple classifier takes for the target domain",
+    "eval/movement": "how far translations are from their sources: 0 untouched, 1 as two pictures of a domain",
+}
+_REFERENCES = {
+    "nothing": "the untouched sources",
+    "transfer": "the sources with their references' channel means and deviations",
 }
 
 
@@ -32,7 +37,8 @@ def card(config: Config, facts: Mapping[str, Any], files: Collection[str]) -> st
     Args:
         config: of the model.
         facts: what `metrics.json` says: `trial`, `epoch`, and what is known of `sweep`, `metric`, `mode`, `score`,
-            `metrics`, `params`, `run_id`, `data`, `baseline`, `trials`, `versions`, `git_commit` and `onnx`.
+            `metrics`, `params`, `run_id`, `data`, `baseline`, `references`, `standing`, `trials`, `versions`,
+            `git_commit` and `onnx`.
         files: names of the export's files.
     """
     parts = [
@@ -89,10 +95,16 @@ def _scores(facts: Mapping[str, Any]) -> str:
     if not rows:
         return ""
     text = (
-        "## How good it is\n\nMeasured on held-out latents that training never saw, at the exported epoch, by a ruler "
-        "that is the same for every trial on the same data:\n\n| measure | value | meaning |\n|---|---|---|\n"
+        "## How good it is\n\nMeasured on decoded translations of held-out pictures that training never saw, at the "
+        "exported epoch, by a ruler that is the same for every trial on the same data:\n\n| measure | value | meaning |\n|---|---|---|\n"
     )
     text += "\n".join(rows)
+    known = {name: value for name, value in (facts.get("references") or {}).items() if name in _REFERENCES}
+    if known:
+        said = " and ".join(f"{_REFERENCES[name]} {value:.4f}" for name, value in known.items())
+        text += f"\n\nWithout any model, the score of {said}."
+        if facts.get("standing"):
+            text += f" {facts['standing']}."
     score, baseline = facts.get("score"), facts.get("baseline")
     if isinstance(score, float) and facts.get("metric") not in (None, "eval/score"):
         text += f"\n\nThe sweep looked for the best {facts['metric']}; here {score:.4f}."
@@ -145,7 +157,8 @@ def _limits(config: Config) -> str:
         "else it makes something, not necessarily something good.\n"
         "- It was trained on latents of one size. Others work, and the further they are from it the less the "
         "scores above say.\n"
-        "- The ruler sees latents, not pictures: look at the grid before you rely on a number.\n"
+        "- The ruler sees colours, contrasts, textures and layouts, not things and not beauty: look at the grid before "
+        "you rely on a number.\n"
         "- Latents of another autoencoder than Stable Diffusion 1.5's are noise to it.\n"
         "- It has whatever rights and biases its training pictures have."
     )
