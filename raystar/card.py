@@ -96,7 +96,8 @@ def _scores(facts: Mapping[str, Any]) -> str:
         return ""
     text = (
         "## How good it is\n\nMeasured on decoded translations of held-out pictures that training never saw, at the "
-        "exported epoch, by a ruler that is the same for every trial on the same data:\n\n| measure | value | meaning |\n|---|---|---|\n"
+        "exported epoch, by a ruler that is the same for every trial on the same data:\n\n"
+        "| measure | value | meaning |\n|---|---|---|\n"
     )
     text += "\n".join(rows)
     known = {name: value for name, value in (facts.get("references") or {}).items() if name in _REFERENCES}
