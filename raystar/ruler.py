@@ -40,6 +40,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn import functional
 
 from raystar import decoder as decoders
 from raystar.checkpoint import digest
@@ -57,8 +58,9 @@ from raystar.step import autocast
 METRICS = ("score", "style", "content", "diversity", "worst_pair", "accuracy", "movement", "outlook")
 """What `Ruler.measure` returns. `worst_pair` is the score of the pair of domains that fares worst; `accuracy` the share
 of translations that a linear classifier of picture statistics takes for the target domain; `movement` how far
-translations are from their sources, over how far real pictures of a domain are from each other; `outlook` is what ranks
-trials that are still under way."""
+translations are from their sources, over how far real pictures of a domain are from each other; `outlook` how far they
+have still to go (1 at the start, 0 there), which is what ranks trials that are under way: whatever begins to move looks
+worse before it looks better, so that a young trial's score says little of its last (benchmarks/RESULTS.md)."""
 
 HIGHER = ("diversity", "accuracy", "movement")
 """Metrics of which more is better; of the others less is."""
@@ -204,6 +206,41 @@ class _Eye(nn.Module):
         return map(self.see, self.pictures(unscaled))
 
 
+# -- outlook ---------------------------------------------------------------------------------------
+
+# The one place where latents are looked at: statistics of latents feel movement that pictures do not show yet. It is no
+# verdict, only a guess of where a trial is going, and nothing is exported for it.
+
+
+def _latent_statistics(x: Tensor) -> Tensor:
+    """Scaled latents [B,C,H,W] -> channel means, deviations, and log deviations of three bands [B,5C]."""
+    found = [x.mean(dim=(2, 3)), x.std(dim=(2, 3))]
+    for _ in range(3):
+        if min(x.shape[2:]) < 4:
+            break
+        lower = functional.avg_pool2d(x, 2)
+        band = x - functional.interpolate(lower, size=x.shape[2:], mode="bilinear", align_corners=False)
+        found.append(band.std(dim=(2, 3)).clamp_min(1e-6).log())
+        x = lower
+    return torch.cat(found, dim=1)
+
+
+def _progress(fakes: Tensor, sources: Tensor, targets: Tensor) -> Tensor:
+    """How much of the way from sources to targets translations have gone, in units of the way; 0-d.
+
+    Only what leads there counts, not what leads elsewhere: the mean change of the latents' statistics is projected on
+    the difference of the domains' means, each statistic in units of its deviation within the domains.
+
+    Args:
+        fakes: [n,C,H,W] scaled translations of `sources` [n,C,H,W]; `targets` [m,C,H,W] are real.
+    """
+    moved, here, there = (_latent_statistics(x) for x in (fakes, sources, targets))
+    within = torch.cat([here - here.mean(dim=0), there - there.mean(dim=0)]).std(dim=0).clamp_min(1e-6)
+    way = (there.mean(dim=0) - here.mean(dim=0)) / within
+    gone = ((moved - here) / within).mean(dim=0)
+    return (gone * way).sum() / way.square().sum().clamp_min(0.25)  # domains that are alike have no way between them
+
+
 # -- distances -------------------------------------------------------------------------------------
 
 
@@ -327,18 +364,19 @@ class Ruler:
             x = self.sources[source]
             fakes.append(torch.cat([subject.translate(x[r], styles[r]) for r in torch.arange(n).split(_CHUNK)]))
         seen = self._look(torch.cat(fakes))
-        diversity = self._diversity(subject, seen)
-        return dict(zip(METRICS, self._judge(seen, diversity).tolist(), strict=True))
+        values = self._judge(seen, self._diversity(subject, seen)) | {"outlook": self._outlook(fakes)}
+        return {name: values[name].item() for name in METRICS}
 
     @torch.inference_mode()
     def measure_pictures(self, translations: Tensor) -> dict[str, float]:
-        """The metrics `METRICS`, but for diversity and what it does to the score, of pictures made in any way.
+        """The metrics of pictures made in any way, but for diversity and what it does to the score, and for outlook.
 
         Args:
             translations: [P*n,3,4H,4W] in [0,1], of the sources (`source_pictures`) in the order of `pairs`.
         """
         raw, sketches = zip(*map(self.eye.see, translations.split(_CHUNK)), strict=True)
-        return _without_diversity(self._judge(_Seen(self.features(torch.cat(raw)), torch.cat(sketches)), None))
+        values = self._judge(_Seen(self.features(torch.cat(raw)), torch.cat(sketches)), None)
+        return {name: values[name].item() for name in METRICS if name in values}
 
     @torch.inference_mode()
     def source_pictures(self) -> Tensor:
@@ -360,8 +398,8 @@ class Ruler:
         raw, sketches = zip(*self.eye.look(scaled / self.scale), strict=True)
         return _Seen(self.features(torch.cat(raw)), torch.cat(sketches))
 
-    def _judge(self, seen: _Seen, diversity: Tensor | None) -> Tensor:
-        """The metrics, in the order of `METRICS`, of the translations of all pairs."""
+    def _judge(self, seen: _Seen, diversity: Tensor | None) -> dict[str, Tensor]:
+        """The metrics, each 0-d, of the translations of all pairs; without `outlook`."""
         P, n = self.reference.shape
         features, sketches = seen.features.unflatten(0, (P, n)), seen.sketch.unflatten(0, (P, n))
         source, target = (torch.tensor(side, device=features.device) for side in zip(*self.pairs, strict=True))
@@ -370,13 +408,23 @@ class Ruler:
         ignored = (C / self.unrelated - _IGNORED_FROM).clamp_min(0) / (1 - _IGNORED_FROM)
         per_pair = (_PERFECT + S) * (1 + C) + ignored
         score = per_pair.mean()
-        V = torch.zeros((), device=features.device)
-        if diversity is not None:
-            V = diversity
-            score = score + (_DIVERSITY_WANTED - V).clamp_min(0) * (1 - S.mean()).clamp_min(0) + (V - 1).clamp_min(0)
         moved = (features - self.source_features[source]).norm(dim=2).mean(dim=1) / self.target_spread[source]  # [P]
         right = self.features.classify(seen.features).argmax(dim=1) == target.repeat_interleave(n)
-        return torch.stack([score, S.mean(), C.mean(), V, per_pair.max(), right.float().mean(), moved.mean(), S.mean()])
+        found = {"style": S.mean(), "content": C.mean(), "worst_pair": per_pair.max()}
+        found |= {"accuracy": right.float().mean(), "movement": moved.mean()}
+        if diversity is not None:
+            found["diversity"] = diversity
+            score = score + (_DIVERSITY_WANTED - diversity).clamp_min(0) * (1 - S.mean()).clamp_min(0)
+            score = score + (diversity - 1).clamp_min(0)
+        return found | {"score": score}
+
+    def _outlook(self, fakes: list[Tensor]) -> Tensor:
+        """1 - how far scaled translations [n,C,H,W], one tensor a pair, have come; 0-d."""
+        gone = [
+            _progress(fake, self.sources[source], self.targets[target])
+            for fake, (source, target) in zip(fakes, self.pairs, strict=True)
+        ]
+        return 1 - torch.stack(gone).mean()
 
     def _diversity(self, subject: Subject, first: _Seen) -> Tensor:
         """V: some contents of each pair under several noises; the first noise's are among what was seen."""
@@ -493,13 +541,9 @@ def _references(ruler: Ruler) -> dict[str, dict[str, float]]:
         transferred.append(channel_transfer(ruler.sources[source], ruler.targets[target][ruler.reference[pair]]))
     found = {}
     for name, fakes in ((NOTHING, untouched), (TRANSFER, transferred)):
-        measured = _without_diversity(ruler._judge(ruler._look(torch.cat(fakes)), None))
-        found[name] = {f"eval/{key}": value for key, value in measured.items()}
+        measured = ruler._judge(ruler._look(torch.cat(fakes)), None) | {"outlook": ruler._outlook(fakes)}
+        found[name] = {f"eval/{key}": measured[key].item() for key in METRICS if key in measured}
     return found
-
-
-def _without_diversity(values: Tensor) -> dict[str, float]:
-    return {key: value for key, value in zip(METRICS, values.tolist(), strict=True) if key != "diversity"}
 
 
 @dataclass

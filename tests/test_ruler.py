@@ -121,7 +121,9 @@ def test_doing_nothing(built: Built) -> None:
     assert found["movement"] == 0.0 < UNMOVED
     assert found["score"] == pytest.approx(1.1, abs=1e-5)
     assert found["worst_pair"] == pytest.approx(1.1, abs=1e-5)
+    assert found["outlook"] == pytest.approx(1.0, abs=1e-6)
     reference = built[2].references[NOTHING]
+    assert reference["eval/outlook"] == pytest.approx(1.0, abs=1e-6)
     assert reference["eval/score"] == pytest.approx(1.1, abs=1e-5)
     assert "eval/diversity" not in reference
 
@@ -161,12 +163,29 @@ def test_what_diversity_lacks_counts_where_style_is_reached(painted: Built) -> N
     ruler = painted[2]
     assert ruler.measure_subject(Nothing())["score"] == pytest.approx(1.1, abs=1e-5)  # nothing is reached, nothing lacks
     seen = ruler._look(torch.cat([ruler.targets[j][: ruler.sources.shape[1]] for _, j in ruler.pairs]))
-    scores = [ruler._judge(seen, torch.tensor(v))[0].item() for v in (0.0, 0.1, 0.2, 0.5, 1.0, 1.5)]
-    style = ruler._judge(seen, torch.tensor(0.0))[1].item()
+    scores = [ruler._judge(seen, torch.tensor(v))["score"].item() for v in (0.0, 0.1, 0.2, 0.5, 1.0, 1.5)]
+    style = ruler._judge(seen, torch.tensor(0.0))["style"].item()
     assert scores[0] - scores[2] == pytest.approx(0.2 * (1 - style), abs=1e-5)
     assert scores[1] - scores[2] == pytest.approx(0.1 * (1 - style), abs=1e-5)
     assert scores[2] == scores[3] == scores[4]
     assert scores[5] - scores[4] == pytest.approx(0.5, abs=1e-5)
+
+
+def test_the_outlook_is_how_far_there_is_still_to_go(built: Built) -> None:
+    """Moving a share of the way towards the reference, in the channels' means and deviations, is seen as about that."""
+    ruler = built[2]
+
+    def outlook(share: float) -> float:
+        fakes = []
+        for p, (i, j) in enumerate(ruler.pairs):
+            x = ruler.sources[i]
+            fakes.append(x.lerp(channel_transfer(x, ruler.targets[j][ruler.reference[p]]), share))
+        return ruler._outlook(fakes).item()
+
+    found = [outlook(share) for share in (0.0, 0.1, 0.5, 1.0)]
+    assert found[0] == pytest.approx(1, abs=1e-6)
+    assert found[0] > found[1] + 0.01 > found[2] + 0.05 > found[3] + 0.1
+    assert ruler.references[TRANSFER]["eval/outlook"] == pytest.approx(found[3], abs=1e-6)
 
 
 def test_disjoint_halves_of_real_targets(built: Built) -> None:
