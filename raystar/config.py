@@ -171,7 +171,9 @@ class CheckpointConfig:
 class RulerConfig:
     """The score that loss weights cannot move (raystar.ruler)."""
 
-    every_epochs: int = _key(1, "epochs between two measurements", at_least=1)
+    every_epochs: int | None = _key(
+        None, "epochs between two measurements; by default at a sweep's rungs, or with a single run's grids", at_least=1
+    )
     sources: int = _key(16, "held-out contents translated for each ordered pair of domains", at_least=2)
     targets: int = _key(256, "held-out latents of a domain that translations are compared with", at_least=4)
     styles: int = _key(4, "noises per content that measure diversity", at_least=2)

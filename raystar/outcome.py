@@ -61,7 +61,7 @@ def report(plan: Plan) -> dict[str, Path]:
 
 
 def _export(plan: Plan, summary: Summary, best: TrialRecord) -> None:
-    """Writes `best/` from the best trial's best checkpoint."""
+    """Writes `best/` from the best trial's scored checkpoint."""
     if best.score_epoch is None or best.score_epoch not in saved_epochs(plan.storage, best.trial):
         return
     _write_model(plan, summary, best, best.score_epoch, plan.folder / BEST, strip=True)
@@ -70,7 +70,7 @@ def _export(plan: Plan, summary: Summary, best: TrialRecord) -> None:
 def _write_model(
     plan: Plan, summary: Summary, record: TrialRecord, epoch: int, folder: Path, strip: bool = False
 ) -> None:
-    """Writes an export of a trial's checkpoint of `epoch`, its best; with `strip`, its interpolation as well."""
+    """Writes an export of a trial's checkpoint of `epoch`, its scored one; with `strip`, its interpolation as well."""
     baseline = summary.baseline
     facts = {
         "sweep": plan.name,
@@ -114,7 +114,7 @@ def _interpolation(plan: Plan, checkpoint: Mapping[str, Any]) -> Image.Image:
 
 
 def finalists(plan: Plan, summary: Summary) -> list[tuple[TrialRecord, int]]:
-    """The best trials whose models go into the store, each with its best epoch, best first."""
+    """The best trials whose models go into the store, each with its scored epoch, best first."""
     if plan.speed:
         return []
     found = [(record, record.score_epoch) for record in summary.ranked()[: plan.space.finalists]]
@@ -189,7 +189,7 @@ def tell(
 
 
 def _in_a_line(summary: Summary, best: TrialRecord, score: float) -> str:
-    line = f"best {best.trial}: {summary.short_metric} {score:.4f} at epoch {best.score_epoch}"
+    line = f"best {best.trial}: {summary.short_metric} {score:.4f} after epoch {best.score_epoch}"
     baseline = summary.baseline
     if baseline is None or baseline.score is None:
         return line

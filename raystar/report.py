@@ -28,6 +28,7 @@ from raystar.errors import RaystarError, redact, run_cli
 from raystar.importance import FEWEST, RESAMPLES, Importance, importance
 from raystar.record import leaves
 from raystar.results import CONTACT_SHEET, REPORT, Results
+from raystar.ruler import HIGHER
 from raystar.storage import Storage
 from raystar.summary import BROKEN, RUNNING, STOPPED, UNFINISHED, TrialRecord, duration, write_whole
 
@@ -50,6 +51,9 @@ _EXPLAINED = {
     "eval/diversity": "how different the translations of one picture are under several noises: 1 as different as "
     "real pictures of the domain, 0 all alike",
     "eval/worst_pair": "(1 + style)(1 + content) of the pair of domains that fares worst",
+    "eval/movement": "how far translations are from their own sources, as a share of how far pictures of a domain are "
+    "from each other: 0 nothing has changed",
+    "eval/outlook": "what ranks trials at rungs, before the score can",
     "eval/accuracy": "share of translations that a classifier takes for the target domain",
     "perf/speedup": "samples a second over those of the eager step, both timed in turn",
     "perf/steady_samples_per_s": "samples a second once everything is compiled",
@@ -58,7 +62,12 @@ _EXPLAINED = {
     "perf/compiled_modules": "networks that run compiled",
     "perf/recompilations": "compilations after the first step",
 }
-_HIGHER = ("eval/diversity", "eval/accuracy", "perf/speedup", "perf/steady_samples_per_s", "perf/eager_samples_per_s")
+_HIGHER = (
+    *(f"eval/{name}" for name in HIGHER),
+    "perf/speedup",
+    "perf/steady_samples_per_s",
+    "perf/eager_samples_per_s",
+)
 
 
 def write(folder: Path, storage: Storage, out: Path | None = None) -> Path:
@@ -147,7 +156,7 @@ def _headline(found: Results) -> str:
         running = any(r.status in UNFINISHED for r in summary.trials.values()) and summary.status == RUNNING
         return "No trial has a score yet." if running else "No trial has a score that counts."
     leads = "is ahead" if summary.status == RUNNING else "won"
-    line = f"{best.trial} {leads} with {name} {_number(best.score)} at epoch {best.score_epoch}"
+    line = f"{best.trial} {leads} with {name} {_number(best.score)} after epoch {best.score_epoch}"
     if baseline is None:
         return f"{line}; the sweep has no baseline to compare with."
     if gain is None:
@@ -181,7 +190,7 @@ def _facts(found: Results) -> list[tuple[str, str, str]]:
 
 
 def _parts(found: Results) -> list[dict[str, Any]]:
-    """The measured parts of the score, of the baseline and of the best, each at its best epoch."""
+    """The measured parts of the score, of the baseline and of the best, as measured last."""
     best, baseline = found.summary.best, found.summary.baseline
     if best is None:
         return []
@@ -297,7 +306,7 @@ def _contact(found: Results, storage: Storage) -> tuple[dict[str, Any], Image.Im
 
 
 def _large(found: Results, storage: Storage, records: list[TrialRecord]) -> list[tuple[TrialRecord, list[Any]]]:
-    """Of each trial its grids at its best epoch: (what it shows, epoch, picture)."""
+    """Of each trial its grids of the epoch that it was measured in last: (what it shows, epoch, picture)."""
     read: list[tuple[TrialRecord, str, int, Image.Image]] = []
     for record in records:
         for key in _GRID_KINDS:
@@ -365,8 +374,8 @@ def _table(found: Results) -> dict[str, Any]:
     records = found.by_score()
     metrics = [m for m in metrics if any(m in r.metrics for r in records)]
     columns = [
-        ("trial", "name"), ("status", "how it ended"), (found.summary.short_metric, "its best"),
-        ("at epoch", "of its best score"), ("epochs", "trained"),
+        ("trial", "name"), ("status", "how it ended"), (found.summary.short_metric, "as measured last"),
+        ("after epoch", "of that measurement"), ("epochs", "trained"),
         *((m.rpartition("/")[2].replace("_", " "), _EXPLAINED[m]) for m in metrics),
         ("time", "h:mm:ss"), *((charts.short(key), key) for key in found.drawn),
     ]  # fmt: skip
@@ -374,7 +383,7 @@ def _table(found: Results) -> dict[str, Any]:
     for record in records[:_TABLE]:
         cells: list[tuple[str, Any]] = [
             (record.trial, record.trial),
-            (record.status.replace("_", " "), record.status),
+            (record.status.replace("_", " ") + (", unmoved" if record.unmoved else ""), record.status),
             (_number(record.score), record.score),
             (_value(record.score_epoch), record.score_epoch),
             (str(record.epochs), record.epochs),

@@ -14,8 +14,10 @@ from raystar.journal import Journal
 from raystar.ledger import EPOCH
 from raystar.record import JOURNAL, RECORD
 from raystar.rungs import Rungs
-from raystar.space import Scheduler
+from raystar.space import Scheduler, ranking, read_scheduler
+from raystar.speed import METRICS as SPEED_METRICS
 from raystar.summary import Summary, TrialRecord
+from raystar.trainer import METRICS
 
 SUMMARY, REPORT, CONTACT_SHEET = "summary.json", "report.html", "contact_sheet.png"
 """Files of a sweep's folder."""
@@ -49,11 +51,21 @@ class Results:
     @property
     def rungs(self) -> list[int]:
         """Epochs at which ASHA could stop a trial, in order; none where it did not run."""
-        scheduler = Scheduler(**self.record["space"].get("scheduler", {}))
+        scheduler = self._scheduler
         if scheduler.type != "asha":
             return []
-        rungs = Rungs(self.summary.mode, scheduler.grace_epochs, scheduler.reduction_factor, self.epochs).rungs
-        return sorted({math.ceil(rung.epoch) for rung in rungs if rung.epoch < self.epochs})
+        return Rungs(self.summary.mode, scheduler.grace_epochs, scheduler.reduction_factor, self.epochs).places
+
+    @property
+    def ranking(self) -> tuple[str, str]:
+        """What ranked trials at rungs, and its mode."""
+        return ranking(self._scheduler, self.summary.metric, self.summary.mode, RECORD)
+
+    @property
+    def _scheduler(self) -> Scheduler:
+        return read_scheduler(
+            self.record["space"].get("scheduler", {}), SPEED_METRICS if self.speed else METRICS, RECORD
+        )
 
     def curve(self, trial: str, metric: str | None = None) -> dict[int, float]:
         """One metric of a trial by epoch, by default the sweep's, where it is finite."""
@@ -91,7 +103,7 @@ def read(folder: Path) -> Results:
     content, record = _json(folder / SUMMARY), _json(folder / RECORD)
     try:
         results = Results(Summary.from_mapping(content, int(record["trials"])), record, _curves(folder, content))
-        _ = results.speed, results.drawn, results.rungs
+        _ = results.speed, results.drawn, results.rungs, results.ranking
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise RaystarError(
             f"{folder}: {SUMMARY} and {RECORD} are not those of a sweep of raystar: {type(error).__name__}: {error}"

@@ -49,7 +49,7 @@ def needed_bytes(checkpoint: int, at_a_time: int, keep: int, trials: int) -> int
 
 
 class Janitor:
-    """Keeps each trial's latest and best checkpoints while it can go on, and afterwards those of the best trials.
+    """Keeps each trial's latest and measured checkpoints while it can go on, and afterwards those of the best trials.
 
     Files are removed in a thread: a distant storage must not hold up the sweep.
     """
@@ -89,7 +89,7 @@ class Janitor:
         del self._best[self.keep :]
 
     def checkpoint(self, record: TrialRecord) -> str | None:
-        """Where the checkpoint of a trial's best epoch lies in the storage, if it is kept."""
+        """Where the checkpoint of a trial's score lies in the storage, if it is kept."""
         if record.score_epoch is None or record.score_epoch not in self._there.get(record.trial, []):
             return None
         return checkpoint_name(record.trial, record.score_epoch)

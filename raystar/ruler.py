@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import hashlib
 import json
 import os
@@ -46,9 +47,16 @@ from raystar.errors import RaystarError
 from raystar.model import Nets
 from raystar.step import autocast
 
-METRICS = ("score", "style", "content", "diversity", "worst_pair", "accuracy")
+METRICS = ("score", "style", "content", "diversity", "worst_pair", "accuracy", "movement", "outlook")
 """What `Ruler.measure` returns. `worst_pair` is the largest (1 + S)(1 + C) of any ordered pair; `accuracy` the
-share of translations that the ruler's classifier takes for the target domain."""
+share of translations that the ruler's classifier takes for the target domain; `movement` how far translations are from
+their own sources, as a share of how far pictures of a domain are from each other; `outlook` what ranks at rungs."""
+
+HIGHER = ("diversity", "accuracy", "movement")
+"""Those of `METRICS` of which more is better."""
+
+UNMOVED = 0.1
+"""A model whose `movement` is below this cannot be told from doing nothing."""
 
 DIVERSITY_WANTED = 0.25
 MIN_HELD_OUT = 4
@@ -70,6 +78,27 @@ class Subject(Protocol):
 
     def translate(self, x: Tensor, s: Tensor) -> Tensor:
         """Contents [B,C,H,W] and styles [K*B,S] -> [K*B,C,H,W]."""
+
+
+class _Nothing:
+    """Gives back its sources."""
+
+    def encode(self, x_ref: Tensor, y: Tensor) -> Tensor:
+        return x_ref.mean(dim=(2, 3))
+
+    def sample(self, z: Tensor, y: Tensor) -> Tensor:
+        return z[:, :1].expand(-1, 4)
+
+    def translate(self, x: Tensor, s: Tensor) -> Tensor:
+        return x.repeat(len(s) // len(x), 1, 1, 1)
+
+
+class _Transfer(_Nothing):
+    """Gives its sources other channel means."""
+
+    def translate(self, x: Tensor, s: Tensor) -> Tensor:
+        x = x.repeat(len(s) // len(x), 1, 1, 1)
+        return x - x.mean(dim=(2, 3), keepdim=True) + s[:, :, None, None]
 
 
 class _NetsSubject:
@@ -313,6 +342,13 @@ class Ruler:
     """[P] energy distance between sources and targets in their range alone."""
     n: int
 
+    @functools.cached_property
+    def references(self) -> dict[str, dict[str, float]]:
+        """What doing nothing and the channel transfer get, as `eval/*`: a model that is worth something beats both."""
+        subjects = {"nothing": _Nothing(), "transfer": _Transfer()}
+        found = {name: self.measure_subject(subject) for name, subject in subjects.items()}
+        return {name: {f"eval/{key}": value for key, value in values.items()} for name, values in found.items()}
+
     @classmethod
     def build(cls, bank: Bank, config: Config, cache_dir: str | Path | None = None) -> Ruler:
         """Trains the features on the bank's training latents (seconds), or reads them from `cache_dir`.
@@ -386,13 +422,14 @@ class Ruler:
         by_noise = subject.sample(self.noise.flatten(0, 1), self.y_trg.repeat(len(self.noise)))
         by_noise = by_noise.unflatten(0, (len(self.noise), -1))  # [styles, P*n, S]
 
-        found, changed, right = [], [], []
+        found, changed, right, moved = [], [], [], []
         for rows in torch.arange(len(self.content), device=self.content.device).split(_CHUNK):
             x = self.content[rows]
             styles = torch.cat([by_reference[rows], by_noise[0, rows]])
             fake = subject.translate(x, styles)  # [2 * chunk, C, H, W]
             features, logits = self.features.examine(fake)
             found.append(features.unflatten(0, (2, -1)))
+            moved.append((features - self.features(x).repeat(2, 1)).norm(dim=1))
             changed.append(content_distance(fake, x.repeat(2, 1, 1, 1)).unflatten(0, (2, -1)))
             right.append(logits.argmax(1).unflatten(0, (2, -1)) == self.y_trg[rows])
         features = torch.cat(found, dim=1).unflatten(1, (pairs, self.n))  # [2, P, n, d]
@@ -407,7 +444,9 @@ class Ruler:
         V = self._diversity(subject, by_noise, features[1], target_of)
         per_pair = (1 + S) * (1 + C)
         score = per_pair.mean() + (DIVERSITY_WANTED - V).clamp_min(0)
-        values = (score, S.mean(), C.mean(), V, per_pair.max(), torch.cat(right, dim=1).float().mean())
+        movement = torch.cat(moved).mean() / self.target_spread.mean()
+        right_share = torch.cat(right, dim=1).float().mean()
+        values = (score, S.mean(), C.mean(), V, per_pair.max(), right_share, movement, score)
         assert pairs == N * (N - 1)
         return dict(zip(METRICS, torch.stack(values).tolist(), strict=True))
 

@@ -196,6 +196,7 @@ class Session:
                 gpu_share=gpu_share,
                 cpus=plan.cpus,
                 workers=space.resources.workers,
+                measure_at=tuple(self.ledger.rungs.places) if self.ledger.rungs is not None else (),
                 speed=plan.speed,
             )
             tuner = tune.Tuner(
@@ -404,7 +405,7 @@ class Session:
         record = self.summary.trials[name]
         self._happened(ENDED, trial=name, status=status, reason=reason)
         record.run_id = self.tracker.run_id(name)
-        self._record_best(record)
+        self._record_score(record)
         self.tracker.end(name, status, reason)
         self.janitor.ended(record)
         self.board.changed(record)
@@ -414,14 +415,17 @@ class Session:
             self.given_up = f"{len(broken)} trials in a row went wrong, the first, {first.trial}: {first.reason}"
         self._write()
 
-    def _record_best(self, record: TrialRecord) -> None:
-        """The trial's best, which the summary ranks by, where MLflow's tables can sort by it too."""
+    def _record_score(self, record: TrialRecord) -> None:
+        """The trial's score, which the summary ranks by, where MLflow's tables can sort by it too."""
         if record.score is None or record.score_epoch is None:
             return
-        found = {f"best/{self.summary.short_metric}": record.score, "best/epoch": float(record.score_epoch)}
-        note = f"{record.status}: best {self.summary.short_metric} {record.score:.4f} at epoch {record.score_epoch}"
+        found = {f"final/{self.summary.short_metric}": record.score, "final/epoch": float(record.score_epoch)}
+        note = f"{record.status}: {self.summary.short_metric} {record.score:.4f} after epoch {record.score_epoch}"
         note += f" of {record.epochs}" + (f"; {record.reason}" if record.reason else "")
-        self.tracker.attach(record.trial, {}, {"mlflow.note.content": note}, found)
+        tags = {"mlflow.note.content": note}
+        if not self.plan.speed:
+            tags["raystar.unmoved"] = str(record.unmoved).lower()
+        self.tracker.attach(record.trial, {}, tags, found)
 
     def _measure_idle(self, record: TrialRecord, report: Mapping[str, Any]) -> None:
         """How long the trial's process trained nothing between the trial before and this one's first step."""
@@ -475,7 +479,7 @@ class Session:
             files |= outcome.report(plan)  # from the files that have just been written
         files |= {name: plan.folder / name for name in ("summary.json", "summary.csv")}
         tags = {"raystar.best_trial": best.trial, "raystar.best_run": best.run_id or ""} if best else {}
-        metrics = {f"best/{self.summary.short_metric}": best.score} if best and best.score is not None else {}
+        metrics = {f"final/{self.summary.short_metric}": best.score} if best and best.score is not None else {}
         self.tracker.attach(PARENT, {k: v for k, v in files.items() if v.is_file()}, tags, metrics)
         self.tracker.end(PARENT, summary.status, error)
         self._hand_in_models()

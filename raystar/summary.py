@@ -18,13 +18,15 @@ from typing import Any
 from raystar import __version__
 from raystar.config import Config
 from raystar.errors import RaystarError
+from raystar.ruler import UNMOVED
 
 PENDING, STARTING, RUNNING = "pending", "starting", "running"
 FINISHED, STOPPED, INTERRUPTED = "finished", "stopped", "interrupted"
 DIVERGED, COLLAPSED, OUT_OF_MEMORY, FAILED, KILLED = "diverged", "collapsed", "out_of_memory", "failed", "killed"
+"""Statuses of trials. `STARTING` is never recorded: a group of workers says so that it is there."""
+_MOVEMENT = "eval/movement"
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _RESERVED = ("cache", "artifacts", "mlflow.db")
-"""Statuses of trials. `STARTING` is never recorded: a group of workers says so that it is there."""
 COMPARABLE = (FINISHED, STOPPED, RUNNING, INTERRUPTED)
 """Statuses whose trials may be best."""
 BROKEN = (DIVERGED, COLLAPSED, OUT_OF_MEMORY, FAILED, KILLED)
@@ -42,8 +44,9 @@ class TrialRecord:
     status: str = PENDING
     epochs: int = 0
     score: float | None = None
-    """Its best value of the sweep's metric."""
+    """The sweep's metric as it was measured last: the minimum over epochs would be the luckiest of many."""
     score_epoch: int | None = None
+    """The epoch of that measurement; the weights that are exported are those of it, too."""
     wall_s: float = 0.0
     idle_s: float | None = None
     """Seconds from the last report of the trial before it in the same process to this one's first step."""
@@ -55,6 +58,10 @@ class TrialRecord:
     """What went other than asked for without failing: a network that would not compile."""
     metrics: dict[str, float] = field(default_factory=dict)
     """At `score_epoch`."""
+    parent: str | None = None
+    """The trial whose values these are, of one that trains them again from another seed."""
+    unmoved: bool = False
+    """Whether, measured last, its translations could not be told from their sources."""
 
 
 @dataclass
@@ -100,18 +107,21 @@ class Summary:
             return False
         return b is None or (a < b if self.mode == "min" else a > b)
 
-    def report(self, trial: str, epoch: int, metrics: dict[str, float]) -> bool:
-        """Takes in one epoch of a trial; returns whether it is the trial's best so far."""
+    def report(self, trial: str, epoch: int, metrics: dict[str, float]) -> None:
+        """Takes in one epoch of a trial. Where it was measured, that is its score; what is not finite is none."""
         record = self.trials[trial]
         self.epochs_done += max(0, epoch - record.epochs)
         record.epochs = max(record.epochs, epoch)
-        value = metrics.get(self.metric, math.nan)
-        if not self.better(value, record.score):
-            return False
-        record.score, record.score_epoch, record.metrics = value, epoch, dict(metrics)
-        if record.status in COMPARABLE:
-            self._rank(record)
-        return True
+        if (movement := metrics.get(_MOVEMENT)) is not None:
+            record.unmoved = movement < UNMOVED
+        value = metrics.get(self.metric)
+        if value is None:
+            return
+        if math.isfinite(value):
+            record.score, record.score_epoch, record.metrics = value, epoch, dict(metrics)
+        else:
+            record.score, record.score_epoch, record.metrics = None, None, {}
+        self._rank_again(record)
 
     def settle(self, trial: str, status: str, reason: str | None = None) -> None:
         """Gives a trial its status and what led to it."""
@@ -127,17 +137,20 @@ class Summary:
                 self.ended.trials += sign
                 self.ended.epochs += sign * record.epochs
         record.status, record.reason = status, reason
-        if status in COMPARABLE:
+        self._rank_again(record)
+
+    def _rank_again(self, record: TrialRecord) -> None:
+        """After a change of `record`'s score or status."""
+        if self._best != record.trial:
             self._rank(record)
-        elif self._best == trial:
-            self._best = None
-            for other in self.trials.values():
-                if other.status in COMPARABLE:
-                    self._rank(other)
+            return
+        self._best = None
+        for other in self.trials.values():
+            self._rank(other)
 
     def _rank(self, record: TrialRecord) -> None:
         best, score = self.best, record.score
-        if score is None:
+        if score is None or record.status not in COMPARABLE:
             return
         # Of equals the first by name: who reports first is chance.
         if best is None or self.better(score, best.score) or (score == best.score and record.trial < best.trial):
@@ -232,7 +245,19 @@ class Summary:
     def to_csv(self) -> str:
         """The trials as a table, swept keys as columns, best first."""
         keys = sorted({key for record in self.trials.values() for key in record.params})
-        columns = ["trial", "status", "epochs", "score", "score_epoch", "wall_s", "run_id", "reason", *keys]
+        columns = [
+            "trial",
+            "status",
+            "epochs",
+            "score",
+            "score_epoch",
+            "unmoved",
+            "parent",
+            "wall_s",
+            "run_id",
+            "reason",
+        ]
+        columns += keys
         text = io.StringIO()
         table = csv.DictWriter(text, columns, lineterminator="\n")
         table.writeheader()

@@ -124,8 +124,9 @@ def _ledger(plan: Plan) -> Ledger:
     summary = Summary(plan.name, space.metric, space.mode, plan.trials, baseline)
     rungs = None
     if space.scheduler.type == "asha":
-        rungs = Rungs(space.mode, space.scheduler.grace_epochs, space.scheduler.reduction_factor, epochs, baseline)
-    ledger = Ledger(summary, rungs, epochs, space.collapse)
+        scheduler, (_, mode) = space.scheduler, space.ranking
+        rungs = Rungs(mode, scheduler.grace_epochs, scheduler.reduction_factor, epochs, baseline)
+    ledger = Ledger(summary, rungs, epochs, space.collapse, space.ranking[0])
     for number, point in enumerate(plan.points or []):
         summary.add(plan.trial_name(number), dict(point))
     if plan.resumed:

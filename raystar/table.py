@@ -55,11 +55,11 @@ class Board:
             return
         best = self.summary.best
         score = f"{self.summary.short_metric} {value:.4f}  " if value is not None else ""
+        state = f"{record.status}, unmoved" if record.unmoved else record.status
         leader = f"best {best.score:.4f} ({best.trial})  " if best is not None and best.score is not None else ""
         reason = f"  {record.reason}" if record.reason and record.status not in (RUNNING, "stopped") else ""
         print(
-            f"{record.trial}  {record.status:<9} epoch {record.epochs}/{self.epochs}  "
-            f"{score}{leader}{self._clock()}{reason}",
+            f"{record.trial}  {state:<9} epoch {record.epochs}/{self.epochs}  {score}{leader}{self._clock()}{reason}",
             flush=True,
         )
 
@@ -100,8 +100,12 @@ class Board:
                 record.reason if record.reason and record.status != "stopped" else _values(self.summary.changed(record))
             )
             table.add_row(
-                record.trial + mark, Text(record.status, style), f"{record.epochs}/{self.epochs}", score, values
-            )  # fmt: skip
+                record.trial + mark,
+                Text(f"{record.status}, unmoved" if record.unmoved else record.status, style),
+                f"{record.epochs}/{self.epochs}",
+                score,
+                values,
+            )
         hidden = len(self.summary.trials) - len(shown)
         counts = ", ".join(f"{n} {status}" for status, n in self.summary.counts().items())
         line = f"{counts}{f' ({hidden} not shown)' if hidden else ''}"

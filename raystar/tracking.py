@@ -569,10 +569,10 @@ class MlflowTracker:
         """
         now = int(time.time() * 1000)
         metric, lower = self.primary
-        best = f"metrics.`best/{metric.partition('/')[2]}`"
-        shown = [best, f"metrics.`{metric}`", "tags.`raystar.status`", "tags.`raystar.sweep`"]
+        final = f"metrics.`final/{metric.partition('/')[2]}`"
+        shown = [final, f"metrics.`{metric}`", "tags.`raystar.status`", "tags.`raystar.sweep`"]
         state = {
-            "orderByKey": best,
+            "orderByKey": final,
             "orderByAsc": lower,
             "runsHiddenMode": "SHOW_ALL",
             "selectedColumns": [*shown, *(f"params.`{column}`" for column in self.columns)],

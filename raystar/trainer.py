@@ -8,7 +8,7 @@ import json
 import resource
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -82,13 +82,14 @@ class Trainer:
     Args:
         config: the whole configuration.
         bank: the latents (`dataset.open_bank`).
-        ruler: measures every `ruler.every_epochs`; None measures nothing.
+        ruler: measures the last epoch, and those of `measure_at` and `ruler.every_epochs`; None measures nothing.
         codec: decodes the grids; None draws none.
         state: networks and optimisers; fresh ones from `training.seed` by default.
         checkpoint: goes on after this checkpoint's epoch, bitwise as if never stopped.
         source: where the checkpoint comes from, for errors.
         name: shown in the terminal.
         group: the workers of this run; of `state`, where one is given.
+        measure_at: epochs that are measured; None for those that draw grids.
     """
 
     def __init__(
@@ -103,8 +104,10 @@ class Trainer:
         source: str = "checkpoint",
         name: str = "",
         group: Group = ALONE,
+        measure_at: Collection[int] | None = None,
     ) -> None:
         self.config = config
+        self.measure_at = measure_at
         self.device = state.device if state is not None else resolve_device(config)
         self.state = state if state is not None else TrainState.create(config, self.device, group)
         self.group = self.state.group
@@ -147,8 +150,7 @@ class Trainer:
             metrics = self._train_epoch(epoch) | fixed | self._usage.read()
             metrics["perf/recompilations"] = float(graphs() - graphs_before)
             started = time.perf_counter()
-            last = epoch == self.config.training.epochs
-            if self.ruler is not None and (last or epoch == 1 or epoch % self.config.ruler.every_epochs == 0):
+            if self.ruler is not None and self._measures_in(epoch):
                 found = self.ruler.measure(self.state.nets, self.config)
                 metrics |= {f"eval/{name}": value for name, value in found.items()}
             metrics["perf/eval_s"] = time.perf_counter() - started
@@ -161,6 +163,12 @@ class Trainer:
             if self.group.rank == 0:
                 self.display.epoch_done(epoch, metrics)
             yield Progress(epoch, metrics, images, first_images, told, snapshot(self.state, epoch, metrics))
+
+    def _measures_in(self, epoch: int) -> bool:
+        every = self.config.ruler.every_epochs
+        if epoch == self.config.training.epochs or (every is not None and epoch % every == 0):
+            return True
+        return every is None and self._draws_in(epoch) if self.measure_at is None else epoch in self.measure_at
 
     def _draws_in(self, epoch: int) -> bool:
         return self._draws and (epoch % self.config.grid_every == 0 or epoch == self.config.training.epochs)

@@ -127,7 +127,7 @@ def test_the_facts_are_the_summary(sweep: tuple[Path, Page]) -> None:
     assert float(facts["wall time"]) == summary["wall_s"]
     assert int(facts["epochs trained"]) == sum(trial["epochs"] for trial in summary["trials"])
     gain = f"{(baseline['score'] - best['score']) / baseline['score']:.1%}"
-    won = f"{best['trial']} won with score {best['score']:.4f} at epoch {best['score_epoch']}, {gain} better"
+    won = f"{best['trial']} won with score {best['score']:.4f} after epoch {best['score_epoch']}, {gain} better"
     assert won in page.text
 
 
