@@ -86,6 +86,7 @@ def main() -> None:
         space = {
             "trials": args.trials,
             "abort_after": 0,
+            "finalists": 0,
             "scheduler": {"type": "asha", "grace_epochs": 1, "reduction_factor": 2},
             "space": {"loss.w_cyc": {"loguniform": [0.1, 10.0]}, "loss.w_sty": {"loguniform": [0.1, 10.0]}},
         }

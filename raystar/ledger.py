@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from raystar import finals
 from raystar.rungs import Rungs
 from raystar.summary import (
     BROKEN,
@@ -24,7 +25,9 @@ from raystar.summary import (
 )
 
 SESSION, STARTED, EPOCH, NOTE, ENDED, ALONE = "session", "started", "epoch", "note", "ended", "alone"
-"""Events: the sweep begins or goes on; a trial begins or goes on; an epoch; a remark; its end; its one retry."""
+REFERENCES, FINALS = "references", "finals"
+"""Events: the sweep begins or goes on; a trial begins or goes on; an epoch; a remark; its end; its one retry; what
+doing nothing gets from the ruler; which trials are trained again, and from which seeds."""
 
 
 UNTOLD = "its translations cannot be told from their sources"
@@ -106,12 +109,31 @@ class Ledger:
         elif event["event"] == ENDED:
             self._clock(event["trial"], at)
             self._end(event["trial"], event["status"], event["reason"])
+        elif event["event"] == REFERENCES:
+            self.summary.references = {name: dict(values) for name, values in event["values"].items()}
+        elif event["event"] == FINALS:
+            self._begin_finals(list(event["finalists"]), list(event["seeds"]))
+        if event["event"] not in (EPOCH, NOTE) and self.summary.finalists:
+            self.summary.finals = finals.decide(self.summary)
         self._last = at
         return verdict
 
     def unfinished(self) -> list[str]:
-        """Trials that have begun and can go on, in order of their names."""
+        """Trials that are known and can go on, in order of their names."""
         return sorted(name for name, record in self.summary.trials.items() if record.status in UNFINISHED)
+
+    def _begin_finals(self, finalists: list[str], seeds: list[int]) -> None:
+        """Plans the finals' trials. Those that an earlier choice has run stay; of what it has not, nothing is left."""
+        summary = self.summary
+        summary.finalists, summary.seeds = finalists, seeds
+        wanted = finals.repeats(finalists, seeds)
+        for name in list(summary.repeats):
+            if summary.trials[name].status == PENDING and name not in wanted:
+                summary.drop(name)
+        for name, (finalist, seed) in wanted.items():
+            record = summary.add(name, {**summary.trials[finalist].params, finals.SEED: seed}, finalist)
+            if record.status == STOPPED:  # by a choice that left it out
+                summary.settle(name, PENDING)
 
     def _begin_session(self, at: float) -> None:
         if self._last is not None:
@@ -147,7 +169,7 @@ class Ledger:
             few = f"diversity below {self.collapse.diversity:g} in {self.collapse.epochs} measured epochs in a row"
             return Verdict(COLLAPSED, f"{few}, the last epoch {epoch}")
         value = metrics.get(self.ranking or self.summary.metric)
-        if self.rungs is None or value is None:
+        if self.rungs is None or value is None or record.parent is not None:
             return Verdict()
         if self.rungs.take(name, epoch, value, record.unmoved) or epoch >= self.epochs:
             return Verdict()

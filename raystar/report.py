@@ -179,7 +179,7 @@ def _facts(found: Results) -> list[tuple[str, str, str]]:
     if gain is not None:
         facts.append(("gain over the baseline", f"{gain:.1%}", repr(gain)))
     planned = (
-        f"{len(summary.trials)} of {summary.planned}" if len(summary.trials) < summary.planned else summary.planned
+        f"{len(summary.trials)} of {summary.expected}" if len(summary.trials) < summary.expected else summary.expected
     )
     return [
         *facts,
@@ -258,7 +258,7 @@ def _drawn(kind: str, values: Any) -> str:
 
 
 def _importance(found: Results) -> Importance | None:
-    known = [r for r in found.summary.ranked() if found.curve(r.trial)]
+    known = [r for r in found.summary.ranked() if r.parent is None and found.curve(r.trial)]
     logarithmic = [key for key, (kind, _) in found.drawn.items() if kind == "loguniform"]
     return importance([r.params for r in known], [found.curve(r.trial) for r in known], logarithmic)
 

@@ -19,11 +19,11 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from raystar import cluster, outcome
+from raystar import cluster, finals, outcome
 from raystar.config import get_value, override, signature, to_mapping, to_yaml
 from raystar.errors import RaystarError
 from raystar.journal import Journal, wait_for_space
-from raystar.ledger import ALONE, ENDED, EPOCH, NOTE, SESSION, STARTED, Ledger, Verdict
+from raystar.ledger import ALONE, ENDED, EPOCH, FINALS, NOTE, REFERENCES, SESSION, STARTED, Ledger, Verdict
 from raystar.plan import Plan
 from raystar.record import JOURNAL, RECORD
 from raystar.retention import DiskWatch, Janitor, checkpoint_bytes
@@ -70,8 +70,9 @@ class Session:
         self.ruler_ready = ruler_ready
         self.journal = Journal(plan.folder / JOURNAL)
         self.summary = ledger.summary
-        self.board = Board(self.summary, plan.config.training.epochs)
-        self.janitor = Janitor(plan.storage, plan.space.keep, plan.space.mode)
+        self.board = Board(self.summary, plan.config.training.epochs, plan.repeats)
+        top = plan.space.finalists.top if plan.seeds else 0
+        self.janitor = Janitor(plan.storage, plan.space.keep, plan.space.mode, top, self.summary.baseline_trial)
         self.interrupts = 0
         self.given_up: str | None = None
         """Why the sweep ends before its trials do, where nobody asked for that."""
@@ -147,23 +148,55 @@ class Session:
             self.janitor.known(record)
 
     def _run_trials(self) -> None:
-        """Runs all trials, then those alone that were out of memory beside others."""
+        """Runs the search, then its finals."""
         records = self.summary.trials
-        known = self.ledger.unfinished()
         fresh = [name for name in map(self.plan.trial_name, range(self.plan.trials)) if name not in records]
-        names = [name for name in known if name not in self.ledger.alone]
+        names = self._to_run(repeats=False)
         if names or fresh:
             n = self.plan.at_a_time
             how_many = "" if self.plan.address else f"{n} trial{'s' if n > 1 else ''} at a time; "
             better = "lower" if self.plan.space.mode == "min" else "higher"
             announce(f"{how_many}{self.plan.space.metric}, {better} is better")
-            self._fit(names, fresh)
-        while not self.stopping and (name := next(iter(self._waiting_alone()), None)):
-            announce(f"{name} was out of memory beside others and is tried again by itself")
-            self._fit([name], [])
+        self._fit_all(names, fresh)
+        if self.plan.seeds and not self.stopping and self._choose_finalists():
+            self._fit_all(self._to_run(repeats=True), [])
 
-    def _waiting_alone(self) -> list[str]:
-        return [name for name in self.ledger.unfinished() if name in self.ledger.alone]
+    def _to_run(self, *, repeats: bool) -> list[str]:
+        """Trials of the search, or of the finals, that are known and can go on."""
+        wanted = finals.repeats(self.summary.finalists, self.summary.seeds)
+        return [n for n in self.ledger.unfinished() if (n in wanted if repeats else n not in self.summary.repeats)]
+
+    def _fit_all(self, names: list[str], fresh: list[str]) -> None:
+        """Runs trials, then those alone that were out of memory beside others."""
+        beside = [name for name in names if name not in self.ledger.alone]
+        if beside or fresh:
+            self._fit(beside, fresh)
+        for name in sorted({*names, *fresh} & self.ledger.alone):
+            if not self.stopping:
+                announce(f"{name} was out of memory beside others and is tried again by itself")
+                self._fit([name], [])
+
+    def _choose_finalists(self) -> bool:
+        """Plans the finals; returns whether there are any. Chosen as before, they are those that are under way."""
+        summary, seeds = self.summary, self.plan.seeds
+        chosen = finals.choose(
+            summary.trials.values(), summary.mode, self.plan.space.finalists.top, summary.baseline_trial
+        )
+        if not chosen:
+            return False
+        wanted = finals.repeats(chosen, seeds)
+        for name in summary.repeats:
+            record = summary.trials[name]
+            if name not in wanted and record.status == INTERRUPTED:  # nobody will go on with it
+                reason = f"{record.parent} is no finalist any more"
+                self._happened(ENDED, trial=name, status=STOPPED, reason=reason)
+                self.tracker.attach(name, {}, {"raystar.status": STOPPED, "raystar.reason": reason}, {})
+        if (chosen, seeds) != (summary.finalists, summary.seeds):
+            self._happened(FINALS, finalists=chosen, seeds=seeds)
+        if left := len(self._to_run(repeats=True)):
+            numbers = f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}"
+            announce(f"the finals: {', '.join(chosen)} again from {numbers}; {left} trials to go")
+        return True
 
     def _fit(self, names: list[str], fresh: list[str]) -> None:
         """Has Tune run the trials `names`, whose values are known, and `fresh` ones, whose values it searches."""
@@ -199,9 +232,14 @@ class Session:
                 measure_at=tuple(self.ledger.rungs.places) if self.ledger.rungs is not None else (),
                 speed=plan.speed,
             )
+            values = {key: d.to_ray() for key, d in space.space.items()}
+            if seeds := sorted(
+                {self.summary.trials[n].params[finals.SEED] for n in names if n in self.summary.repeats}
+            ):
+                values[finals.SEED] = tune.choice(seeds)
             tuner = tune.Tuner(
                 tune.with_resources(tune.with_parameters(run_trial, request=request), resources),
-                param_space={key: d.to_ray() for key, d in space.space.items()},
+                param_space=values,
                 tune_config=tune.TuneConfig(
                     search_alg=self._search(names, fresh, at_a_time),
                     scheduler=Warden(self),
@@ -246,7 +284,10 @@ class Session:
         warnings.filterwarnings("ignore", module="optuna")
         if space.baseline and plan.trial_name(0) in fresh:
             points.append({key: get_value(plan.config, key) for key in space.space})
-        told = [r for r in self.summary.trials.values() if r.trial not in names and r.score is not None]
+        told = [
+            r for r in self.summary.trials.values()
+            if r.trial not in names and r.score is not None and r.parent is None
+        ]  # fmt: skip
         search = OptunaSearch(
             space={key: d.to_ray() for key, d in space.space.items()},
             metric=space.metric,
@@ -316,6 +357,7 @@ class Session:
             config = override(self.plan.config, params, "trial")
         except RaystarError:  # a combination that the search made up as it went: the trial fails and says why
             config = self.plan.config
+        parent = self.summary.trials[name].parent
         self.tracker.start(
             name,
             params=params,
@@ -324,6 +366,7 @@ class Session:
                 "raystar.signature": signature(config),
                 "raystar.seed": str(config.training.seed),
                 "raystar.baseline": str(name == self.summary.baseline_trial).lower(),
+                **({"raystar.parent": parent} if parent is not None else {}),
             },
             text={"config.yaml": to_yaml(config)},
         )
@@ -334,10 +377,13 @@ class Session:
         if not self._last_report:  # what started beside Ray must have worked before the first result counts
             try:
                 self.tracker.wait_until_connected()
-                self.ruler_ready()
+                ruler = self.ruler_ready()
             except RaystarError as refused:
                 self.refused = refused  # Tune wraps what its callbacks raise
                 raise
+            if ruler is not None and not self.summary.references:
+                self._happened(REFERENCES, values=ruler.references)
+                self.board.told_references()
         record = self.summary.trials[name]
         self._measure_idle(record, report)
         if report["status"] == STARTING:
@@ -480,6 +526,9 @@ class Session:
         files |= {name: plan.folder / name for name in ("summary.json", "summary.csv")}
         tags = {"raystar.best_trial": best.trial, "raystar.best_run": best.run_id or ""} if best else {}
         metrics = {f"final/{self.summary.short_metric}": best.score} if best and best.score is not None else {}
+        if summary.finals is not None:
+            tags["raystar.winner"] = summary.finals.winner
+            metrics["final/mean"] = summary.finals.ranked[0].mean
         self.tracker.attach(PARENT, {k: v for k, v in files.items() if v.is_file()}, tags, metrics)
         self.tracker.end(PARENT, summary.status, error)
         self._hand_in_models()
@@ -518,5 +567,10 @@ class Session:
         if found and found[0][0] is best and best.score is not None:
             short = f"{summary.short_metric} {best.score:.4f}"
             description = f"Trial {best.trial} of sweep {plan.name} after epoch {found[0][1]}: {short}."
+            if summary.finals is not None:
+                winner = summary.finals.ranked[0]
+                description += f" Mean of {len(winner.runs)} seeds: {finals.around(winner)}."
+            if (standing := summary.standing) is not None:
+                description += f" Beside the references: {standing}."
             comparable = f"{summary.metric}-{summary.mode}-{measured_by(plan.bank, plan.config)}"
             self.tracker.register(best.trial, found[0][1], best.score, description, comparable)

@@ -34,6 +34,7 @@ _KNOWN = (
     "space", "collapse", "keep", "finalists", "abort_after",
 )  # fmt: skip
 _PURPOSES = {"quality": ("score", "min"), "speed": ("speedup", "max")}  # with their metric and mode
+_SEED = "training.seed"
 _SCORE, _OUTLOOK = "eval/score", "eval/outlook"
 _MOST = 10_000  # trials, or combinations of a grid: more would never be run, and hardly be listed
 _DRAWS = 200  # for each trial, before a space is taken to hold no further combination
@@ -102,6 +103,16 @@ class Resources:
 
 
 @dataclass(frozen=True)
+class Finalists:
+    """The best configurations, and how often they are trained again."""
+
+    top: int = 3
+    """Configurations that are compared by means over seeds, and whose models go into the MLflow store; 0 for none."""
+    seeds: int = 2
+    """Further seeds that each of them and the baseline are trained from; 0 compares trials by their own scores."""
+
+
+@dataclass(frozen=True)
 class Space:
     """A checked space file."""
 
@@ -122,8 +133,7 @@ class Space:
     collapse: Collapse = field(default_factory=Collapse)
     keep: int = 5
     """Trials whose best checkpoints stay when all have ended."""
-    finalists: int = 3
-    """Of these, the best whose models go into the MLflow store; 0 for none."""
+    finalists: Finalists = field(default_factory=Finalists)
     abort_after: int = 5
     """Trials that go wrong one after the other before the sweep gives up; 0 never."""
 
@@ -235,7 +245,7 @@ def from_mapping(content: Mapping[str, Any], config: Config, source: str) -> Spa
         resources=resources,
         collapse=_collapse(content.get("collapse", {}), source),
         keep=_whole(content.get("keep", Space.keep), f"{source}: keep", 1, _MOST),
-        finalists=_whole(content.get("finalists", Space.finalists), f"{source}: finalists", 0, _MOST),
+        finalists=_finalists(content.get("finalists"), purpose, space, source),
         abort_after=_whole(content.get("abort_after", Space.abort_after), f"{source}: abort_after", 0, _MOST),
     )
     _ = space_file.ranking  # refuses what has no known direction
@@ -330,6 +340,29 @@ def read_scheduler(content: Any, metrics: Sequence[str], source: str) -> Schedul
     if found.max_epochs is not None and found.grace_epochs > found.max_epochs:
         raise RaystarError(
             f"{where}.grace_epochs: expected at most max_epochs {found.max_epochs}, found {found.grace_epochs}"
+        )
+    return found
+
+
+def _finalists(content: Any, purpose: str, space: Mapping[str, Distribution], source: str) -> Finalists:
+    where = f"{source}: finalists"
+    if purpose == "speed":
+        if content is not None:
+            raise RaystarError(f"{where}: purpose speed has none, since speed does not depend on a seed; leave it out")
+        return Finalists(0, 0)
+    if content is None:  # where seeds are searched, there is no other seed to train from
+        return Finalists(seeds=0) if _SEED in space else Finalists()
+    if not isinstance(content, Mapping):
+        return Finalists(_whole(content, where, 0, _MOST), 0)
+    _section(content, ("top", "seeds"), where)
+    found = Finalists(
+        _whole(content.get("top", Finalists.top), f"{where}.top", 0, _MOST),
+        _whole(content.get("seeds", Finalists.seeds), f"{where}.seeds", 0, _MOST),
+    )
+    if found.seeds and _SEED in space:
+        raise RaystarError(
+            f"{where}.seeds: the best are trained again from other seeds, but the space searches {_SEED} itself; "
+            "leave that out, or set seeds: 0"
         )
     return found
 

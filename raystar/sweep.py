@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from raystar import cluster, tracking
+from raystar import cluster, finals, tracking
 from raystar.codec import open_codec, say
 from raystar.config import Config, override, to_mapping
 from raystar.errors import RaystarError
@@ -74,9 +74,10 @@ def _run(plan: Plan) -> int:
     write_record(plan.folder, plan.record)
     ledger = _ledger(plan)
     left = _left(plan, ledger)
+    again = f", the best {plan.space.finalists.top} again from other seeds" if plan.seeds else ""
     announce(
         f"sweep {plan.name}{' goes on' if plan.resumed else ''}: {plan.trials} trials of up to "
-        f"{plan.config.training.epochs} epochs{f', {left} to go' if plan.resumed else ''}, "
+        f"{plan.config.training.epochs} epochs{again}{f', {left} to go' if plan.resumed else ''}, "
         f"{len(plan.bank.domains)} domains, {sum(map(len, plan.bank.train))} latents"
         + (f"; starting Ray, MLflow{'' if plan.speed else ', the ruler'}" if left else "")
     )
@@ -136,8 +137,20 @@ def _ledger(plan: Plan) -> Ledger:
 
 def _left(plan: Plan, ledger: Ledger) -> int:
     """Trials that are still to be run, or run on."""
-    records = ledger.summary.trials.values()
-    return plan.trials - sum(r.status not in UNFINISHED or r.trial in ledger.due for r in records)
+    trials = ledger.summary.trials
+
+    def over(name: str) -> bool:
+        return name in trials and (trials[name].status not in UNFINISHED or name in ledger.due)
+
+    search = plan.trials - sum(over(name) for name, record in trials.items() if record.parent is None)
+    if search:
+        return search + plan.repeats
+    settled = (
+        dataclasses.replace(record, status=str(ledger.due[name].ends)) if name in ledger.due else record
+        for name, record in trials.items()
+    )
+    chosen = finals.choose(settled, plan.space.mode, plan.space.finalists.top, ledger.summary.baseline_trial)
+    return sum(not over(name) for name in finals.repeats(chosen, plan.seeds))
 
 
 class _Background:

@@ -44,6 +44,8 @@ def space(weights: list[float] = WEIGHTS, **changed: Any) -> dict[str, Any]:
         "search": "grid",
         "scheduler": {"type": "none"},
         "keep": 20,
+        "finalists": 3,
+        "collapse": {"epochs": 0},
         "space": {"loss.w_cyc": {"choice": weights}},
         **changed,
     }
