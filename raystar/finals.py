@@ -18,9 +18,7 @@ INTERVAL = 0.9
 """Probability that an interval stands for."""
 SEED = "training.seed"
 """The key that differs between the runs of a finalist."""
-FEW, DOUBTFUL = 4, 0.5
-"""Runs below which nothing is said of a rung's foresight, and the rank correlation below which it is doubted."""
-WARNED = 5  # runs from which on the doubt is said aloud
+_FEATURED = 3  # trials beside the baseline, where there were no finals
 
 
 def choose(records: Iterable[TrialRecord], mode: str, top: int, baseline: str | None) -> list[str]:
@@ -151,6 +149,17 @@ def line(summary: Summary, finals: Finals) -> str:
 def around(finalist: Finalist) -> str:
     """A finalist's mean and what it may be off by: `0.7120 +- 0.030`."""
     return f"{finalist.mean:.4f}" + ("" if finalist.error is None else f" +- {finalist.error:.2g}")
+
+
+def featured(summary: Summary) -> list[TrialRecord]:
+    """Whose pictures are shown first: of each finalist its best run, or the best trials; and the baseline."""
+    if summary.finals is not None:
+        return [summary.best_run(finalist) for finalist in summary.finals.ranked]
+    shown = summary.ranked()[:_FEATURED]
+    baseline = summary.baseline
+    if baseline is None or baseline.score is None or baseline in shown:
+        return shown
+    return [*shown, baseline]
 
 
 def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float:

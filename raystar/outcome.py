@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from raystar import checkpoint as checkpoints
-from raystar import export, finals, grid, registry
+from raystar import export, finals, grid, registry, results
 from raystar.card import versions
 from raystar.codec import open_codec
 from raystar.config import from_mapping, overlay_yaml
@@ -153,9 +153,18 @@ def _write_fastest(plan: Plan, summary: Summary, best: TrialRecord) -> Path:
 
 
 def tell(
-    plan: Plan, summary: Summary, how_to_compare: tuple[str, str], registered: str | None, error: str | None
+    plan: Plan,
+    summary: Summary,
+    how_to_compare: tuple[str, str, str | None],
+    registered: str | None,
+    error: str | None,
 ) -> None:
-    """The last lines: what happened to the trials, which is best and by how much, and what to do next."""
+    """The last lines: what happened to the trials, which is best and by how much, and what to do next.
+
+    Args:
+        how_to_compare: the command that opens the MLflow UI, empty where a server runs; the address of the trials, and
+            of the best ones' pictures.
+    """
     counts = ", ".join(f"{n} {status}" for status, n in summary.counts().items())
     announce(f"\nsweep {summary.status} in {duration(summary.wall_s)}: {counts}")
     if error is not None:
@@ -180,6 +189,8 @@ def tell(
             announce(line)
         if (standing := summary.standing) is not None:
             announce(standing)
+        if not plan.speed and (rungs := results.read(plan.folder).foresight()):
+            announce(rungs[0].words)
         if left.exists():
             of = f" (of {best.trial}: {summary.short_metric} {best.score:.4f})" if summary.finals is not None else ""
             announce(f"  {'overlay' if plan.speed else 'files'}: {left}{of}")
@@ -192,10 +203,12 @@ def tell(
         announce(f"go on:   python -m raystar.tune --resume {plan.name}{out}")
     if (page := plan.folder / REPORT).exists():
         announce(f"report:  {page}")
-    command, address = how_to_compare
+    command, address, pictures = how_to_compare
     announce(f"compare: {command}".rstrip() if command else f"compare: {address}")
     if command:
         announce(f"         then open {address}")
+    if pictures is not None:
+        announce(f"         pictures: {pictures}")
     if plan.speed and left.exists():
         announce(f"use it:  python -m raystar.tune --overlay {left} --space ...")
     elif left.exists():

@@ -23,7 +23,7 @@ from raystar.errors import RaystarError, redact
 from raystar.finals import SEED
 from raystar.record import RECORD, code, differences, read_record
 from raystar.retention import check_space, checkpoint_bytes, needed_bytes
-from raystar.ruler import check_holdout
+from raystar.ruler import check_holdout, measured_by
 from raystar.space import Space
 from raystar.space import from_mapping as space_from_mapping
 from raystar.speed import check_steps
@@ -208,6 +208,7 @@ def _check(
         "points": points,
         "signature": signature(config),
         "data": {"root": bank.root, "digest": bank.digest, "latents": len(bank.names)},
+        **({"ruler": measured_by(bank, config)} if space.purpose == "quality" else {}),
         "storage": args.storage or (before or {}).get("storage"),
         "tracking_uri": redact(uri),
         "code": code(),
@@ -270,6 +271,13 @@ def _resumed(args: argparse.Namespace, budget: float | None) -> Plan:
     changed += differences(before["data"], plan.record["data"], "data")
     if plan.trials < before["trials"]:
         raise RaystarError(f"--trials: sweep {name} has {before['trials']} trials; expected at least as many")
+    if plan.record.get("ruler") != before.get("ruler"):
+        listed = "".join(f"\n  {line}" for line in changed)
+        raise RaystarError(
+            f"--resume {name}: its scores are those of another ruler, {before.get('ruler', 'of an earlier version')}, "
+            f"and cannot be compared with those of {plan.record.get('ruler', 'none')} now, not even with --force; "
+            + (f"put back what has changed, or start a new sweep:{listed}" if changed else "start a new sweep")
+        )
     if changed and not args.force:
         listed = "".join(f"\n  {line}" for line in changed)
         raise RaystarError(

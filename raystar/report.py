@@ -22,7 +22,7 @@ import yaml
 from PIL import Image
 from plotly.offline import get_plotlyjs
 
-from raystar import charts, contact, results
+from raystar import charts, contact, finals, results
 from raystar.config import Config, overlay_yaml, to_mapping
 from raystar.errors import RaystarError, redact, run_cli
 from raystar.importance import FEWEST, RESAMPLES, Importance, importance
@@ -30,7 +30,7 @@ from raystar.record import leaves
 from raystar.results import CONTACT_SHEET, REPORT, Results
 from raystar.ruler import HIGHER
 from raystar.storage import Storage
-from raystar.summary import BROKEN, RUNNING, STOPPED, UNFINISHED, TrialRecord, duration, write_whole
+from raystar.summary import BROKEN, REFERENCES, RUNNING, STOPPED, UNFINISHED, TrialRecord, duration, write_whole
 
 _ROWS, _COLUMNS = 16, 6  # of the contact sheet
 _LARGE = 3  # trials whose grids are shown large
@@ -44,13 +44,13 @@ _TRUST = 0.15  # skill below which importances are told to mean nothing
 _GRID_KINDS = {"grid_ref": "styles of references", "grid_noise": "styles of noise"}
 
 _EXPLAINED = {
-    "eval/score": "style and content together, plus what diversity lacks of 0.25; 1 is perfect",
+    "eval/score": "style and content together, plus what diversity lacks or has too much; 0.1 is perfect",
     "eval/style": "distance of translations from real pictures of the domain, as a share of the sources' distance: "
     "0 as real pictures, 1 as if nothing had been done",
     "eval/content": "how much of the source's layout is lost: 0 none, about 0.92 another picture",
     "eval/diversity": "how different the translations of one picture are under several noises: 1 as different as "
     "real pictures of the domain, 0 all alike",
-    "eval/worst_pair": "(1 + style)(1 + content) of the pair of domains that fares worst",
+    "eval/worst_pair": "(0.1 + style)(1 + content) of the pair of domains that fares worst",
     "eval/movement": "how far translations are from their own sources, as a share of how far pictures of a domain are "
     "from each other: 0 nothing has changed",
     "eval/outlook": "what ranks trials at rungs, before the score can",
@@ -117,6 +117,8 @@ def _page(found: Results, folder: Path, storage: Storage) -> tuple[str, Image.Im
         headline=_headline(found),
         facts=_facts(found),
         parts=_parts(found),
+        finalists=_finalists(found),
+        foresight=found.foresight(),
         changes=_changes(found),
         better=charts.arrow(found.summary.mode),
         explained=_EXPLAINED,
@@ -152,6 +154,8 @@ def _headline(found: Results) -> str:
     summary = found.summary
     best, baseline, gain = summary.best, summary.baseline, summary.gain
     name = summary.short_metric
+    if summary.finals is not None:
+        return finals.line(summary, summary.finals).replace("+-", "\N{PLUS-MINUS SIGN}") + "."
     if best is None or best.score is None:
         running = any(r.status in UNFINISHED for r in summary.trials.values()) and summary.status == RUNNING
         return "No trial has a score yet." if running else "No trial has a score that counts."
@@ -176,6 +180,12 @@ def _facts(found: Results) -> list[tuple[str, str, str]]:
         facts.append((f"best {summary.short_metric}", _number(best.score), repr(best.score)))
     if baseline is not None and baseline.score is not None:
         facts.append((f"baseline {summary.short_metric}", _number(baseline.score), repr(baseline.score)))
+    if summary.finals is not None:
+        mean = summary.finals.ranked[0].mean
+        facts.append((f"{summary.finals.winner}'s mean over seeds", _number(mean), repr(mean)))
+    for name, words in REFERENCES.items():
+        if (value := summary.reference(name)) is not None:
+            facts.append((words, _number(value), repr(value)))
     if gain is not None:
         facts.append(("gain over the baseline", f"{gain:.1%}", repr(gain)))
     planned = (
@@ -186,6 +196,24 @@ def _facts(found: Results) -> list[tuple[str, str, str]]:
         ("trials", f"{planned}: {counts}" if counts else str(planned), str(len(summary.trials))),
         ("epochs trained", str(summary.epochs_done), str(summary.epochs_done)),
         ("wall time", duration(summary.wall_s), repr(summary.wall_s)),
+    ]
+
+
+def _finalists(found: Results) -> list[dict[str, Any]]:
+    """A row for each finalist: its mean, what that may be off by, and the score of each of its runs."""
+    summary = found.summary
+    if summary.finals is None:
+        return []
+    return [
+        {
+            "trial": finalist.trial,
+            "baseline": finalist.trial == summary.baseline_trial,
+            "mean": finalist.mean,
+            "error": finalist.error,
+            "scores": list(zip(finalist.runs, finalist.scores, strict=True)),
+            "good": summary.good(summary.trials[finalist.trial]),
+        }
+        for finalist in summary.finals.ranked
     ]
 
 
@@ -278,11 +306,9 @@ def _stops(found: Results) -> str:
 
 def _contact(found: Results, storage: Storage) -> tuple[dict[str, Any], Image.Image | None]:
     """Pictures of trials by epochs, the best trials' grids large, and the sheet as one picture."""
-    ranked = found.summary.ranked()
+    first = finals.featured(found.summary)
+    ranked = [*first, *(record for record in found.summary.ranked() if record not in first)]
     shown = ranked[:_ROWS]
-    baseline = found.summary.baseline
-    if baseline is not None and baseline in ranked and baseline not in shown:
-        shown[-1] = baseline
     names = [record.trial for record in shown]
     epochs = contact.epochs_to_show(storage, names, found.rungs, _COLUMNS)  # where many trials ended
     if not epochs:
@@ -301,7 +327,7 @@ def _contact(found: Results, storage: Storage) -> tuple[dict[str, Any], Image.Im
     embedded = iter(contact.embed([picture for _, row in sheet for picture in row.values()], _THUMBS))
     rows = [(record, {epoch: next(embedded) for epoch in pictures}) for record, pictures in sheet]
     together = contact.contact_sheet([(_label(found, r), p) for r, p in sheet[:_SHEET_ROWS]], epochs)
-    large = _large(found, storage, ranked[:_LARGE])
+    large = _large(found, storage, first[:_LARGE])
     return {"rows": rows, "epochs": epochs, "large": large, "hidden": len(ranked) - len(shown)}, together
 
 

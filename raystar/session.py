@@ -530,6 +530,7 @@ class Session:
             tags["raystar.winner"] = summary.finals.winner
             metrics["final/mean"] = summary.finals.ranked[0].mean
         self.tracker.attach(PARENT, {k: v for k, v in files.items() if v.is_file()}, tags, metrics)
+        self.tracker.feature([record.trial for record in finals.featured(summary)])
         self.tracker.end(PARENT, summary.status, error)
         self._hand_in_models()
         self.tracker.close()
@@ -537,7 +538,8 @@ class Session:
             shutil.rmtree(plan.folder / outcome.FINALISTS, ignore_errors=True)
         self._write(now=True)
         self.journal.close()
-        outcome.tell(plan, summary, self.tracker.how_to_compare(), self.tracker.registered, error)
+        addresses = (*self.tracker.how_to_compare(), self.tracker.grids_address())
+        outcome.tell(plan, summary, addresses, self.tracker.registered, error)
         if self.interrupts:
             return 130
         return 0 if summary.status == FINISHED else 1

@@ -415,7 +415,19 @@ class TestResumeRefuses:
         (runs.parent / "latents").unlink()
         write_latents(runs.parent / "latents", seed=5)
         shown = self.refused(runs)
-        assert re.search(r"data: digest: \w+ then, \w+ now", shown)
+        assert re.search(r"another ruler.*data: digest: \w+ then, \w+ now", shown, re.DOTALL)
+
+    @pytest.mark.parametrize("ruler", [None, "0123456789abcdef"])
+    def test_another_ruler(self, runs: Path, ruler: str | None) -> None:
+        """Nobody can want scores of two rulers in one sweep."""
+        record = runs / "s/sweep.json"
+        content = json.loads(record.read_text())
+        content.pop("ruler")
+        record.write_text(json.dumps(content | ({"ruler": ruler} if ruler else {})))
+        for flags in ([], ["--force"]):
+            shown = self.refused(runs, *flags)
+            assert f"its scores are those of another ruler, {ruler or 'of an earlier version'}" in shown
+            assert "start a new sweep" in shown
 
     @pytest.mark.parametrize(
         ("flags", "said"),

@@ -184,6 +184,29 @@ def test_the_experiment_opens_on_the_metric_that_is_searched(tracker: MlflowTrac
     assert f"#/experiments/{tracker.experiment_id}/runs?" in address
 
 
+def test_the_best_runs_have_a_view_of_their_pictures(tracker: MlflowTracker, tmp_path: Path) -> None:
+    """The order in which the store gives them is the reverse of that in which MLflow's charts draw them."""
+    record(tracker, tmp_path)
+    for name, epochs in (("t02", 3), ("t03", 4), ("t04", 0)):
+        tracker.start(name, params={}, tags={}, text={})
+        for epoch in range(1, epochs + 1):
+            tracker.log(name, epoch, {"eval/score": 2.0}, {"grid_ref": tmp_path / "grid.png"})
+    assert tracker.grids_address() is None
+    tracker.feature(["t03", "t00", "t04"])
+    tracker.feature(["t03", "t02", "t04"])  # t04 has no pictures, and t00 is among the best no more
+    tracker.close()
+    address = tracker.grids_address()
+    assert address is not None
+    key = re.search(r"viewStateShareKey=([^&]+)&compareRunsMode=CHART", address)[1]  # type: ignore[index]
+    tags = dict(rows(tmp_path, "select key, value from experiment_tags"))
+    state = json.loads(json.loads(tags[f"mlflow.sharedViewState.{key}"])["state"])
+    assert [chart["step"] for chart in state["compareRunCharts"]] == [3, 3]  # where both have pictures
+    client = tracking._client(f"sqlite:///{tmp_path}/mlflow.db")
+    order = f"{state['orderByKey']} {'ASC' if state['orderByAsc'] else 'DESC'}"
+    found = client.search_runs([tracker.experiment_id], state["searchFilter"], order_by=[order])
+    assert [run.info.run_name for run in found] == ["t02", "t03"]
+
+
 def test_stores_that_cannot_be(tmp_path: Path) -> None:
     (tmp_path / "text.db").write_text("this is no database")
     for uri, words in {
