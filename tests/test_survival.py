@@ -276,6 +276,63 @@ def test_everything_that_can_go_wrong_with_trials(undisturbed: Path, faults: Fau
     same_as(undisturbed, tmp_path / "runs")
 
 
+def test_the_driver_is_killed_in_the_finals(tmp_path: Path) -> None:
+    """The same finalists go on, nothing is trained twice, and a longer sweep keeps what was trained."""
+    drawn = space(finalists={"top": 1, "seeds": 2}) | {
+        "search": "random", "trials": 2, "space": {"loss.w_cyc": {"uniform": [2.0, 4.0]}},
+    }  # fmt: skip
+    process = start(command(tmp_path, drawn), "-s1  finished")
+    process.kill()
+    process.communicate()
+    wait_for(lambda: not trial_processes())
+    journal = tmp_path / "runs/s/journal.jsonl"
+
+    def told(event: str) -> list[dict[str, Any]]:
+        return [found for line in journal.read_text().splitlines() if (found := json.loads(line))["event"] == event]
+
+    (chosen,) = told("finals")
+    shown = finished(run(resumed(tmp_path)))
+    assert re.search(r"winner t0\d: score .* \(mean of 3 seeds, 90%\)", shown)
+    assert told("finals") == [chosen]
+    first = summary_of(tmp_path / "runs")
+    assert first["status"] == "finished"
+    repeats = [f"{name}-s{number}" for name in chosen["finalists"] for number in (1, 2)]
+    assert [t["trial"] for t in first["trials"]] == ["t00", "t01", *repeats]
+    assert {t["status"] for t in first["trials"]} == {"finished"}
+    epochs = [(found["trial"], found["epoch"]) for found in told("epoch")]
+    assert sorted(epochs) == [
+        (t["trial"], e) for t in sorted(first["trials"], key=lambda t: t["trial"]) for e in range(1, 5)
+    ]
+    for trial in first["trials"]:
+        config = yaml.safe_load(
+            (Store(tmp_path / "runs").artifacts / trial["run_id"] / "artifacts/config.yaml").read_text()
+        )
+        assert config["training"]["seed"] == (int(trial["trial"][-1]) if trial["parent"] else 0)
+    found = first["finals"]
+    scores = {t["trial"]: t["score"] for t in first["trials"]}
+    for finalist in found["ranked"]:
+        assert finalist["scores"] == [scores[name] for name in finalist["runs"]]
+        assert finalist["mean"] == pytest.approx(sum(finalist["scores"]) / 3)
+    best = first["best"]
+    winner = found["ranked"][0]
+    assert best["score"] == min(winner["scores"])
+    assert json.loads((tmp_path / "runs/s/best/metrics.json").read_text())["trial"] == best["trial"]
+    store = Store(tmp_path / "runs")
+    assert store.rows("select run_id from model_versions") == [(best["run_id"],)]
+    assert store.tags(best["run_id"]).get("raystar.parent") == best["parent"]
+
+    begun = len(told("started"))
+    shown = finished(run(resumed(tmp_path)))  # there is nothing to do
+    assert len(told("started")) == begun
+    finished(run(resumed(tmp_path, "--trials", "3")))
+    longer = summary_of(tmp_path / "runs")
+    again = [found["trial"] for found in told("started")[begun:]]
+    assert again[0] == "t02"
+    assert not set(again) & {t["trial"] for t in first["trials"]}
+    assert longer["finals"] is not None
+    assert {t["trial"]: t["score"] for t in longer["trials"]}.items() >= scores.items()
+
+
 @pytest.mark.skipif(usable_cpus() < 2, reason="needs two processors, one for each worker")
 def test_a_worker_of_a_group_is_killed(faults: Faults, tmp_path: Path) -> None:
     """Its trial goes on from the last epoch that was saved, with new workers."""
