@@ -143,6 +143,8 @@ def test_mlflow_has_every_trial_once(sweep: tuple[Path, str]) -> None:
     (parent,) = [run for run in found if "mlflow.parentRunId" not in store.tags(run)]
     assert store.tags(parent)["raystar.best_trial"] == summary["best"]["trial"]
     assert store.tags(parent)["mlflow.note.content"] == "a test"
+    leading = [t["trial"] for t in sorted(summary["trials"], key=lambda t: t["score"])[:3]]
+    ranks = {name: rank for rank, name in enumerate(dict.fromkeys([*leading, "t00"]), start=1)}
     for trial in summary["trials"]:
         run = trial["run_id"]
         tags = store.tags(run)
@@ -166,6 +168,7 @@ def test_mlflow_has_every_trial_once(sweep: tuple[Path, str]) -> None:
             steps = sorted(int(re.search(r"step[^0-9]*(\d+)", name)[1]) for name in images if name.startswith(key))  # type: ignore[index]
             assert steps == list(range(trial["epochs"] + 1))  # the untrained networks are epoch 0
         best = dict(store.rows("select key, value from latest_metrics where run_uuid = ? and key like 'final/%'", run))
+        assert best.pop("final/rank", None) == ranks.get(trial["trial"])
         assert best == {"final/score": pytest.approx(trial["score"]), "final/epoch": trial["score_epoch"]}
     names = {p.name for p in (store.artifacts / parent / "artifacts").rglob("*") if p.is_file()}
     assert {"summary.json", "summary.csv", "config.yaml", "sweep.json", "grid.png"} <= names
