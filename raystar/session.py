@@ -52,7 +52,7 @@ class Session:
 
     Args:
         placed: on a cluster, the files that nodes must hold.
-        ruler_ready: returns when the ruler has been made; raises what was in its way.
+        ruler_ready: returns when the ruler has been made, with its references; raises what was in its way.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class Session:
         tracker: MlflowTracker,
         ledger: Ledger,
         placed: cluster.Placed | None,
-        ruler_ready: Callable[[], Any],
+        ruler_ready: Callable[[], Mapping[str, Mapping[str, float]]],
     ) -> None:
         self.plan = plan
         self.placed = placed
@@ -377,12 +377,12 @@ class Session:
         if not self._last_report:  # what started beside Ray must have worked before the first result counts
             try:
                 self.tracker.wait_until_connected()
-                ruler = self.ruler_ready()
+                references = self.ruler_ready()
             except RaystarError as refused:
                 self.refused = refused  # Tune wraps what its callbacks raise
                 raise
-            if ruler is not None and not self.summary.references:
-                self._happened(REFERENCES, values=ruler.references)
+            if references and not self.summary.references:
+                self._happened(REFERENCES, values=references)
                 self.board.told_references()
         record = self.summary.trials[name]
         self._measure_idle(record, report)

@@ -82,10 +82,10 @@ def _run(plan: Plan) -> int:
         + (f"; starting Ray, MLflow{'' if plan.speed else ', the ruler'}" if left else "")
     )
     if not left:
-        return _tracked(plan, ledger, None, lambda: None)
+        return _tracked(plan, ledger, None, dict)
     _set_environment(plan)
     # Made while Ray starts and the trials' processes import; a trial that comes first waits for its file.
-    ruler = _Background(lambda: None if plan.speed else Ruler.build(plan.bank, plan.config, plan.cache_dir))
+    ruler = _Background(lambda: {} if plan.speed else Ruler.build(plan.bank, plan.config, plan.cache_dir).references)
     try:
         _start_ray(plan)
         placed = None
