@@ -44,7 +44,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="raystar-chaos-") as folder:
         space = Path(folder) / "space.yaml"
         ranges = {"loss.w_cyc": {"loguniform": [0.5, 5.0]}, "loss.w_sty": {"loguniform": [0.5, 5.0]}}
-        wanted = {"trials": args.trials, "scheduler": {"type": "none"}, "keep": args.trials, "space": ranges}
+        wanted = {
+            "trials": args.trials,
+            "finalists": 0,
+            "scheduler": {"type": "none"},
+            "keep": args.trials,
+            "space": ranges,
+        }
         space.write_text(yaml.safe_dump(wanted))
         peace, chaos = (Path(folder) / name for name in ("peace", "chaos"))
         began = time.monotonic()

@@ -37,7 +37,8 @@ def simulated(params: dict[str, Any], request: Any) -> None:
     for epoch in range(1, request.config["training"]["epochs"] + 1):
         time.sleep(EPOCH_S)
         score *= 0.9 + 0.1 * rng.random()
-        metrics = {f"train/{name}": rng.random() for name in "abcdefghijklmnopqrst"} | {request.metric: score}
+        metrics = {f"train/{name}": rng.random() for name in "abcdefghijklmnopqrst"}
+        metrics |= {request.metric: score, "eval/outlook": score, "eval/movement": 0.5}
         tune.report(
             trial._message(told | {"epoch": epoch, "metrics": metrics}, request.metric, score) | {"saved": True}
         )
@@ -85,6 +86,7 @@ def main() -> None:
         space = {
             "trials": args.trials,
             "abort_after": 0,
+            "finalists": 0,
             "scheduler": {"type": "asha", "grace_epochs": 1, "reduction_factor": 2},
             "space": {"loss.w_cyc": {"loguniform": [0.1, 10.0]}, "loss.w_sty": {"loguniform": [0.1, 10.0]}},
         }

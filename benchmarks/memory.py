@@ -81,6 +81,7 @@ def run_trials(
         gpu_share=0.0,
         cpus=threads,
         workers=1,
+        measure_at=(),
         speed=False,
     )
     conversation = Conversation()

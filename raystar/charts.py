@@ -12,7 +12,7 @@ import plotly.graph_objects as go
 
 from raystar.importance import Importance
 from raystar.results import Results
-from raystar.summary import BROKEN, STOPPED, TrialRecord
+from raystar.summary import BROKEN, REFERENCES, STOPPED, TrialRecord
 
 BEST, BASELINE, OTHER, BAD, INK, LINE, PAPER = (
     f"var(--{name})" for name in ("best", "baseline", "other", "bad", "ink", "line", "card")
@@ -59,11 +59,9 @@ def learning_curves(results: Results) -> go.Figure | None:
         return None
     shown = [r for i, r in enumerate(with_curve) if i < MOST_CURVES or r is baseline]
     figure = _figure(results, "epoch", score_label(results))
-    everything: list[float] = []
     # The two that matter last, so that they lie on top.
     for record in sorted(shown, key=lambda r: (r is best, r is baseline)):
         curve = results.curve(record.trial)
-        everything += curve.values()
         epochs = _thinned(sorted(curve), keep=record.score_epoch)
         name, colour, width, dash, order = "other trials", OTHER, 1.2, "solid", 3
         if record is best:
@@ -73,13 +71,13 @@ def learning_curves(results: Results) -> go.Figure | None:
         figure.add_scatter(
             x=epochs,
             y=[curve[epoch] for epoch in epochs],
-            mode="lines+markers" if len(epochs) == 1 or order < 3 else "lines",
+            mode="lines+markers",  # a marker a measurement
             name=name,
             legendgroup=name,
             showlegend=name not in {trace.name for trace in figure.data},
             legendrank=order,
             line={"color": colour, "width": width, "dash": dash},
-            marker={"size": 5, "color": colour},
+            marker={"size": 6 if order < 3 else 4, "color": colour},
             opacity=1.0 if order < 3 else 0.75,
             hovertemplate=f"{_about(results, record)}<br>epoch %{{x}}: %{{y:.4f}}<extra></extra>",
         )
@@ -91,13 +89,28 @@ def learning_curves(results: Results) -> go.Figure | None:
         figure.add_annotation(
             x=epoch, y=1, yref="paper", text=label, showarrow=False, yanchor="top", xanchor="left", font={"size": 11}
         )
-    figure.update_yaxes(range=_frame(everything, summary.mode))
+    for name, words in REFERENCES.items():
+        if (value := summary.reference(name)) is not None:
+            figure.add_hline(
+                value,
+                line={"color": INK, "width": 1.2, "dash": "dashdot"},
+                layer="below",
+                annotation={"text": words, "font": {"size": 11}, "xanchor": "right", "yanchor": "bottom"},
+            )
+    figure.update_yaxes(range=_frame(_drawn_scores(results, shown), summary.mode))
     first, last = (pick(e for r in shown for e in results.curve(r.trial)) for pick in (min, max))
     margin = max(0.25, 0.03 * (last - first))
     figure.update_xaxes(range=[first - margin, last + margin], tickformat="d")
     if results.epochs <= 20:
         figure.update_xaxes(dtick=1 if results.epochs <= 10 else 2)
     return figure
+
+
+def _drawn_scores(results: Results, records: Sequence[TrialRecord]) -> list[float]:
+    """Every score of the learning curves, and those of the references."""
+    references = [results.summary.reference(name) for name in REFERENCES]
+    curves = [value for record in records for value in results.curve(record.trial).values()]
+    return [*curves, *(value for value in references if value is not None)]
 
 
 def _ends(
@@ -223,6 +236,19 @@ def front(results: Results) -> go.Figure | None:
                 "outlinewidth": 0,
             },
         }
+    beside = [(words, results.summary.references.get(name, {})) for name, words in REFERENCES.items()]
+    beside = [(words, found) for words, found in beside if _finite(found.get(across)) and _finite(found.get(up))]
+    if beside:
+        figure.add_scatter(
+            x=[found[across] for _, found in beside],
+            y=[found[up] for _, found in beside],
+            mode="markers+text",
+            marker={"symbol": "x", "size": 11, "color": INK},
+            text=[words for words, _ in beside],
+            textposition="top center",
+            hovertemplate="%{text}<extra></extra>",
+            showlegend=False,
+        )
     names = {id(results.summary.best): "best", id(results.summary.baseline): "baseline"}
     figure.add_scatter(
         x=x,
@@ -263,13 +289,13 @@ def undominated(results: Results, records: Sequence[TrialRecord]) -> list[str]:
 
 
 def _equal_scores(figure: go.Figure, x: Sequence[float], y: Sequence[float]) -> None:
-    """Lines along which (1 + S)(1 + C) is the same."""
-    products = sorted((1 + s) * (1 + c) for s, c in zip(x, y, strict=True))
+    """Lines along which (0.1 + S)(1 + C) is the same."""
+    products = sorted((0.1 + s) * (1 + c) for s, c in zip(x, y, strict=True))
     levels = np.round(np.linspace(products[0], products[min(len(products) - 1, int(len(products) * 0.8))], 4), 2)
     low, high = min(x), max(x)
     s = np.linspace(max(0.0, low - 0.1 * (high - low + 0.1)), high + 0.1 * (high - low + 0.1), _ISO)
     for level in sorted(set(levels.tolist())):
-        c = level / (1 + s) - 1
+        c = level / (0.1 + s) - 1
         inside = (c >= 0) & (c <= max(y) * 1.25 + 0.02)
         if inside.any():
             figure.add_scatter(
@@ -277,7 +303,7 @@ def _equal_scores(figure: go.Figure, x: Sequence[float], y: Sequence[float]) -> 
                 y=c[inside].tolist(),
                 mode="lines",
                 line={"color": LINE, "width": 1.2, "dash": "dot"},
-                hovertemplate=f"(1 + style)(1 + content) = {level:g}<extra></extra>",
+                hovertemplate=f"(0.1 + style)(1 + content) = {level:g}<extra></extra>",
                 showlegend=False,
             )
 
@@ -354,6 +380,7 @@ def _finite(value: float | None) -> bool:
 
 def framed_out(results: Results) -> int:
     """Points of the learning curves that lie outside the frame in which they are first shown."""
-    values = [v for r in results.by_score() for v in results.curve(r.trial).values()]
-    frame = _frame(values, results.summary.mode) if values else None
+    records = results.by_score()
+    values = [v for r in records for v in results.curve(r.trial).values()]
+    frame = _frame(_drawn_scores(results, records), results.summary.mode) if values else None
     return 0 if frame is None else sum(not frame[0] <= v <= frame[1] for v in values)

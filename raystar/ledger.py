@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from raystar import finals
 from raystar.rungs import Rungs
 from raystar.summary import (
     BROKEN,
@@ -24,7 +25,13 @@ from raystar.summary import (
 )
 
 SESSION, STARTED, EPOCH, NOTE, ENDED, ALONE = "session", "started", "epoch", "note", "ended", "alone"
-"""Events: the sweep begins or goes on; a trial begins or goes on; an epoch; a remark; its end; its one retry."""
+REFERENCES, FINALS = "references", "finals"
+"""Events: the sweep begins or goes on; a trial begins or goes on; an epoch; a remark; its end; its one retry; what
+doing nothing gets from the ruler; which trials are trained again, and from which seeds."""
+
+
+UNTOLD = "its translations cannot be told from their sources"
+"""What `unmoved` means, in words."""
 
 
 @dataclass(frozen=True)
@@ -33,18 +40,14 @@ class Collapse:
 
     diversity: float = 0.01
     """Of `eval/diversity`, 0 for the same picture and 1 for real diversity."""
-    epochs: int = 5
-    """Measured epochs in a row; 0 never."""
+    epochs: int = 3
+    """Measured epochs in a row, of a model that has begun to move; 0 never."""
 
 
 @dataclass(frozen=True)
 class Verdict:
     """What follows from a trial's epoch."""
 
-    new: bool = False
-    """Not heard of before: a trial that starts again repeats what it saved."""
-    best: bool = False
-    """The trial's best so far."""
     ends: str | None = None
     """The status with which the trial is to end now; None to go on."""
     reason: str | None = None
@@ -63,6 +66,8 @@ class Ledger:
     rungs: Rungs | None
     epochs: int
     collapse: Collapse
+    ranking: str | None = None
+    """The metric that ranks trials at rungs; by default the sweep's."""
     alone: set[str] = field(default_factory=set)
     """Trials that were out of memory beside others, and get one more try by themselves."""
     broken_in_a_row: list[str] = field(default_factory=list)
@@ -104,12 +109,31 @@ class Ledger:
         elif event["event"] == ENDED:
             self._clock(event["trial"], at)
             self._end(event["trial"], event["status"], event["reason"])
+        elif event["event"] == REFERENCES:
+            self.summary.references = {name: dict(values) for name, values in event["values"].items()}
+        elif event["event"] == FINALS:
+            self._begin_finals(list(event["finalists"]), list(event["seeds"]))
+        if event["event"] not in (EPOCH, NOTE) and self.summary.finalists:
+            self.summary.finals = finals.decide(self.summary)
         self._last = at
         return verdict
 
     def unfinished(self) -> list[str]:
-        """Trials that have begun and can go on, in order of their names."""
+        """Trials that are known and can go on, in order of their names."""
         return sorted(name for name, record in self.summary.trials.items() if record.status in UNFINISHED)
+
+    def _begin_finals(self, finalists: list[str], seeds: list[int]) -> None:
+        """Plans the finals' trials. Those that an earlier choice has run stay; of what it has not, nothing is left."""
+        summary = self.summary
+        summary.finalists, summary.seeds = finalists, seeds
+        wanted = finals.repeats(finalists, seeds)
+        for name in list(summary.repeats):
+            if summary.trials[name].status == PENDING and name not in wanted:
+                summary.drop(name)
+        for name, (finalist, seed) in wanted.items():
+            record = summary.add(name, {**summary.trials[finalist].params, finals.SEED: seed}, finalist)
+            if record.status == STOPPED:  # by a choice that left it out
+                summary.settle(name, PENDING)
 
     def _begin_session(self, at: float) -> None:
         if self._last is not None:
@@ -140,19 +164,24 @@ class Ledger:
         self._clock(name, at)
         if epoch <= record.epochs:
             return Verdict()
-        best = self.summary.report(name, epoch, metrics)
+        self.summary.report(name, epoch, metrics)
         if self._has_collapsed(name, metrics):
             few = f"diversity below {self.collapse.diversity:g} in {self.collapse.epochs} measured epochs in a row"
-            return Verdict(True, best, COLLAPSED, f"{few}, the last epoch {epoch}")
-        value = metrics.get(self.summary.metric)
-        if self.rungs is None or value is None or self.rungs.take(name, epoch, value) or epoch >= self.epochs:
-            return Verdict(True, best)
-        return Verdict(True, best, STOPPED, f"stopped early after epoch {epoch}")
+            return Verdict(COLLAPSED, f"{few}, the last epoch {epoch}")
+        value = metrics.get(self.ranking or self.summary.metric)
+        if self.rungs is None or value is None or record.parent is not None:
+            return Verdict()
+        if self.rungs.take(name, epoch, value, record.unmoved) or epoch >= self.epochs:
+            return Verdict()
+        why = f": {UNTOLD}" if record.unmoved else ""
+        return Verdict(STOPPED, f"stopped early after epoch {epoch}{why}")
 
     def _has_collapsed(self, name: str, metrics: Mapping[str, float]) -> bool:
         diversity = metrics.get("eval/diversity")
         if diversity is not None:
-            self._alike[name] = self._alike.get(name, 0) + 1 if diversity < self.collapse.diversity else 0
+            # Who does nothing does so under every noise: that is another matter.
+            alike = diversity < self.collapse.diversity and not self.summary.trials[name].unmoved
+            self._alike[name] = self._alike.get(name, 0) + 1 if alike else 0
         return 0 < self.collapse.epochs <= self._alike.get(name, 0)
 
     def _end(self, name: str, status: str, reason: str | None) -> None:

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from raystar import checkpoint as checkpoints
-from raystar import export, grid, registry
+from raystar import export, finals, grid, registry, results
 from raystar.card import versions
 from raystar.codec import open_codec
 from raystar.config import from_mapping, overlay_yaml
@@ -25,8 +25,8 @@ from raystar.model import Nets
 from raystar.plan import Plan
 from raystar.results import CONTACT_SHEET, REPORT
 from raystar.saved import checkpoint_name, picture_name, saved_epochs
-from raystar.summary import BROKEN, UNFINISHED, Summary, TrialRecord, duration, write_whole
-from raystar.table import announce, ranking
+from raystar.summary import BROKEN, FINISHED, UNFINISHED, Summary, TrialRecord, duration, write_whole
+from raystar.table import announce, ranking, reference_lines
 
 BEST, FASTEST, FINALISTS = "best", "fastest.yaml", "finalists"
 
@@ -61,7 +61,7 @@ def report(plan: Plan) -> dict[str, Path]:
 
 
 def _export(plan: Plan, summary: Summary, best: TrialRecord) -> None:
-    """Writes `best/` from the best trial's best checkpoint."""
+    """Writes `best/` from the best trial's scored checkpoint."""
     if best.score_epoch is None or best.score_epoch not in saved_epochs(plan.storage, best.trial):
         return
     _write_model(plan, summary, best, best.score_epoch, plan.folder / BEST, strip=True)
@@ -70,7 +70,7 @@ def _export(plan: Plan, summary: Summary, best: TrialRecord) -> None:
 def _write_model(
     plan: Plan, summary: Summary, record: TrialRecord, epoch: int, folder: Path, strip: bool = False
 ) -> None:
-    """Writes an export of a trial's checkpoint of `epoch`, its best; with `strip`, its interpolation as well."""
+    """Writes an export of a trial's checkpoint of `epoch`, its scored one; with `strip`, its interpolation as well."""
     baseline = summary.baseline
     facts = {
         "sweep": plan.name,
@@ -114,10 +114,17 @@ def _interpolation(plan: Plan, checkpoint: Mapping[str, Any]) -> Image.Image:
 
 
 def finalists(plan: Plan, summary: Summary) -> list[tuple[TrialRecord, int]]:
-    """The best trials whose models go into the store, each with its best epoch, best first."""
+    """The trials whose models go into the store, each with its scored epoch, best first: of each finalist its best run,
+    or without finals the best trials."""
     if plan.speed:
         return []
-    found = [(record, record.score_epoch) for record in summary.ranked()[: plan.space.finalists]]
+    top = plan.space.finalists.top
+    ranked = (
+        summary.ranked()[:top]
+        if summary.finals is None
+        else [summary.best_run(finalist) for finalist in summary.finals.ranked[:top]]
+    )
+    found = [(record, record.score_epoch) for record in ranked]
     return [(r, epoch) for r, epoch in found if epoch is not None and epoch in saved_epochs(plan.storage, r.trial)]
 
 
@@ -146,16 +153,26 @@ def _write_fastest(plan: Plan, summary: Summary, best: TrialRecord) -> Path:
 
 
 def tell(
-    plan: Plan, summary: Summary, how_to_compare: tuple[str, str], registered: str | None, error: str | None
+    plan: Plan,
+    summary: Summary,
+    how_to_compare: tuple[str, str, str | None],
+    registered: str | None,
+    error: str | None,
 ) -> None:
-    """The last lines: what happened to the trials, which is best and by how much, and what to do next."""
+    """The last lines: what happened to the trials, which is best and by how much, and what to do next.
+
+    Args:
+        how_to_compare: the command that opens the MLflow UI, empty where a server runs; the address of the trials, and
+            of the best ones' pictures.
+    """
     counts = ", ".join(f"{n} {status}" for status, n in summary.counts().items())
     announce(f"\nsweep {summary.status} in {duration(summary.wall_s)}: {counts}")
     if error is not None:
         print(f"error: {error}", file=sys.stderr, flush=True)
     for record in summary.trials.values():
         if record.status in BROKEN:
-            announce(f"  {record.trial} {record.status}: {record.reason}")
+            out = f" (left out of the mean of {record.parent})" if record.parent in summary.finalists else ""
+            announce(f"  {record.trial} {record.status}: {record.reason}{out}")
         if record.note is not None:
             announce(f"  {record.trial}: {record.note}")
     if plan.speed:
@@ -168,19 +185,30 @@ def tell(
     else:
         announce(_in_a_line(summary, best, best.score))
         announce("  " + "  ".join(f"{key}={value}" for key, value in summary.changed(best).items()))
+        for line in (*_finalists(plan, summary), *reference_lines(summary)):
+            announce(line)
+        if (standing := summary.standing) is not None:
+            announce(standing)
+        if not plan.speed and (rungs := results.read(plan.folder).foresight()):
+            announce(rungs[0].words)
         if left.exists():
-            announce(f"  {'overlay' if plan.speed else 'files'}: {left}")
+            of = f" (of {best.trial}: {summary.short_metric} {best.score:.4f})" if summary.finals is not None else ""
+            announce(f"  {'overlay' if plan.speed else 'files'}: {left}{of}")
         if registered is not None:
             announce(f"  model: {registered}")
-    if any(record.status in UNFINISHED for record in summary.trials.values()) or len(summary.trials) < plan.trials:
+    waiting = any(record.status in UNFINISHED for record in summary.trials.values())
+    finals_wait = bool(plan.seeds) and not summary.repeats and best is not None
+    if waiting or finals_wait or len(summary.trials) < summary.expected:
         out = "" if plan.out == Path("runs") else f" --out {plan.out}"
         announce(f"go on:   python -m raystar.tune --resume {plan.name}{out}")
     if (page := plan.folder / REPORT).exists():
         announce(f"report:  {page}")
-    command, address = how_to_compare
+    command, address, pictures = how_to_compare
     announce(f"compare: {command}".rstrip() if command else f"compare: {address}")
     if command:
         announce(f"         then open {address}")
+    if pictures is not None:
+        announce(f"         pictures: {pictures}")
     if plan.speed and left.exists():
         announce(f"use it:  python -m raystar.tune --overlay {left} --space ...")
     elif left.exists():
@@ -188,8 +216,32 @@ def tell(
         announce(f"export:  python -m raystar.export --sweep {plan.name}{runs} --out my_model")
 
 
+def _finalists(plan: Plan, summary: Summary) -> list[str]:
+    """A line for each finalist, or what was in the way of the finals."""
+    if summary.finals is None:
+        wanted = [summary.trials[name].status for name in summary.repeats]
+        if not plan.seeds:
+            return []
+        if not wanted:
+            return ["  the finals have not begun: trials are ranked by one seed"]
+        if all(status in BROKEN for status in wanted):
+            return ["  the finals are not decided: none of their trials ran to the end"]
+        ended = sum(status in (FINISHED, *BROKEN) for status in wanted)
+        return [f"  the finals are not decided: {ended} of their {len(wanted)} trials have ended"]
+    lines = []
+    for finalist in summary.finals.ranked:
+        scores = "  ".join(f"{score:.4f}" for score in finalist.scores)
+        lines.append(f"  {finalist.trial:6}{finals.around(finalist):>18}  of {scores}")
+    for name in summary.finalists:
+        if summary.finals.of(name) is None:
+            lines.append(f"  {name:6} is out of the finals: none of its repeats ran to the end")
+    return lines
+
+
 def _in_a_line(summary: Summary, best: TrialRecord, score: float) -> str:
-    line = f"best {best.trial}: {summary.short_metric} {score:.4f} at epoch {best.score_epoch}"
+    if summary.finals is not None:
+        return finals.line(summary, summary.finals)
+    line = f"best {best.trial}: {summary.short_metric} {score:.4f} after epoch {best.score_epoch}"
     baseline = summary.baseline
     if baseline is None or baseline.score is None:
         return line

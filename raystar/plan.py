@@ -20,9 +20,11 @@ from raystar.config import Config, find_shipped, override, read_mapping, request
 from raystar.config import from_mapping as config_from_mapping
 from raystar.dataset import Bank, open_bank
 from raystar.errors import RaystarError, redact
+from raystar.finals import SEED
 from raystar.record import RECORD, code, differences, read_record
 from raystar.retention import check_space, checkpoint_bytes, needed_bytes
 from raystar.ruler import check as check_ruler
+from raystar.ruler import measured_by
 from raystar.space import Space
 from raystar.space import from_mapping as space_from_mapping
 from raystar.speed import check_steps
@@ -82,7 +84,18 @@ class Plan:
             fit = min(fit, int(torch.cuda.device_count() / (self.gpu_share * workers)))
         elif self.speed:
             fit = 1  # two trials on one device would measure each other
-        return max(1, min(fit, self.max_concurrent or fit, self.trials))
+        return max(1, min(fit, self.max_concurrent or fit, self.trials + self.repeats))
+
+    @property
+    def seeds(self) -> list[int]:
+        """From which the finalists are trained again; none where they are not."""
+        first, wanted = self.config.training.seed + 1, self.space.finalists
+        return list(range(first, first + wanted.seeds)) if wanted.top else []
+
+    @property
+    def repeats(self) -> int:
+        """How many trials the finals will have, at most."""
+        return len(self.seeds) * min(self.space.finalists.top + (1 if self.space.baseline else 0), self.trials)
 
     @property
     def cache_dir(self) -> Path:
@@ -181,7 +194,12 @@ def _check(
         check_ruler(bank, config)
         check_codec(config)
         at_a_time = max(1, usable_cpus() // (cpus * space.resources.workers))
-        check_space(storage, needed_bytes(checkpoint_bytes(config), at_a_time, space.keep, trials))
+        top, seeds = space.finalists.top, space.finalists.seeds
+        final = top + 1 if top and seeds else 0  # with the baseline
+        if final:
+            override(config, {SEED: config.training.seed + seeds}, f"{space.source}: finalists")
+        needed = needed_bytes(checkpoint_bytes(config), at_a_time, space.keep + final, trials + final * seeds)
+        check_space(storage, needed)
     record: dict[str, Any] = {
         "name": name,
         "request": dict(asked),
@@ -191,6 +209,7 @@ def _check(
         "points": points,
         "signature": signature(config),
         "data": {"root": bank.root, "digest": bank.digest, "latents": len(bank.names)},
+        **({"ruler": measured_by(bank, config)} if space.purpose == "quality" else {}),
         "storage": args.storage or (before or {}).get("storage"),
         "tracking_uri": redact(uri),
         "code": code(),
@@ -253,6 +272,13 @@ def _resumed(args: argparse.Namespace, budget: float | None) -> Plan:
     changed += differences(before["data"], plan.record["data"], "data")
     if plan.trials < before["trials"]:
         raise RaystarError(f"--trials: sweep {name} has {before['trials']} trials; expected at least as many")
+    if plan.record.get("ruler") != before.get("ruler"):
+        listed = "".join(f"\n  {line}" for line in changed)
+        raise RaystarError(
+            f"--resume {name}: its scores are those of another ruler, {before.get('ruler', 'of an earlier version')}, "
+            f"and cannot be compared with those of {plan.record.get('ruler', 'none')} now, not even with --force; "
+            + (f"put back what has changed, or start a new sweep:{listed}" if changed else "start a new sweep")
+        )
     if changed and not args.force:
         listed = "".join(f"\n  {line}" for line in changed)
         raise RaystarError(

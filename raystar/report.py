@@ -22,14 +22,15 @@ import yaml
 from PIL import Image
 from plotly.offline import get_plotlyjs
 
-from raystar import charts, contact, results
+from raystar import charts, contact, finals, results
 from raystar.config import Config, overlay_yaml, to_mapping
 from raystar.errors import RaystarError, redact, run_cli
 from raystar.importance import FEWEST, RESAMPLES, Importance, importance
 from raystar.record import leaves
 from raystar.results import CONTACT_SHEET, REPORT, Results
+from raystar.ruler import HIGHER
 from raystar.storage import Storage
-from raystar.summary import BROKEN, RUNNING, STOPPED, UNFINISHED, TrialRecord, duration, write_whole
+from raystar.summary import BROKEN, REFERENCES, RUNNING, STOPPED, UNFINISHED, TrialRecord, duration, write_whole
 
 _ROWS, _COLUMNS = 16, 6  # of the contact sheet
 _LARGE = 3  # trials whose grids are shown large
@@ -43,13 +44,16 @@ _TRUST = 0.15  # skill below which importances are told to mean nothing
 _GRID_KINDS = {"grid_ref": "styles of references", "grid_noise": "styles of noise"}
 
 _EXPLAINED = {
-    "eval/score": "style and content together, plus what diversity lacks of 0.25; 1 is perfect",
+    "eval/score": "style and content together, plus what diversity lacks or has too much; 0.1 is perfect",
     "eval/style": "distance of translations from real pictures of the domain, as a share of the sources' distance: "
     "0 as real pictures, 1 as if nothing had been done",
     "eval/content": "how much of the source's layout is lost: 0 none, about 0.92 another picture",
     "eval/diversity": "how different the translations of one picture are under several noises: 1 as different as "
     "real pictures of the domain, 0 all alike",
-    "eval/worst_pair": "(1 + style)(1 + content) of the pair of domains that fares worst",
+    "eval/worst_pair": "(0.1 + style)(1 + content) of the pair of domains that fares worst",
+    "eval/movement": "how far translations are from their own sources, as a share of how far pictures of a domain are "
+    "from each other: 0 nothing has changed",
+    "eval/outlook": "what ranks trials at rungs, before the score can",
     "eval/accuracy": "share of translations that a classifier takes for the target domain",
     "perf/speedup": "samples a second over those of the eager step, both timed in turn",
     "perf/steady_samples_per_s": "samples a second once everything is compiled",
@@ -58,7 +62,12 @@ _EXPLAINED = {
     "perf/compiled_modules": "networks that run compiled",
     "perf/recompilations": "compilations after the first step",
 }
-_HIGHER = ("eval/diversity", "eval/accuracy", "perf/speedup", "perf/steady_samples_per_s", "perf/eager_samples_per_s")
+_HIGHER = (
+    *(f"eval/{name}" for name in HIGHER),
+    "perf/speedup",
+    "perf/steady_samples_per_s",
+    "perf/eager_samples_per_s",
+)
 
 
 def write(folder: Path, storage: Storage, out: Path | None = None) -> Path:
@@ -108,6 +117,8 @@ def _page(found: Results, folder: Path, storage: Storage) -> tuple[str, Image.Im
         headline=_headline(found),
         facts=_facts(found),
         parts=_parts(found),
+        finalists=_finalists(found),
+        foresight=found.foresight(),
         changes=_changes(found),
         better=charts.arrow(found.summary.mode),
         explained=_EXPLAINED,
@@ -143,11 +154,13 @@ def _headline(found: Results) -> str:
     summary = found.summary
     best, baseline, gain = summary.best, summary.baseline, summary.gain
     name = summary.short_metric
+    if summary.finals is not None:
+        return finals.line(summary, summary.finals).replace("+-", "\N{PLUS-MINUS SIGN}") + "."
     if best is None or best.score is None:
         running = any(r.status in UNFINISHED for r in summary.trials.values()) and summary.status == RUNNING
         return "No trial has a score yet." if running else "No trial has a score that counts."
     leads = "is ahead" if summary.status == RUNNING else "won"
-    line = f"{best.trial} {leads} with {name} {_number(best.score)} at epoch {best.score_epoch}"
+    line = f"{best.trial} {leads} with {name} {_number(best.score)} after epoch {best.score_epoch}"
     if baseline is None:
         return f"{line}; the sweep has no baseline to compare with."
     if gain is None:
@@ -167,10 +180,16 @@ def _facts(found: Results) -> list[tuple[str, str, str]]:
         facts.append((f"best {summary.short_metric}", _number(best.score), repr(best.score)))
     if baseline is not None and baseline.score is not None:
         facts.append((f"baseline {summary.short_metric}", _number(baseline.score), repr(baseline.score)))
+    if summary.finals is not None:
+        mean = summary.finals.ranked[0].mean
+        facts.append((f"{summary.finals.winner}'s mean over seeds", _number(mean), repr(mean)))
+    for name, words in REFERENCES.items():
+        if (value := summary.reference(name)) is not None:
+            facts.append((words, _number(value), repr(value)))
     if gain is not None:
         facts.append(("gain over the baseline", f"{gain:.1%}", repr(gain)))
     planned = (
-        f"{len(summary.trials)} of {summary.planned}" if len(summary.trials) < summary.planned else summary.planned
+        f"{len(summary.trials)} of {summary.expected}" if len(summary.trials) < summary.expected else summary.expected
     )
     return [
         *facts,
@@ -180,8 +199,26 @@ def _facts(found: Results) -> list[tuple[str, str, str]]:
     ]
 
 
+def _finalists(found: Results) -> list[dict[str, Any]]:
+    """A row for each finalist: its mean, what that may be off by, and the score of each of its runs."""
+    summary = found.summary
+    if summary.finals is None:
+        return []
+    return [
+        {
+            "trial": finalist.trial,
+            "baseline": finalist.trial == summary.baseline_trial,
+            "mean": finalist.mean,
+            "error": finalist.error,
+            "scores": list(zip(finalist.runs, finalist.scores, strict=True)),
+            "good": summary.good(summary.trials[finalist.trial]),
+        }
+        for finalist in summary.finals.ranked
+    ]
+
+
 def _parts(found: Results) -> list[dict[str, Any]]:
-    """The measured parts of the score, of the baseline and of the best, each at its best epoch."""
+    """The measured parts of the score, of the baseline and of the best, as measured last."""
     best, baseline = found.summary.best, found.summary.baseline
     if best is None:
         return []
@@ -249,7 +286,7 @@ def _drawn(kind: str, values: Any) -> str:
 
 
 def _importance(found: Results) -> Importance | None:
-    known = [r for r in found.summary.ranked() if found.curve(r.trial)]
+    known = [r for r in found.summary.ranked() if r.parent is None and found.curve(r.trial)]
     logarithmic = [key for key, (kind, _) in found.drawn.items() if kind == "loguniform"]
     return importance([r.params for r in known], [found.curve(r.trial) for r in known], logarithmic)
 
@@ -269,11 +306,9 @@ def _stops(found: Results) -> str:
 
 def _contact(found: Results, storage: Storage) -> tuple[dict[str, Any], Image.Image | None]:
     """Pictures of trials by epochs, the best trials' grids large, and the sheet as one picture."""
-    ranked = found.summary.ranked()
+    first = finals.featured(found.summary)
+    ranked = [*first, *(record for record in found.summary.ranked() if record not in first)]
     shown = ranked[:_ROWS]
-    baseline = found.summary.baseline
-    if baseline is not None and baseline in ranked and baseline not in shown:
-        shown[-1] = baseline
     names = [record.trial for record in shown]
     epochs = contact.epochs_to_show(storage, names, found.rungs, _COLUMNS)  # where many trials ended
     if not epochs:
@@ -292,12 +327,12 @@ def _contact(found: Results, storage: Storage) -> tuple[dict[str, Any], Image.Im
     embedded = iter(contact.embed([picture for _, row in sheet for picture in row.values()], _THUMBS))
     rows = [(record, {epoch: next(embedded) for epoch in pictures}) for record, pictures in sheet]
     together = contact.contact_sheet([(_label(found, r), p) for r, p in sheet[:_SHEET_ROWS]], epochs)
-    large = _large(found, storage, ranked[:_LARGE])
+    large = _large(found, storage, first[:_LARGE])
     return {"rows": rows, "epochs": epochs, "large": large, "hidden": len(ranked) - len(shown)}, together
 
 
 def _large(found: Results, storage: Storage, records: list[TrialRecord]) -> list[tuple[TrialRecord, list[Any]]]:
-    """Of each trial its grids at its best epoch: (what it shows, epoch, picture)."""
+    """Of each trial its grids of the epoch that it was measured in last: (what it shows, epoch, picture)."""
     read: list[tuple[TrialRecord, str, int, Image.Image]] = []
     for record in records:
         for key in _GRID_KINDS:
@@ -365,8 +400,8 @@ def _table(found: Results) -> dict[str, Any]:
     records = found.by_score()
     metrics = [m for m in metrics if any(m in r.metrics for r in records)]
     columns = [
-        ("trial", "name"), ("status", "how it ended"), (found.summary.short_metric, "its best"),
-        ("at epoch", "of its best score"), ("epochs", "trained"),
+        ("trial", "name"), ("status", "how it ended"), (found.summary.short_metric, "as measured last"),
+        ("after epoch", "of that measurement"), ("epochs", "trained"),
         *((m.rpartition("/")[2].replace("_", " "), _EXPLAINED[m]) for m in metrics),
         ("time", "h:mm:ss"), *((charts.short(key), key) for key in found.drawn),
     ]  # fmt: skip
@@ -374,7 +409,7 @@ def _table(found: Results) -> dict[str, Any]:
     for record in records[:_TABLE]:
         cells: list[tuple[str, Any]] = [
             (record.trial, record.trial),
-            (record.status.replace("_", " "), record.status),
+            (record.status.replace("_", " ") + (", unmoved" if record.unmoved else ""), record.status),
             (_number(record.score), record.score),
             (_value(record.score_epoch), record.score_epoch),
             (str(record.epochs), record.epochs),

@@ -10,15 +10,55 @@ from pathlib import Path
 from typing import Any
 
 from raystar.errors import RaystarError, nearest
+from raystar.finals import rank_correlation
 from raystar.journal import Journal
 from raystar.ledger import EPOCH
 from raystar.record import JOURNAL, RECORD
 from raystar.rungs import Rungs
-from raystar.space import Scheduler
-from raystar.summary import Summary, TrialRecord
+from raystar.space import Scheduler, ranking, read_scheduler
+from raystar.speed import METRICS as SPEED_METRICS
+from raystar.summary import FINISHED, Summary, TrialRecord
+from raystar.trainer import METRICS
 
+_FEW = 4  # runs below which nothing is said of a rung
+_WARNED, _DOUBTFUL = 5, 0.5  # runs from which on a rung is doubted, below that correlation
 SUMMARY, REPORT, CONTACT_SHEET = "summary.json", "report.html", "contact_sheet.png"
 """Files of a sweep's folder."""
+
+
+@dataclass(frozen=True)
+class Foresight:
+    """How well a rung's ranking is that of the end, over the runs that came there."""
+
+    epoch: int
+    metric: str
+    runs: int
+    correlation: float
+    """Spearman's, of what ranks at the rung with the final score: 1 the same order, 0 none, below 0 the reverse."""
+
+    @property
+    def doubtful(self) -> bool:
+        """Whether there are enough runs to say that the rung stops the wrong trials."""
+        return self.runs >= _WARNED and self.known and self.correlation < _DOUBTFUL
+
+    @property
+    def known(self) -> bool:
+        """Whether there is anything to say."""
+        return self.runs >= _FEW and math.isfinite(self.correlation)
+
+    @property
+    def words(self) -> str:
+        """In a line."""
+        name = self.metric.rpartition("/")[2]
+        if not self.known:
+            return f"rung at epoch {self.epoch}: too few to say what it is worth (runs to the end: {self.runs})"
+        line = (
+            f"rung at epoch {self.epoch}: rank correlation of {name} with the final score {self.correlation:+.2f} "
+            f"over {self.runs} runs"
+        )
+        if not self.doubtful:
+            return line
+        return f"{line}; it says little of the end: raise scheduler.grace_epochs, or rank by another scheduler.metric"
 
 
 @dataclass(frozen=True)
@@ -49,17 +89,40 @@ class Results:
     @property
     def rungs(self) -> list[int]:
         """Epochs at which ASHA could stop a trial, in order; none where it did not run."""
-        scheduler = Scheduler(**self.record["space"].get("scheduler", {}))
+        scheduler = self._scheduler
         if scheduler.type != "asha":
             return []
-        rungs = Rungs(self.summary.mode, scheduler.grace_epochs, scheduler.reduction_factor, self.epochs).rungs
-        return sorted({math.ceil(rung.epoch) for rung in rungs if rung.epoch < self.epochs})
+        return Rungs(self.summary.mode, scheduler.grace_epochs, scheduler.reduction_factor, self.epochs).places
+
+    @property
+    def ranking(self) -> tuple[str, str]:
+        """What ranked trials at rungs, and its mode."""
+        return ranking(self._scheduler, self.summary.metric, self.summary.mode, RECORD)
+
+    @property
+    def _scheduler(self) -> Scheduler:
+        return read_scheduler(
+            self.record["space"].get("scheduler", {}), SPEED_METRICS if self.speed else METRICS, RECORD
+        )
 
     def curve(self, trial: str, metric: str | None = None) -> dict[int, float]:
         """One metric of a trial by epoch, by default the sweep's, where it is finite."""
         metric = metric or self.summary.metric
         found = {epoch: metrics.get(metric) for epoch, metrics in self.curves.get(trial, {}).items()}
         return {epoch: value for epoch, value in found.items() if value is not None and math.isfinite(value)}
+
+    def foresight(self) -> list[Foresight]:
+        """What each rung says of the end, in order of their epochs."""
+        ended = [r for r in self.summary.trials.values() if r.status == FINISHED and r.score is not None]
+        metric, mode = self.ranking
+        sign = 1 if mode == self.summary.mode else -1  # more correlation is always better
+        found = []
+        for epoch in self.rungs:
+            then = {record.trial: self.curve(record.trial, metric).get(epoch) for record in ended}
+            there = [(sign * value, r.score or 0.0) for r in ended if (value := then[r.trial]) is not None]
+            correlation = rank_correlation(*zip(*there, strict=True)) if len(there) > 1 else math.nan
+            found.append(Foresight(epoch, metric, len(there), correlation))
+        return found
 
     def by_score(self) -> list[TrialRecord]:
         """All trials: those that may be best, best first, then the others by name."""
@@ -91,7 +154,7 @@ def read(folder: Path) -> Results:
     content, record = _json(folder / SUMMARY), _json(folder / RECORD)
     try:
         results = Results(Summary.from_mapping(content, int(record["trials"])), record, _curves(folder, content))
-        _ = results.speed, results.drawn, results.rungs
+        _ = results.speed, results.drawn, results.rungs, results.ranking
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise RaystarError(
             f"{folder}: {SUMMARY} and {RECORD} are not those of a sweep of raystar: {type(error).__name__}: {error}"

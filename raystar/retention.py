@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import bisect
 import sys
 import threading
 from collections.abc import Sequence
@@ -10,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
+from raystar import finals
 from raystar.config import Config
 from raystar.errors import RaystarError
 from raystar.model import AVERAGED, NAMES, Nets
@@ -46,22 +46,28 @@ def check_space(storage: Storage, needed: int) -> None:
 
 
 def needed_bytes(checkpoint: int, at_a_time: int, keep: int, trials: int) -> int:
-    """What a sweep's checkpoints and pictures take at most, about."""
+    """What a sweep's checkpoints and pictures take at most, about. `keep`: those that stay, `trials`: all of them."""
     return checkpoint * (at_a_time * (_RECENT + 2) + min(keep, trials)) + trials * _EXTRA_BYTES
 
 
 class Janitor:
-    """Keeps each trial's latest and best checkpoints while it can go on, and afterwards those of the best trials.
+    """Keeps each trial's latest and measured checkpoints while it can go on, and afterwards those of the best trials.
 
     Files are removed in a thread: a distant storage must not hold up the sweep.
+
+    Args:
+        keep: trials that have ended whose checkpoints stay, the best ones.
+        top: beside them, the best run of each of so many finalists, and of the baseline.
     """
 
-    def __init__(self, storage: Storage, keep: int, mode: str) -> None:
+    def __init__(self, storage: Storage, keep: int, mode: str, top: int = 0, baseline: str | None = None) -> None:
         self.storage = storage
         self.keep = keep
-        self._sign = 1 if mode == "min" else -1
+        self.mode = mode
+        self.top = top
+        self.baseline = baseline
         self._there: dict[str, list[int]] = {}  # epochs with a checkpoint, by trial, as the driver knows them
-        self._best: list[tuple[float, str]] = []  # of the trials that have ended, the best first
+        self._ended: list[TrialRecord] = []  # those whose checkpoints may stay
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="raystar-janitor")
 
     def known(self, record: TrialRecord) -> None:
@@ -85,13 +91,24 @@ class Janitor:
             self._reduce(record.trial, [])
             return
         self._reduce(record.trial, [record.score_epoch])
-        bisect.insort(self._best, (self._sign * record.score, record.trial))
-        for _, name in self._best[self.keep :]:
-            self._reduce(name, [])
-        del self._best[self.keep :]
+        self._ended = [other for other in self._ended if other is not record] + [record]
+        chosen = finals.choose(self._ended, self.mode, self.top, self.baseline) if self.top else []
+        # Who is left out now will be left out of every later choice, since scores of the past stay what they are.
+        kept = {other.trial for other in sorted(self._ended, key=self._order)[: self.keep]}
+        for name in chosen:
+            runs = [other for other in self._ended if name in (other.trial, other.parent)]
+            kept.add(min(runs, key=lambda run: (run.status != FINISHED, *self._order(run))).trial)
+        for other in self._ended:
+            if other.trial not in kept:
+                self._reduce(other.trial, [])
+        self._ended = [other for other in self._ended if other.trial in kept or other.trial in chosen]
+
+    def _order(self, record: TrialRecord) -> tuple[float, str]:
+        assert record.score is not None
+        return record.score * (1 if self.mode == "min" else -1), record.trial
 
     def checkpoint(self, record: TrialRecord) -> str | None:
-        """Where the checkpoint of a trial's best epoch lies in the storage, if it is kept."""
+        """Where the checkpoint of a trial's score lies in the storage, if it is kept."""
         if record.score_epoch is None or record.score_epoch not in self._there.get(record.trial, []):
             return None
         return checkpoint_name(record.trial, record.score_epoch)

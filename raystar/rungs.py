@@ -18,7 +18,7 @@ class Rung:
     epoch: float
     trials: set[str] = field(default_factory=set)
     values: list[float] = field(default_factory=list)
-    """The finite ones, in rising order."""
+    """In rising order: the finite ones, below them -inf for each trial that has not begun to move."""
 
     def quantile(self, q: float) -> float:
         """Between the two nearest values, rounded as `numpy.percentile` does; the worst where there is no value."""
@@ -28,6 +28,8 @@ class Rung:
         below = math.floor(at)
         a, b = self.values[below], self.values[min(below + 1, len(self.values) - 1)]
         part = at - below
+        if a == -math.inf:  # and whatever lies between it and another value
+            return a
         return a + (b - a) * part if part < 0.5 else b - (b - a) * (1 - part)
 
 
@@ -55,15 +57,29 @@ class Rungs:
         count = int(math.log(self.epochs / self.grace) / math.log(self.factor) + 1)
         self.rungs = [Rung(self.grace * self.factor**k) for k in reversed(range(count))]
 
-    def take(self, trial: str, epoch: int, value: float) -> bool:
-        """Takes in a trial's value; returns whether the trial may go on. A value that is not finite is the worst."""
+    @property
+    def places(self) -> list[int]:
+        """The epochs at which trials come to a rung, in order; the last of a trial that is not stopped is none."""
+        return sorted({math.ceil(rung.epoch) for rung in self.rungs if rung.epoch < self.epochs})
+
+    def take(self, trial: str, epoch: int, value: float, unmoved: bool = False) -> bool:
+        """Takes in a trial's value; returns whether the trial may go on. A value that is not finite is the worst.
+
+        Args:
+            unmoved: the trial's translations cannot be told from their sources. Whatever its value, it is last: it is
+                stopped where any trial has moved, and it counts for those that come after it.
+        """
         value = value if self.mode == "max" else -value
         for rung in self.rungs:
             if epoch < rung.epoch or trial in rung.trials:
                 continue
-            stopped = bool(rung.trials) and not value >= rung.quantile(1 - 1 / self.factor)
+            if unmoved:
+                value = -math.inf
+                stopped = bool(rung.values) and rung.values[-1] > value
+            else:
+                stopped = bool(rung.trials) and not value >= rung.quantile(1 - 1 / self.factor)
             rung.trials.add(trial)
-            if math.isfinite(value):
+            if unmoved or math.isfinite(value):
                 insort(rung.values, value)
             return not stopped or trial == self.exempt
         return True

@@ -19,11 +19,11 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from raystar import cluster, outcome
+from raystar import cluster, finals, outcome
 from raystar.config import get_value, override, signature, to_mapping, to_yaml
 from raystar.errors import RaystarError
 from raystar.journal import Journal, wait_for_space
-from raystar.ledger import ALONE, ENDED, EPOCH, NOTE, SESSION, STARTED, Ledger, Verdict
+from raystar.ledger import ALONE, ENDED, EPOCH, FINALS, NOTE, REFERENCES, SESSION, STARTED, Ledger, Verdict
 from raystar.plan import Plan
 from raystar.record import JOURNAL, RECORD
 from raystar.retention import DiskWatch, Janitor, checkpoint_bytes
@@ -52,7 +52,7 @@ class Session:
 
     Args:
         placed: on a cluster, the files that nodes must hold.
-        ruler_ready: returns when the ruler has been made; raises what was in its way.
+        ruler_ready: returns when the ruler has been made, with its references; raises what was in its way.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class Session:
         tracker: MlflowTracker,
         ledger: Ledger,
         placed: cluster.Placed | None,
-        ruler_ready: Callable[[], Any],
+        ruler_ready: Callable[[], Mapping[str, Mapping[str, float]]],
     ) -> None:
         self.plan = plan
         self.placed = placed
@@ -70,8 +70,9 @@ class Session:
         self.ruler_ready = ruler_ready
         self.journal = Journal(plan.folder / JOURNAL)
         self.summary = ledger.summary
-        self.board = Board(self.summary, plan.config.training.epochs)
-        self.janitor = Janitor(plan.storage, plan.space.keep, plan.space.mode)
+        self.board = Board(self.summary, plan.config.training.epochs, plan.repeats)
+        top = plan.space.finalists.top if plan.seeds else 0
+        self.janitor = Janitor(plan.storage, plan.space.keep, plan.space.mode, top, self.summary.baseline_trial)
         self.interrupts = 0
         self.given_up: str | None = None
         """Why the sweep ends before its trials do, where nobody asked for that."""
@@ -147,23 +148,55 @@ class Session:
             self.janitor.known(record)
 
     def _run_trials(self) -> None:
-        """Runs all trials, then those alone that were out of memory beside others."""
+        """Runs the search, then its finals."""
         records = self.summary.trials
-        known = self.ledger.unfinished()
         fresh = [name for name in map(self.plan.trial_name, range(self.plan.trials)) if name not in records]
-        names = [name for name in known if name not in self.ledger.alone]
+        names = self._to_run(repeats=False)
         if names or fresh:
             n = self.plan.at_a_time
             how_many = "" if self.plan.address else f"{n} trial{'s' if n > 1 else ''} at a time; "
             better = "lower" if self.plan.space.mode == "min" else "higher"
             announce(f"{how_many}{self.plan.space.metric}, {better} is better")
-            self._fit(names, fresh)
-        while not self.stopping and (name := next(iter(self._waiting_alone()), None)):
-            announce(f"{name} was out of memory beside others and is tried again by itself")
-            self._fit([name], [])
+        self._fit_all(names, fresh)
+        if self.plan.seeds and not self.stopping and self._choose_finalists():
+            self._fit_all(self._to_run(repeats=True), [])
 
-    def _waiting_alone(self) -> list[str]:
-        return [name for name in self.ledger.unfinished() if name in self.ledger.alone]
+    def _to_run(self, *, repeats: bool) -> list[str]:
+        """Trials of the search, or of the finals, that are known and can go on."""
+        wanted = finals.repeats(self.summary.finalists, self.summary.seeds)
+        return [n for n in self.ledger.unfinished() if (n in wanted if repeats else n not in self.summary.repeats)]
+
+    def _fit_all(self, names: list[str], fresh: list[str]) -> None:
+        """Runs trials, then those alone that were out of memory beside others."""
+        beside = [name for name in names if name not in self.ledger.alone]
+        if beside or fresh:
+            self._fit(beside, fresh)
+        for name in sorted({*names, *fresh} & self.ledger.alone):
+            if not self.stopping:
+                announce(f"{name} was out of memory beside others and is tried again by itself")
+                self._fit([name], [])
+
+    def _choose_finalists(self) -> bool:
+        """Plans the finals; returns whether there are any. Chosen as before, they are those that are under way."""
+        summary, seeds = self.summary, self.plan.seeds
+        chosen = finals.choose(
+            summary.trials.values(), summary.mode, self.plan.space.finalists.top, summary.baseline_trial
+        )
+        if not chosen:
+            return False
+        wanted = finals.repeats(chosen, seeds)
+        for name in summary.repeats:
+            record = summary.trials[name]
+            if name not in wanted and record.status == INTERRUPTED:  # nobody will go on with it
+                reason = f"{record.parent} is no finalist any more"
+                self._happened(ENDED, trial=name, status=STOPPED, reason=reason)
+                self.tracker.attach(name, {}, {"raystar.status": STOPPED, "raystar.reason": reason}, {})
+        if (chosen, seeds) != (summary.finalists, summary.seeds):
+            self._happened(FINALS, finalists=chosen, seeds=seeds)
+        if left := len(self._to_run(repeats=True)):
+            numbers = f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}"
+            announce(f"the finals: {', '.join(chosen)} again from {numbers}; {left} trials to go")
+        return True
 
     def _fit(self, names: list[str], fresh: list[str]) -> None:
         """Has Tune run the trials `names`, whose values are known, and `fresh` ones, whose values it searches."""
@@ -196,15 +229,21 @@ class Session:
                 gpu_share=gpu_share,
                 cpus=plan.cpus,
                 workers=space.resources.workers,
+                measure_at=tuple(self.ledger.rungs.places) if self.ledger.rungs is not None else (),
                 speed=plan.speed,
             )
+            # What was chosen before need not lie in a range: a baseline's null cannot even be compared with one.
+            values = {
+                key: d.to_ray() if fresh else tune.choice([self.summary.trials[n].params[key] for n in names])
+                for key, d in space.space.items()
+            }
+            if seeds := sorted(
+                {self.summary.trials[n].params[finals.SEED] for n in names if n in self.summary.repeats}
+            ):
+                values[finals.SEED] = tune.choice(seeds)
             tuner = tune.Tuner(
                 tune.with_resources(tune.with_parameters(run_trial, request=request), resources),
-                # What was chosen before need not lie in a range: a baseline's null cannot even be compared with one.
-                param_space={
-                    key: d.to_ray() if fresh else tune.choice([self.summary.trials[n].params[key] for n in names])
-                    for key, d in space.space.items()
-                },
+                param_space=values,
                 tune_config=tune.TuneConfig(
                     search_alg=self._search(names, fresh, at_a_time),
                     scheduler=Warden(self),
@@ -249,7 +288,10 @@ class Session:
         warnings.filterwarnings("ignore", module="optuna")
         if space.baseline and plan.trial_name(0) in fresh:
             points.append({key: get_value(plan.config, key) for key in space.space})
-        told = [r for r in self.summary.trials.values() if r.trial not in names and r.score is not None]
+        told = [
+            r for r in self.summary.trials.values()
+            if r.trial not in names and r.score is not None and r.parent is None
+        ]  # fmt: skip
         search = OptunaSearch(
             space={key: d.to_ray() for key, d in space.space.items()},
             metric=space.metric,
@@ -319,6 +361,7 @@ class Session:
             config = override(self.plan.config, params, "trial")
         except RaystarError:  # a combination that the search made up as it went: the trial fails and says why
             config = self.plan.config
+        parent = self.summary.trials[name].parent
         self.tracker.start(
             name,
             params=params,
@@ -327,6 +370,7 @@ class Session:
                 "raystar.signature": signature(config),
                 "raystar.seed": str(config.training.seed),
                 "raystar.baseline": str(name == self.summary.baseline_trial).lower(),
+                **({"raystar.parent": parent} if parent is not None else {}),
             },
             text={"config.yaml": to_yaml(config)},
         )
@@ -337,10 +381,13 @@ class Session:
         if not self._last_report:  # what started beside Ray must have worked before the first result counts
             try:
                 self.tracker.wait_until_connected()
-                self.ruler_ready()
+                references = self.ruler_ready()
             except RaystarError as refused:
                 self.refused = refused  # Tune wraps what its callbacks raise
                 raise
+            if references and not self.summary.references:
+                self._happened(REFERENCES, values=references)
+                self.board.told_references()
         record = self.summary.trials[name]
         self._measure_idle(record, report)
         if report["status"] == STARTING:
@@ -408,7 +455,7 @@ class Session:
         record = self.summary.trials[name]
         self._happened(ENDED, trial=name, status=status, reason=reason)
         record.run_id = self.tracker.run_id(name)
-        self._record_best(record)
+        self._record_score(record)
         self.tracker.end(name, status, reason)
         self.janitor.ended(record)
         self.board.changed(record)
@@ -418,14 +465,17 @@ class Session:
             self.given_up = f"{len(broken)} trials in a row went wrong, the first, {first.trial}: {first.reason}"
         self._write()
 
-    def _record_best(self, record: TrialRecord) -> None:
-        """The trial's best, which the summary ranks by, where MLflow's tables can sort by it too."""
+    def _record_score(self, record: TrialRecord) -> None:
+        """The trial's score, which the summary ranks by, where MLflow's tables can sort by it too."""
         if record.score is None or record.score_epoch is None:
             return
-        found = {f"best/{self.summary.short_metric}": record.score, "best/epoch": float(record.score_epoch)}
-        note = f"{record.status}: best {self.summary.short_metric} {record.score:.4f} at epoch {record.score_epoch}"
+        found = {f"final/{self.summary.short_metric}": record.score, "final/epoch": float(record.score_epoch)}
+        note = f"{record.status}: {self.summary.short_metric} {record.score:.4f} after epoch {record.score_epoch}"
         note += f" of {record.epochs}" + (f"; {record.reason}" if record.reason else "")
-        self.tracker.attach(record.trial, {}, {"mlflow.note.content": note}, found)
+        tags = {"mlflow.note.content": note}
+        if not self.plan.speed:
+            tags["raystar.unmoved"] = str(record.unmoved).lower()
+        self.tracker.attach(record.trial, {}, tags, found)
 
     def _measure_idle(self, record: TrialRecord, report: Mapping[str, Any]) -> None:
         """How long the trial's process trained nothing between the trial before and this one's first step."""
@@ -479,8 +529,12 @@ class Session:
             files |= outcome.report(plan)  # from the files that have just been written
         files |= {name: plan.folder / name for name in ("summary.json", "summary.csv")}
         tags = {"raystar.best_trial": best.trial, "raystar.best_run": best.run_id or ""} if best else {}
-        metrics = {f"best/{self.summary.short_metric}": best.score} if best and best.score is not None else {}
+        metrics = {f"final/{self.summary.short_metric}": best.score} if best and best.score is not None else {}
+        if summary.finals is not None:
+            tags["raystar.winner"] = summary.finals.winner
+            metrics["final/mean"] = summary.finals.ranked[0].mean
         self.tracker.attach(PARENT, {k: v for k, v in files.items() if v.is_file()}, tags, metrics)
+        self.tracker.feature([record.trial for record in finals.featured(summary)])
         self.tracker.end(PARENT, summary.status, error)
         self._hand_in_models()
         self.tracker.close()
@@ -488,7 +542,8 @@ class Session:
             shutil.rmtree(plan.folder / outcome.FINALISTS, ignore_errors=True)
         self._write(now=True)
         self.journal.close()
-        outcome.tell(plan, summary, self.tracker.how_to_compare(), self.tracker.registered, error)
+        addresses = (*self.tracker.how_to_compare(), self.tracker.grids_address())
+        outcome.tell(plan, summary, addresses, self.tracker.registered, error)
         if self.interrupts:
             return 130
         return 0 if summary.status == FINISHED else 1
@@ -518,5 +573,10 @@ class Session:
         if found and found[0][0] is best and best.score is not None:
             short = f"{summary.short_metric} {best.score:.4f}"
             description = f"Trial {best.trial} of sweep {plan.name} after epoch {found[0][1]}: {short}."
+            if summary.finals is not None:
+                winner = summary.finals.ranked[0]
+                description += f" Mean of {len(winner.runs)} seeds: {finals.around(winner)}."
+            if (standing := summary.standing) is not None:
+                description += f" Beside the references: {standing}."
             comparable = f"{summary.metric}-{summary.mode}-{measured_by(plan.bank, plan.config)}"
             self.tracker.register(best.trial, found[0][1], best.score, description, comparable)

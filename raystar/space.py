@@ -17,6 +17,8 @@ from raystar.compile import SPEED_KEYS, canonical
 from raystar.config import MAX_WHOLE, Config, check_value, get_value, key_field, override, read_mapping
 from raystar.errors import RaystarError, key_text, misspelt, show
 from raystar.ledger import Collapse
+from raystar.ruler import HIGHER
+from raystar.ruler import METRICS as RULER_METRICS
 from raystar.speed import METRICS as SPEED_METRICS
 from raystar.trainer import METRICS
 
@@ -32,6 +34,8 @@ _KNOWN = (
     "space", "collapse", "keep", "finalists", "abort_after",
 )  # fmt: skip
 _PURPOSES = {"quality": ("score", "min"), "speed": ("speedup", "max")}  # with their metric and mode
+_SEED = "training.seed"
+_SCORE, _OUTLOOK = "eval/score", "eval/outlook"
 _MOST = 10_000  # trials, or combinations of a grid: more would never be run, and hardly be listed
 _DRAWS = 200  # for each trial, before a space is taken to hold no further combination
 _SEARCHES = ("random", "grid", "tpe")
@@ -82,6 +86,8 @@ class Scheduler:
     """Epochs of a trial that is never stopped; by default `training.epochs`."""
     grace_epochs: int = 1
     reduction_factor: float = 2
+    metric: str | None = None
+    """What ranks trials at rungs, in full; None where the file leaves that open (`ranking`)."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +100,16 @@ class Resources:
     cpus: int | str = 1
     """Of a worker: a number, or `auto`: all of the machine's for a speed sweep without a GPU, else 1."""
     workers: int = 1
+
+
+@dataclass(frozen=True)
+class Finalists:
+    """The best configurations, and how often they are trained again."""
+
+    top: int = 3
+    """Configurations that are compared by means over seeds, and whose models go into the MLflow store; 0 for none."""
+    seeds: int = 2
+    """Further seeds that each of them and the baseline are trained from; 0 compares trials by their own scores."""
 
 
 @dataclass(frozen=True)
@@ -117,10 +133,14 @@ class Space:
     collapse: Collapse = field(default_factory=Collapse)
     keep: int = 5
     """Trials whose best checkpoints stay when all have ended."""
-    finalists: int = 3
-    """Of these, the best whose models go into the MLflow store; 0 for none."""
+    finalists: Finalists = field(default_factory=Finalists)
     abort_after: int = 5
     """Trials that go wrong one after the other before the sweep gives up; 0 never."""
+
+    @property
+    def ranking(self) -> tuple[str, str]:
+        """What ranks trials at rungs, and its mode."""
+        return ranking(self.scheduler, self.metric, self.mode, self.source)
 
     def points(self, config: Config, device: torch.device) -> list[dict[str, Any]] | None:
         """The swept keys' values of every trial, the baseline first; None where the search decides as it goes.
@@ -214,9 +234,10 @@ def from_mapping(content: Mapping[str, Any], config: Config, source: str) -> Spa
                 "leave out choices, or use search: random"
             )
         trials = combinations + (1 if baseline else 0)
-    return Space(
+    metrics = SPEED_METRICS if purpose == "speed" else METRICS
+    space_file = Space(
         source=source,
-        metric=_metric(content.get("metric", metric), SPEED_METRICS if purpose == "speed" else METRICS, source),
+        metric=_metric(content.get("metric", metric), metrics, f"{source}: metric"),
         mode=_one_of(content.get("mode", mode), ("min", "max"), f"{source}: mode"),
         trials=trials,
         space=space,
@@ -225,13 +246,15 @@ def from_mapping(content: Mapping[str, Any], config: Config, source: str) -> Spa
         baseline=baseline,
         search=search,
         seed=_whole(content.get("seed", 0), f"{source}: seed", 0, MAX_WHOLE),
-        scheduler=_scheduler(content.get("scheduler", {}), source),
+        scheduler=read_scheduler(content.get("scheduler", {}), metrics, source),
         resources=resources,
         collapse=_collapse(content.get("collapse", {}), source),
         keep=_whole(content.get("keep", Space.keep), f"{source}: keep", 1, _MOST),
-        finalists=_whole(content.get("finalists", Space.finalists), f"{source}: finalists", 0, _MOST),
+        finalists=_finalists(content.get("finalists"), purpose, space, source),
         abort_after=_whole(content.get("abort_after", Space.abort_after), f"{source}: abort_after", 0, _MOST),
     )
+    _ = space_file.ranking  # refuses what has no known direction
+    return space_file
 
 
 def _check_speed(space: Mapping[str, Distribution], search: str, resources: Resources, source: str) -> None:
@@ -289,21 +312,67 @@ def _distribution(key: str, value: Any, source: str) -> Distribution:
     return Distribution(kind, (low, high))
 
 
-def _scheduler(content: Any, source: str) -> Scheduler:
+def ranking(scheduler: Scheduler, metric: str, mode: str, source: str) -> tuple[str, str]:
+    """What ranks trials at rungs, and which way, in a sweep for `metric`.
+
+    The score is for the end: whatever begins to move looks worse before it gets better, and the ruler's outlook allows
+    for that.
+
+    Raises:
+        RaystarError: a metric of which nobody knows which way is better.
+    """
+    found = scheduler.metric or (_OUTLOOK if metric == _SCORE else metric)
+    if found == metric:
+        return found, mode
+    group, _, name = found.partition("/")
+    if group != "eval":
+        raise RaystarError(
+            f"{source}: scheduler.metric: {found}: whether more of it is better is not known; expected a metric of the "
+            f"ruler's ({', '.join(RULER_METRICS)}) or the sweep's own, {metric}"
+        )
+    return found, "max" if name in HIGHER else "min"
+
+
+def read_scheduler(content: Any, metrics: Sequence[str], source: str) -> Scheduler:
+    """The scheduler of a space file, whose sweep can report `metrics`."""
     where = f"{source}: scheduler"
-    _section(content, ("type", "max_epochs", "grace_epochs", "reduction_factor"), where)
-    most = content.get("max_epochs")
+    _section(content, ("type", "max_epochs", "grace_epochs", "reduction_factor", "metric"), where)
+    most, metric = content.get("max_epochs"), content.get("metric")
     found = Scheduler(
         type=_one_of(content.get("type", "asha"), ("asha", "none"), f"{where}.type"),
         max_epochs=None if most is None else _whole(most, f"{where}.max_epochs", 1),
         grace_epochs=_whole(content.get("grace_epochs", 1), f"{where}.grace_epochs", 1),
         reduction_factor=_number(content.get("reduction_factor", 2), f"{where}.reduction_factor"),
+        metric=None if metric is None else _metric(metric, metrics, f"{where}.metric"),
     )
     if found.reduction_factor <= 1:
         raise RaystarError(f"{where}.reduction_factor: expected more than 1, found {found.reduction_factor:g}")
     if found.max_epochs is not None and found.grace_epochs > found.max_epochs:
         raise RaystarError(
             f"{where}.grace_epochs: expected at most max_epochs {found.max_epochs}, found {found.grace_epochs}"
+        )
+    return found
+
+
+def _finalists(content: Any, purpose: str, space: Mapping[str, Distribution], source: str) -> Finalists:
+    where = f"{source}: finalists"
+    if purpose == "speed":
+        if content is not None:
+            raise RaystarError(f"{where}: purpose speed has none, since speed does not depend on a seed; leave it out")
+        return Finalists(0, 0)
+    if content is None:  # where seeds are searched, there is no other seed to train from
+        return Finalists(seeds=0) if _SEED in space else Finalists()
+    if not isinstance(content, Mapping):
+        return Finalists(_whole(content, where, 0, _MOST), 0)
+    _section(content, ("top", "seeds"), where)
+    found = Finalists(
+        _whole(content.get("top", Finalists.top), f"{where}.top", 0, _MOST),
+        _whole(content.get("seeds", Finalists.seeds), f"{where}.seeds", 0, _MOST),
+    )
+    if found.seeds and _SEED in space:
+        raise RaystarError(
+            f"{where}.seeds: the best are trained again from other seeds, but the space searches {_SEED} itself; "
+            "leave that out, or set seeds: 0"
         )
     return found
 
@@ -344,13 +413,13 @@ def _section(content: Any, known: tuple[str, ...], where: str) -> None:
             raise RaystarError(f"{where}: unknown key {misspelt(key, known)}; known: {', '.join(known)}")
 
 
-def _metric(name: Any, metrics: Sequence[str], source: str) -> str:
+def _metric(name: Any, metrics: Sequence[str], where: str) -> str:
     """The full name of a metric given in full or by its last part."""
     for metric in metrics:
         if name in (metric, metric.partition("/")[2]):
             return metric
     tails = [metric.partition("/")[2] for metric in metrics]
-    raise RaystarError(f"{source}: metric: unknown {misspelt(name, tails)}; known: {', '.join(tails)}")
+    raise RaystarError(f"{where}: unknown {misspelt(name, tails)}; known: {', '.join(tails)}")
 
 
 def _one_of(value: Any, choices: tuple[str, ...], where: str) -> str:

@@ -100,6 +100,8 @@ class Spool:
             told.model = record["epoch"]
         elif record["do"] == "register":
             told.registered = record["epoch"]
+        elif record["do"] == "view":
+            return
         elif record["epoch"]:
             told.epoch = max(told.epoch, record["epoch"])
             if record.get("images"):

@@ -18,19 +18,24 @@ from typing import Any
 from raystar import __version__
 from raystar.config import Config
 from raystar.errors import RaystarError
+from raystar.ruler import UNMOVED
 
 PENDING, STARTING, RUNNING = "pending", "starting", "running"
 FINISHED, STOPPED, INTERRUPTED = "finished", "stopped", "interrupted"
 DIVERGED, COLLAPSED, OUT_OF_MEMORY, FAILED, KILLED = "diverged", "collapsed", "out_of_memory", "failed", "killed"
+"""Statuses of trials. `STARTING` is never recorded: a group of workers says so that it is there."""
+_MOVEMENT = "eval/movement"
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _RESERVED = ("cache", "artifacts", "mlflow.db")
-"""Statuses of trials. `STARTING` is never recorded: a group of workers says so that it is there."""
 COMPARABLE = (FINISHED, STOPPED, RUNNING, INTERRUPTED)
 """Statuses whose trials may be best."""
 BROKEN = (DIVERGED, COLLAPSED, OUT_OF_MEMORY, FAILED, KILLED)
 """Statuses of trials that went wrong, each with its reason; they are never best."""
 UNFINISHED = (PENDING, RUNNING, INTERRUPTED, FAILED, KILLED)
 """Statuses of trials that a resumed sweep runs, from their last checkpoints: what failed may be mended by then."""
+
+REFERENCES = {"nothing": "doing nothing", "transfer": "channel transfer"}
+"""What a model has to beat (`ruler.Ruler.references`), in words."""
 
 
 @dataclass
@@ -42,8 +47,9 @@ class TrialRecord:
     status: str = PENDING
     epochs: int = 0
     score: float | None = None
-    """Its best value of the sweep's metric."""
+    """The sweep's metric as it was measured last: the minimum over epochs would be the luckiest of many."""
     score_epoch: int | None = None
+    """The epoch of that measurement; the weights that are exported are those of it, too."""
     wall_s: float = 0.0
     idle_s: float | None = None
     """Seconds from the last report of the trial before it in the same process to this one's first step."""
@@ -55,11 +61,53 @@ class TrialRecord:
     """What went other than asked for without failing: a network that would not compile."""
     metrics: dict[str, float] = field(default_factory=dict)
     """At `score_epoch`."""
+    parent: str | None = None
+    """The trial whose values these are, of one that trains them again from another seed."""
+    unmoved: bool = False
+    """Whether, measured last, its translations could not be told from their sources."""
+
+
+@dataclass(frozen=True)
+class Finalist:
+    """A configuration that was trained from several seeds."""
+
+    trial: str
+    """The trial of the search that had it first."""
+    runs: list[str]
+    """Trials that count: those of it that ran to the end."""
+    scores: list[float]
+    mean: float
+    error: float | None
+    """Half the width of the interval around the mean; None where nothing tells how far seeds differ."""
+
+
+@dataclass(frozen=True)
+class Finals:
+    """What training the best configurations again from other seeds has told (`finals.decide`)."""
+
+    interval: float
+    """The probability that `error` and `gain_error` stand for."""
+    spread: float | None
+    """Standard deviation of a configuration's scores over seeds, pooled over all finalists."""
+    ranked: list[Finalist]
+    """By mean, best first."""
+    winner: str
+    gain: float | None
+    """By what share of the baseline's mean the winner's is better."""
+    gain_error: float | None
+    chance: float | None
+    """That the winner is truly better than the baseline; None where the baseline wins, or nothing tells."""
+    over_next: float | None
+    """The same against the second."""
+
+    def of(self, trial: str) -> Finalist | None:
+        """The finalist whose configuration `trial` had first."""
+        return next((finalist for finalist in self.ranked if finalist.trial == trial), None)
 
 
 @dataclass
 class Ended:
-    """Of the trials that neither run nor wait."""
+    """Of the search's trials that neither run nor wait."""
 
     trials: int = 0
     epochs: int = 0
@@ -73,6 +121,7 @@ class Summary:
     metric: str
     mode: str
     planned: int
+    """Trials of the search."""
     baseline_trial: str | None
     status: str = RUNNING
     started: float = field(default_factory=time.time)
@@ -83,16 +132,32 @@ class Summary:
     running: dict[str, TrialRecord] = field(default_factory=dict)
     ended: Ended = field(default_factory=Ended)
     epochs_done: int = 0
+    references: dict[str, dict[str, float]] = field(default_factory=dict)
+    """What the ruler says of `nothing` and `transfer`, beside which a model has to be worth something."""
+    finalists: list[str] = field(default_factory=list)
+    """Trials of the search whose configurations are trained again, from `seeds`."""
+    seeds: list[int] = field(default_factory=list)
+    repeats: list[str] = field(default_factory=list)
+    """Trials that train a finalist again."""
+    finals: Finals | None = None
+    """Once all repeats have ended."""
     _best: str | None = None
     _counts: Counter[str] = field(default_factory=Counter)
 
-    def add(self, trial: str, params: dict[str, Any]) -> TrialRecord:
+    def add(self, trial: str, params: dict[str, Any], parent: str | None = None) -> TrialRecord:
         """The record of a trial, made where there is none."""
         record = self.trials.get(trial)
         if record is None:
-            record = self.trials[trial] = TrialRecord(trial, params)
+            record = self.trials[trial] = TrialRecord(trial, params, parent=parent)
             self._counts[PENDING] += 1
+            if parent is not None:
+                self.repeats.append(trial)
         return record
+
+    def drop(self, trial: str) -> None:
+        """Takes out a repeat that has not begun."""
+        self._counts[self.trials.pop(trial).status] -= 1
+        self.repeats.remove(trial)
 
     def better(self, a: float, b: float | None) -> bool:
         """Whether `a` beats `b` in this sweep's mode; anything finite beats None."""
@@ -100,18 +165,21 @@ class Summary:
             return False
         return b is None or (a < b if self.mode == "min" else a > b)
 
-    def report(self, trial: str, epoch: int, metrics: dict[str, float]) -> bool:
-        """Takes in one epoch of a trial; returns whether it is the trial's best so far."""
+    def report(self, trial: str, epoch: int, metrics: dict[str, float]) -> None:
+        """Takes in one epoch of a trial. Where it was measured, that is its score; what is not finite is none."""
         record = self.trials[trial]
         self.epochs_done += max(0, epoch - record.epochs)
         record.epochs = max(record.epochs, epoch)
-        value = metrics.get(self.metric, math.nan)
-        if not self.better(value, record.score):
-            return False
-        record.score, record.score_epoch, record.metrics = value, epoch, dict(metrics)
-        if record.status in COMPARABLE:
-            self._rank(record)
-        return True
+        if (movement := metrics.get(_MOVEMENT)) is not None:
+            record.unmoved = movement < UNMOVED
+        value = metrics.get(self.metric)
+        if value is None:
+            return
+        if math.isfinite(value):
+            record.score, record.score_epoch, record.metrics = value, epoch, dict(metrics)
+        else:
+            record.score, record.score_epoch, record.metrics = None, None, {}
+        self._rank_again(record)
 
     def settle(self, trial: str, status: str, reason: str | None = None) -> None:
         """Gives a trial its status and what led to it."""
@@ -123,21 +191,24 @@ class Summary:
         else:
             self.running.pop(trial, None)
         for was, sign in ((record.status, -1), (status, 1)):
-            if was not in (PENDING, RUNNING):
+            if was not in (PENDING, RUNNING) and record.parent is None:
                 self.ended.trials += sign
                 self.ended.epochs += sign * record.epochs
         record.status, record.reason = status, reason
-        if status in COMPARABLE:
+        self._rank_again(record)
+
+    def _rank_again(self, record: TrialRecord) -> None:
+        """After a change of `record`'s score or status."""
+        if self._best != record.trial:
             self._rank(record)
-        elif self._best == trial:
-            self._best = None
-            for other in self.trials.values():
-                if other.status in COMPARABLE:
-                    self._rank(other)
+            return
+        self._best = None
+        for other in self.trials.values():
+            self._rank(other)
 
     def _rank(self, record: TrialRecord) -> None:
-        best, score = self.best, record.score
-        if score is None:
+        best, score = self.trials.get(self._best or ""), record.score
+        if score is None or record.status not in COMPARABLE:
             return
         # Of equals the first by name: who reports first is chance.
         if best is None or self.better(score, best.score) or (score == best.score and record.trial < best.trial):
@@ -145,8 +216,32 @@ class Summary:
 
     @property
     def best(self) -> TrialRecord | None:
-        """The trial with the best score among those that are `COMPARABLE`; of equals the first by name."""
+        """The run that is exported: the trial with the best score among those that are `COMPARABLE`; of equals the
+        first by name. After the finals, the best run of the configuration that won them."""
+        if self.finals is not None:
+            return self.best_run(self.finals.ranked[0])
         return self.trials[self._best] if self._best is not None else None
+
+    def best_run(self, finalist: Finalist) -> TrialRecord:
+        """The run of a finalist that has the best score; of equals the first."""
+        place = finalist.scores.index((min if self.mode == "min" else max)(finalist.scores))
+        return self.trials[finalist.runs[place]]
+
+    @property
+    def winner(self) -> TrialRecord | None:
+        """The trial of the search whose configuration is best."""
+        best = self.best
+        return self.trials[best.parent] if best is not None and best.parent is not None else best
+
+    def value(self, record: TrialRecord) -> float | None:
+        """What a trial's configuration is worth: its mean over seeds after the finals, else the trial's score."""
+        finalist = self.finals.of(record.parent or record.trial) if self.finals is not None else None
+        return finalist.mean if finalist is not None else record.score
+
+    @property
+    def expected(self) -> int:
+        """All trials: the search's, and those that train its finalists again."""
+        return self.planned + len(self.repeats)
 
     @property
     def baseline(self) -> TrialRecord | None:
@@ -155,11 +250,43 @@ class Summary:
 
     @property
     def gain(self) -> float | None:
-        """By what share of the baseline's score the best is better; 0 where the baseline is best, None without one."""
+        """By what share of the baseline's score the best is better; 0 where the baseline is best, None without one.
+
+        After the finals, of the means.
+        """
+        if self.finals is not None:
+            return self.finals.gain
         best, baseline = self.best, self.baseline
         if best is None or best.score is None or baseline is None or baseline.score is None:
             return None
+        if baseline.status not in COMPARABLE:
+            return None
         return abs(best.score - baseline.score) / max(abs(baseline.score), 1e-12)
+
+    def reference(self, name: str) -> float | None:
+        """The sweep's metric of one of `REFERENCES`, where it is measured."""
+        return self.references.get(name, {}).get(self.metric)
+
+    def good(self, record: TrialRecord) -> bool | None:
+        """Whether a trial's configuration is better than all references; None where nobody knows."""
+        value, known = self.value(record), [self.reference(name) for name in REFERENCES]
+        if value is None or None in known:
+            return None
+        return all(self.better(value, reference) for reference in known)
+
+    @property
+    def standing(self) -> str | None:
+        """How the best stands beside doing nothing and the channel transfer, in a line; None where nobody knows."""
+        winner = self.winner
+        value = self.value(winner) if winner is not None else None
+        nothing, transfer = (self.reference(name) for name in REFERENCES)
+        if winner is None or value is None or nothing is None or transfer is None:
+            return None
+        beside = f"doing nothing ({nothing:.4f})"
+        if not self.better(value, nothing):
+            return f"no trial beats {beside}"
+        but = "and" if self.better(value, transfer) else "but not"
+        return f"{winner.trial} beats {beside} {but} the channel transfer ({transfer:.4f})"
 
     @property
     def wall_s(self) -> float:
@@ -197,6 +324,8 @@ class Summary:
             "wall_s": self.wall_s,
             "best": asdict(self.best) if self.best else None,
             "baseline": asdict(self.baseline) if self.baseline else None,
+            "references": self.references,
+            "finals": asdict(self.finals) if self.finals else None,
             "trials": [asdict(record) for record in self.trials.values()],
             "raystar": __version__,
         }
@@ -223,16 +352,34 @@ class Summary:
         for trial in content["trials"]:
             record = TrialRecord(**{key: value for key, value in trial.items() if key in known})
             summary.trials[record.trial] = record
+            if record.parent is not None:
+                summary.repeats.append(record.trial)
             summary._counts[PENDING] += 1
             status, record.status = record.status, PENDING
             summary.settle(record.trial, status, record.reason)
+        summary.references = content.get("references", {})
+        if (finals := content.get("finals")) is not None:
+            summary.finals = Finals(**{**finals, "ranked": [Finalist(**finalist) for finalist in finals["ranked"]]})
+        summary.finalists = list(dict.fromkeys(str(summary.trials[name].parent) for name in summary.repeats))
         summary.epochs_done = sum(record.epochs for record in summary.trials.values())
         return summary
 
     def to_csv(self) -> str:
         """The trials as a table, swept keys as columns, best first."""
         keys = sorted({key for record in self.trials.values() for key in record.params})
-        columns = ["trial", "status", "epochs", "score", "score_epoch", "wall_s", "run_id", "reason", *keys]
+        columns = [
+            "trial",
+            "status",
+            "epochs",
+            "score",
+            "score_epoch",
+            "unmoved",
+            "parent",
+            "wall_s",
+            "run_id",
+            "reason",
+        ]
+        columns += keys
         text = io.StringIO()
         table = csv.DictWriter(text, columns, lineterminator="\n")
         table.writeheader()

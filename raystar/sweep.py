@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from raystar import cluster, tracking
+from raystar import cluster, finals, tracking
 from raystar.codec import open_codec, say
 from raystar.config import Config, override, to_mapping
 from raystar.errors import RaystarError
@@ -74,17 +74,18 @@ def _run(plan: Plan) -> int:
     write_record(plan.folder, plan.record)
     ledger = _ledger(plan)
     left = _left(plan, ledger)
+    again = f", the best {plan.space.finalists.top} again from other seeds" if plan.seeds else ""
     announce(
         f"sweep {plan.name}{' goes on' if plan.resumed else ''}: {plan.trials} trials of up to "
-        f"{plan.config.training.epochs} epochs{f', {left} to go' if plan.resumed else ''}, "
+        f"{plan.config.training.epochs} epochs{again}{f', {left} to go' if plan.resumed else ''}, "
         f"{len(plan.bank.domains)} domains, {sum(map(len, plan.bank.train))} latents"
         + (f"; starting Ray, MLflow{'' if plan.speed else ', the ruler'}" if left else "")
     )
     if not left:
-        return _tracked(plan, ledger, None, lambda: None)
+        return _tracked(plan, ledger, None, dict)
     _set_environment(plan)
     # Made while Ray starts and the trials' processes import; a trial that comes first waits for its file.
-    ruler = _Background(lambda: None if plan.speed else Ruler.build(plan.bank, plan.config, plan.cache_dir))
+    ruler = _Background(lambda: {} if plan.speed else Ruler.build(plan.bank, plan.config, plan.cache_dir).references)
     try:
         _start_ray(plan)
         placed = None
@@ -124,8 +125,9 @@ def _ledger(plan: Plan) -> Ledger:
     summary = Summary(plan.name, space.metric, space.mode, plan.trials, baseline)
     rungs = None
     if space.scheduler.type == "asha":
-        rungs = Rungs(space.mode, space.scheduler.grace_epochs, space.scheduler.reduction_factor, epochs, baseline)
-    ledger = Ledger(summary, rungs, epochs, space.collapse)
+        scheduler, (_, mode) = space.scheduler, space.ranking
+        rungs = Rungs(mode, scheduler.grace_epochs, scheduler.reduction_factor, epochs, baseline)
+    ledger = Ledger(summary, rungs, epochs, space.collapse, space.ranking[0])
     for number, point in enumerate(plan.points or []):
         summary.add(plan.trial_name(number), dict(point))
     if plan.resumed:
@@ -135,8 +137,20 @@ def _ledger(plan: Plan) -> Ledger:
 
 def _left(plan: Plan, ledger: Ledger) -> int:
     """Trials that are still to be run, or run on."""
-    records = ledger.summary.trials.values()
-    return plan.trials - sum(r.status not in UNFINISHED or r.trial in ledger.due for r in records)
+    trials = ledger.summary.trials
+
+    def over(name: str) -> bool:
+        return name in trials and (trials[name].status not in UNFINISHED or name in ledger.due)
+
+    search = plan.trials - sum(over(name) for name, record in trials.items() if record.parent is None)
+    if search:
+        return search + plan.repeats
+    settled = (
+        dataclasses.replace(record, status=str(ledger.due[name].ends)) if name in ledger.due else record
+        for name, record in trials.items()
+    )
+    chosen = finals.choose(settled, plan.space.mode, plan.space.finalists.top, ledger.summary.baseline_trial)
+    return sum(not over(name) for name in finals.repeats(chosen, plan.seeds))
 
 
 class _Background:

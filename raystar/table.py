@@ -10,7 +10,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from raystar.summary import BROKEN, RUNNING, Summary, TrialRecord, duration
+from raystar.summary import BROKEN, PENDING, REFERENCES, RUNNING, Summary, TrialRecord, duration
 
 _ROWS = 16
 _STYLES = {
@@ -28,11 +28,13 @@ class Board:
 
     Args:
         epochs: of a trial that runs to its end.
+        repeats: trials that the finals will have, while these have not begun.
     """
 
-    def __init__(self, summary: Summary, epochs: int) -> None:
+    def __init__(self, summary: Summary, epochs: int, repeats: int = 0) -> None:
         self.summary = summary
         self.epochs = epochs
+        self.repeats = repeats
         self.console = Console()
         self.live: Live | None = None
         if self.console.is_terminal:
@@ -55,13 +57,19 @@ class Board:
             return
         best = self.summary.best
         score = f"{self.summary.short_metric} {value:.4f}  " if value is not None else ""
+        state = f"{record.status}, unmoved" if record.unmoved else record.status
         leader = f"best {best.score:.4f} ({best.trial})  " if best is not None and best.score is not None else ""
         reason = f"  {record.reason}" if record.reason and record.status not in (RUNNING, "stopped") else ""
         print(
-            f"{record.trial}  {record.status:<9} epoch {record.epochs}/{self.epochs}  "
-            f"{score}{leader}{self._clock()}{reason}",
+            f"{record.trial}  {state:<9} epoch {record.epochs}/{self.epochs}  {score}{leader}{self._clock()}{reason}",
             flush=True,
         )
+
+    def told_references(self) -> None:
+        """Tells what a model has to beat, which is known from now on."""
+        if self.live is None:
+            for line in reference_lines(self.summary):
+                announce(line)
 
     def _clock(self) -> str:
         elapsed = time.time() - self.summary.started
@@ -76,9 +84,13 @@ class Board:
         pace = (time.time() - self.summary.started) / epochs_done
         usual = ended.epochs / ended.trials
         # A trial that has outlived the usual one is likely to run to its end.
-        left = sum((usual if r.epochs < usual else self.epochs) - r.epochs for r in running.values())
-        waiting = self.summary.planned - ended.trials - len(running)
-        return pace * (left + usual * waiting)
+        left = sum(
+            (usual if r.epochs < usual and r.parent is None else self.epochs) - r.epochs for r in running.values()
+        )
+        waiting = self.summary.planned - ended.trials - sum(r.parent is None for r in running.values())
+        repeats = [self.summary.trials[name].status for name in self.summary.repeats]
+        waiting_repeats = repeats.count(PENDING) if repeats else self.repeats
+        return pace * (left + usual * waiting + self.epochs * waiting_repeats)
 
     def _render(self) -> Group:
         table = Table(box=None, pad_edge=False, header_style="bold")
@@ -100,8 +112,15 @@ class Board:
                 record.reason if record.reason and record.status != "stopped" else _values(self.summary.changed(record))
             )
             table.add_row(
-                record.trial + mark, Text(record.status, style), f"{record.epochs}/{self.epochs}", score, values
-            )  # fmt: skip
+                record.trial + mark,
+                Text(f"{record.status}, unmoved" if record.unmoved else record.status, style),
+                f"{record.epochs}/{self.epochs}",
+                score,
+                values,
+            )
+        for name, words in REFERENCES.items():
+            if (value := self.summary.reference(name)) is not None:
+                table.add_row(Text(words, "dim"), "", "", f"{value:.4f}", "")
         hidden = len(self.summary.trials) - len(shown)
         counts = ", ".join(f"{n} {status}" for status, n in self.summary.counts().items())
         line = f"{counts}{f' ({hidden} not shown)' if hidden else ''}"
@@ -117,6 +136,12 @@ class Board:
         sign = 1 if self.summary.mode == "min" else -1
         order = sorted(records, key=lambda r: (r.status != RUNNING, r.score is None, sign * (r.score or 0.0)))
         return order[:_ROWS]
+
+
+def reference_lines(summary: Summary) -> list[str]:
+    """What a model has to beat, a line each; none where the metric is not of the ruler's."""
+    known = [(words, summary.reference(name)) for name, words in REFERENCES.items()]
+    return [f"  {words}: {summary.short_metric} {value:.4f}" for words, value in known if value is not None]
 
 
 def ranking(summary: Summary) -> list[str]:

@@ -36,7 +36,9 @@ from raystar.spool import Spool
 DEFAULT_EXPERIMENT = "raystar"
 SPOOL = "spool.jsonl"
 """Name of a tracker's file in the folder of its sweep or run."""
-_VIEW = "raystar"  # key of the saved view
+_VIEW = "raystar"  # key of the saved view of all runs; with a sweep's name, of its featured runs
+_SHOWN, _RANK = "raystar.shown", "final/rank"  # tag and metric of the featured runs
+_PICTURED_RUNS = 10  # MLflow's charts draw no more
 _GRIDS = {"columns": 2, "cardHeight": 640}  # pixels
 PARENT = ""
 """Name of the parent run, or of the only run, in calls that take a trial's name."""
@@ -105,6 +107,9 @@ class Tracker(Protocol):
             score: by the primary metric.
             comparable: the same for scores that can be compared: of the same data, by the same ruler.
         """
+
+    def feature(self, trials: Sequence[str]) -> None:
+        """Shows the pictures of up to ten runs beside each other, in this order."""
 
     def model_epoch(self, trial: str) -> int:
         """The epoch whose model was added last; 0 if there is none."""
@@ -269,6 +274,7 @@ class MlflowTracker:
         self.primary = (primary_metric, lower_is_better)
         self.columns = list(columns)
         self.experiment_id: str | None = None
+        self._featured = False
         self.registered: str | None = None
         """What was done with the last model that was registered, in a line."""
         self._client: Any = None
@@ -380,6 +386,19 @@ class MlflowTracker:
                 "register", trial, epoch=epoch, score=score, description=redact(description), comparable=comparable
             )
 
+    def feature(self, trials: Sequence[str]) -> None:
+        """See `Tracker`. A view of its own, which `grids_address` opens."""
+        shown = [trial for trial in trials if self._spool.told(trial).pictured][:_PICTURED_RUNS]
+        for trial, told in self._spool.trials.items():
+            if trial not in shown and _RANK in told.final:  # it was among them, before the sweep was made longer
+                self.attach(trial, {}, {_SHOWN: ""}, {})
+        for rank, trial in enumerate(shown, start=1):
+            self.attach(trial, {}, {_SHOWN: self._view_name}, {_RANK: float(rank)})
+        if shown:
+            common = min(self._spool.told(trial).pictured for trial in shown)
+            self._spool.add("view", PARENT, epoch=common)
+            self._featured = True
+
     def model_epoch(self, trial: str) -> int:
         """See `Tracker`."""
         return self._spool.told(trial).model
@@ -454,6 +473,8 @@ class MlflowTracker:
             yield lambda: self._end(trial, record["status"], record["reason"], at)
         elif record["do"] == "model":
             yield lambda: self._log_model(record)
+        elif record["do"] == "view":
+            yield lambda: self._save_grids_view(record["epoch"])
         elif record["do"] == "register":
             yield lambda: self._register(record)
         else:
@@ -567,39 +588,58 @@ class MlflowTracker:
         ending with them: at the last of all, trials that were stopped early would show nothing.
         The form is what MLflow 3.17 writes itself; another version ignores what it does not know.
         """
-        now = int(time.time() * 1000)
         metric, lower = self.primary
-        best = f"metrics.`best/{metric.partition('/')[2]}`"
-        shown = [best, f"metrics.`{metric}`", "tags.`raystar.status`", "tags.`raystar.sweep`"]
+        final = f"metrics.`final/{metric.partition('/')[2]}`"
+        shown = [final, f"metrics.`{metric}`", "tags.`raystar.status`", "tags.`raystar.sweep`"]
         state = {
-            "orderByKey": best,
+            "orderByKey": final,
             "orderByAsc": lower,
             "runsHiddenMode": "SHOW_ALL",
             "selectedColumns": [*shown, *(f"params.`{column}`" for column in self.columns)],
         }
         if not metric.startswith("perf/"):  # who measures speed draws nothing
-            section = {"uuid": "raystar-grids", "name": "Grids", "display": True, "isReordered": True}
-            common = min((told.pictured for told in self._spool.trials.values() if told.pictured), default=0)
-            state |= {
-                "compareRunSections": [{**section, "deleted": False, "isGenerated": False, **_GRIDS}],
-                "compareRunCharts": [
-                    {
-                        "type": "IMAGE", "uuid": f"raystar-{key}", "metricSectionId": section["uuid"], "deleted": False,
-                        "isGenerated": True, "imageKeys": [key], "step": common, "showRunParams": False,
-                        "runsCountToCompare": 10,
-                    }
-                    for key in ("grid_ref", "grid_noise")
-                ],
-                "isAccordionReordered": True,  # else sections are sorted by name
-            }  # fmt: skip
-        return json.dumps({"name": "raystar", "createdAt": now, "updatedAt": now, "state": json.dumps(state)})
+            state |= _grids(min((told.pictured for told in self._spool.trials.values() if told.pictured), default=0))
+        return _saved_view(_VIEW, state)
+
+    @property
+    def _view_name(self) -> str:
+        return f"{_VIEW}-{self.common_tags.get('raystar.sweep', 'run')}"
+
+    def _save_grids_view(self, epoch: int) -> None:
+        """A saved view of nothing but the featured runs, at one epoch.
+
+        MLflow 3.17 draws the first ten runs of its table, from the last to the first: so these are sorted backwards,
+        and stand in the charts with the best at the left. Pinned and hidden runs would be simpler, but a view that is
+        opened by its address leaves those out.
+        """
+        metric, _ = self.primary
+        shown = [f"metrics.`{_RANK}`", f"metrics.`final/{metric.partition('/')[2]}`", "tags.`raystar.status`"]
+        state = {
+            "searchFilter": f"tags.`{_SHOWN}` = '{self._view_name}'",
+            "orderByKey": shown[0],
+            "orderByAsc": False,
+            "runsHiddenMode": "SHOW_ALL",
+            "selectedColumns": [*shown, *(f"params.`{column}`" for column in self.columns)],
+            **_grids(epoch),
+        }
+        view = _saved_view(self._view_name, state)
+        self._client.set_experiment_tag(self.experiment_id, f"mlflow.sharedViewState.{self._view_name}", view)
+
+    def grids_address(self) -> str | None:
+        """The address of the featured runs' pictures in the MLflow UI; None where no run is featured."""
+        if not self._featured:
+            return None
+        return f"{self._page(self._view_name)}&compareRunsMode=CHART"
+
+    def _page(self, view: str) -> str:
+        server = redact(self.uri).rstrip("/") if self.uri.startswith("http") else "http://127.0.0.1:5000"
+        page = f"#/experiments/{self.experiment_id}/runs?workflowType=machine_learning&viewStateShareKey={view}"
+        return f"{server}/{page}"
 
     def how_to_compare(self) -> tuple[str, str]:
         """The command that starts the MLflow UI, empty where a server is running, and the address of the trials."""
-        page = f"#/experiments/{self.experiment_id}/runs?workflowType=machine_learning&viewStateShareKey={_VIEW}"
-        if self.uri.startswith("http"):
-            return "", f"{redact(self.uri).rstrip('/')}/{page}"
-        return f"mlflow ui --backend-store-uri {redact(self.uri)}", f"http://127.0.0.1:5000/{page}"
+        command = "" if self.uri.startswith("http") else f"mlflow ui --backend-store-uri {redact(self.uri)}"
+        return command, self._page(_VIEW)
 
     def _run(self, trial: str) -> str:
         if trial not in self._spool.runs:
@@ -733,6 +773,28 @@ class MlflowTracker:
         self._client.set_terminated(run_id, _ENDED.get(status, "FAILED"), end_time=at)
         if trial == PARENT:
             self._save_view(self._client)
+
+
+def _grids(step: int) -> dict[str, Any]:
+    """The part of a view that begins its charts with the grids of an epoch."""
+    section = {"uuid": "raystar-grids", "name": "Grids", "display": True, "isReordered": True}
+    return {
+        "compareRunSections": [{**section, "deleted": False, "isGenerated": False, **_GRIDS}],
+        "compareRunCharts": [
+            {
+                "type": "IMAGE", "uuid": f"raystar-{key}", "metricSectionId": section["uuid"], "deleted": False,
+                "isGenerated": True, "imageKeys": [key], "step": step, "showRunParams": False,
+                "runsCountToCompare": _PICTURED_RUNS,
+            }
+            for key in ("grid_ref", "grid_noise")
+        ],
+        "isAccordionReordered": True,  # else sections are sorted by name
+    }  # fmt: skip
+
+
+def _saved_view(name: str, state: Mapping[str, Any]) -> str:
+    now = int(time.time() * 1000)
+    return json.dumps({"name": name, "createdAt": now, "updatedAt": now, "state": json.dumps(state)})
 
 
 @contextlib.contextmanager

@@ -37,7 +37,7 @@ from raystar.summary import DIVERGED, FAILED, OUT_OF_MEMORY, RUNNING, STARTING
 from raystar.trainer import Progress, Trainer
 
 WORST = 1e9
-"""Reported by a trial that has no score to give: Tune's searchers stumble over a missing value."""
+"""Told to Tune by a trial that has no score to give: its searchers stumble over a missing value."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +63,8 @@ class Request:
     cpus: int
     """Of each worker."""
     workers: int
+    measure_at: tuple[int, ...]
+    """Epochs that are measured: ASHA's rungs. The last one always is."""
     speed: bool
     """Measure speed only: no ruler, no pictures, no checkpoints; the parity gate comes first."""
 
@@ -153,8 +155,8 @@ def _train(settings: dict[str, Any], report: _Report, group: Group) -> None:
     restored = report.repeat()
     where = report.files.storage.at(f"trials/{settings['trial']}")
     trainer = Trainer(
-        config, bank, ruler, codec, checkpoint=restored.checkpoint, source=where, group=group,
-        measure_at=range(1, config.training.epochs + 1),
+        config, bank, ruler, codec,
+        checkpoint=restored.checkpoint, source=where, group=group, measure_at=request.measure_at,
     )  # fmt: skip
     for progress in trainer.run():
         report.epoch(progress, trainer.first_step_at)
@@ -293,7 +295,8 @@ class _Report:
         self.request = request
         self.trial = trial
         self.files = TrialFiles(Storage(request.storage), trial)
-        self.last: dict[str, float] = {}
+        self.value = _worst(request)
+        """The metric as it was measured last, which Tune is told again at epochs that are not measured."""
         self.note: str | None = None
 
     def repeat(self) -> Restored:
@@ -302,21 +305,22 @@ class _Report:
         self.note = restored.note
         for report in self.files.reports(self.request.known.get(self.trial, 0), restored.epoch):
             self._send(report)
-        if restored.epoch:
-            (last,) = self.files.reports(restored.epoch - 1, restored.epoch)
-            self.last = last["metrics"]
+        for epoch in range(restored.epoch, 0, -1):
+            (report,) = self.files.reports(epoch - 1, epoch)
+            if self.request.metric in report["metrics"]:
+                self.value = report["metrics"][self.request.metric]
+                break
         return restored
 
     def epoch(self, progress: Progress, first_step_at: float | None) -> None:
-        """Saves and reports one epoch. Epochs that the ruler left out repeat its last metrics, for ASHA's sake."""
-        self.last = {key: value for key, value in self.last.items() if key.startswith("eval/")} | progress.metrics
+        """Saves and reports one epoch."""
         pictures = {(key, progress.epoch): image for key, image in progress.images.items()}
         pictures |= {(key, 0): image for key, image in progress.first_images.items()}
         saved = {place: self.files.save_picture(place[0], image, place[1]) for place, image in pictures.items()}
         report = {
             "epoch": progress.epoch,
             "status": RUNNING,
-            "metrics": self.last,
+            "metrics": progress.metrics,
             "images": {key: path for (key, epoch), path in saved.items() if epoch},
             "first_images": {key: path for (key, epoch), path in saved.items() if not epoch},
             "labels": progress.labels,
@@ -334,8 +338,8 @@ class _Report:
 
     def _send(self, report: dict[str, Any], *, saved: bool = False) -> None:
         note, self.note = self.note, None
-        value = report["metrics"][self.request.metric]
-        self._tell(_message(report | {"note": note}, self.request.metric, value) | {"saved": saved})
+        self.value = report["metrics"].get(self.request.metric, self.value)
+        self._tell(_message(report | {"note": note}, self.request.metric, self.value) | {"saved": saved})
 
     def _tell(self, message: dict[str, Any]) -> None:
         tune.report(message)
@@ -373,5 +377,8 @@ def _message(report: dict[str, Any], metric: str, value: float) -> dict[str, Any
 
 def _ended(request: Request, status: str, reason: str) -> dict[str, Any]:
     """A message without an epoch: the trial did not come to its end, or has not begun."""
-    worst = WORST if request.mode == "min" else -WORST
-    return _message({"status": status, "reason": reason}, request.metric, worst)
+    return _message({"status": status, "reason": reason}, request.metric, _worst(request))
+
+
+def _worst(request: Request) -> float:
+    return WORST if request.mode == "min" else -WORST

@@ -86,6 +86,10 @@ def print_plan(plan: Plan) -> None:
     workers = space.resources.workers
     takes = f"{plan.cpus} cpu and {plan.gpu_share:g} gpu" + (f" for each of {workers} workers" if workers > 1 else "")
     print(f"  a trial takes {takes}; records go to {redact(plan.tracking_uri)}")
+    if plan.seeds:
+        whom = f"the best {space.finalists.top}{' and the baseline' if space.baseline else ''}"
+        seeds = f"seed{'s' if len(plan.seeds) > 1 else ''} {', '.join(map(str, plan.seeds))}"
+        print(f"  then {whom} again at full length, from {seeds}: up to {plan.repeats} trials more")
     if plan.points is None:
         print(f"  {space.search} chooses the trials as it goes, from {', '.join(space.space)}")
         return

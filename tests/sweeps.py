@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from raystar import finals
 from raystar.config import Config, override, to_mapping
 from raystar.journal import Journal
-from raystar.ledger import ENDED, EPOCH, NOTE, SESSION, STARTED, Collapse, Ledger
+from raystar.ledger import ENDED, EPOCH, FINALS, NOTE, REFERENCES, SESSION, STARTED, Collapse, Ledger
 from raystar.record import JOURNAL, RECORD
 from raystar.rungs import Rungs
 from raystar.storage import Storage
@@ -41,12 +42,16 @@ def make_sweep(
     values: Mapping[str, Any] | None = None,
     description: str = "",
     note: str | None = None,
+    references: Mapping[str, Mapping[str, float]] | None = None,
+    seeds: int = 0,
 ) -> Path:
     """A sweep `s` below `runs` whose score is best at `loss.w_cyc` 1, stopped by a real ASHA; returns its folder.
 
     Args:
         broken: status and reason of trials that went wrong after two epochs, by number.
         values: swept values of every trial, for those that are not to be drawn.
+        references: what the ruler says of doing nothing and of the channel transfer.
+        seeds: from how many the best three and the baseline are trained again.
     """
     folder = runs / "s"
     folder.mkdir(parents=True)
@@ -56,7 +61,7 @@ def make_sweep(
     clock: Iterator[float] = itertools.count(1_700_000_000.25, 1.5)
     summary = Summary("s", metric, mode, trials, first, started=next(clock))
     rungs = None if speed else Rungs(mode, 1, 2, EPOCHS, first)
-    ledger = Ledger(summary, rungs, EPOCHS, Collapse())
+    ledger = Ledger(summary, rungs, EPOCHS, Collapse(), None if speed else "eval/outlook")
     journal, rng = Journal(folder / JOURNAL), np.random.default_rng(0)
 
     def happened(event: str, **facts: Any) -> Any:
@@ -65,6 +70,8 @@ def make_sweep(
         return ledger.apply(record)
 
     happened(SESSION)
+    if references is not None:
+        happened(REFERENCES, values=references)
     for number in range(trials):
         name = f"t{number:02d}"
         params = {key: _drawn(how, rng) for key, how in space.items()} | dict(values or {})
@@ -83,6 +90,16 @@ def make_sweep(
         if status != "running" or number < trials - 1:
             happened(ENDED, trial=name, status=how, reason=reason)
         summary.trials[name].run_id = f"{number:032x}"
+    if seeds:
+        chosen = finals.choose(summary.trials.values(), mode, 3, first)
+        happened(FINALS, finalists=chosen, seeds=list(range(1, seeds + 1)))
+        for name in summary.repeats:
+            params = summary.trials[name].params
+            happened(STARTED, trial=name, params=params)
+            for epoch in range(1, EPOCHS + 1):
+                happened(EPOCH, trial=name, epoch=epoch, idle_s=None, metrics=_quality(params, epoch, rng))
+            happened(ENDED, trial=name, status=FINISHED, reason=None)
+            summary.trials[name].run_id = f"{name:0>32}"
     journal.close()
     summary.status, summary.over = status, next(clock)
     summary.write(folder)
@@ -138,13 +155,16 @@ def _quality(params: Mapping[str, Any], epoch: int, rng: np.random.Generator) ->
     far = abs(math.log10(params.get("loss.w_cyc", 1.0)))
     style, content = 0.3 + 0.4 * far + 0.5 / epoch + 0.01 * rng.normal(), 0.1 + 0.1 * far
     diversity = float(rng.uniform(0.3, 1))
+    score = (0.1 + style) * (1 + content)
     return {
         "train/d_loss": 1.0,
-        "eval/score": (1 + style) * (1 + content),
+        "eval/score": score,
+        "eval/outlook": score,
+        "eval/movement": 0.9,
         "eval/style": style,
         "eval/content": content,
         "eval/diversity": diversity,
-        "eval/worst_pair": (1 + style) * (1 + content) * 1.1,
+        "eval/worst_pair": 1.1 * score,
         "eval/accuracy": 0.5,
     }
 

@@ -341,6 +341,8 @@ def test_a_sweep_whose_trials_have_two_workers_each(tmp_path: Path) -> None:
         "search": "grid",
         "scheduler": {"type": "asha", "grace_epochs": 1, "reduction_factor": 2},
         "resources": {"workers": 2},
+        "finalists": 0,
+        "collapse": {"epochs": 0},
         "space": {"loss.w_ds": {"choice": [1.0, 2.0, 2.5, 0.5, 0.25]}},
     }
     done = run(request(tmp_path, space, training__epochs=3, training__batch_size=5, training__drop_last=False))

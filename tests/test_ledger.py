@@ -62,6 +62,30 @@ def test_rungs_told_again_decide_alike_and_heed_nothing_twice() -> None:
     assert not rungs.take("c", 2, 6.0)
 
 
+def test_who_has_not_moved_is_last_at_a_rung() -> None:
+    rungs = Rungs("min", 1, 2, 8, exempt="base")
+    assert rungs.take("a", 1, 0.1, unmoved=True)  # whatever its value, and nobody else is there
+    assert rungs.take("b", 1, 0.2, unmoved=True)  # nor has anybody moved
+    assert rungs.take("c", 1, 9.0)  # better than both
+    assert not rungs.take("d", 1, 0.0, unmoved=True)  # c has moved
+    assert rungs.take("e", 1, 9.5)  # in the better half of five, four of which are no better
+    assert rungs.take("f", 1, 9.5)
+    assert rungs.take("base", 1, 0.0, unmoved=True)  # never stopped
+    assert not rungs.take("g", 1, math.nan)
+    assert rungs.take("c", 2, 5.0)
+    assert not rungs.take("a", 2, 0.1, unmoved=True)
+    assert rungs.rungs[-1].values == [-math.inf] * 4 + [-9.5, -9.5, -9.0]
+
+
+def test_a_rung_whose_better_half_has_moved_ranks_as_ever() -> None:
+    rungs = Rungs("max", 1, 2, 8)
+    for name, value in (("a", 1.0), ("b", 3.0), ("c", 5.0)):
+        rungs.take(name, 1, value)
+    assert not rungs.take("d", 1, 0.0, unmoved=True)
+    assert not rungs.take("e", 1, 1.9)  # the median of -inf, 1, 3 and 5 is 2
+    assert Rungs("max", 2, 3, 20).places == [2, 6, 18]
+
+
 def ledger(**changed: Any) -> Ledger:
     summary = Summary("s", "eval/score", "min", 4, "t00")
     for number in range(4):
@@ -136,7 +160,7 @@ def test_what_it_knows_in_the_end() -> None:
         "t00": "killed", "t01": "finished", "t02": "stopped", "t03": "diverged",
     }  # fmt: skip
     assert summary.best is summary.trials["t01"]  # t03 had less, and diverged
-    assert (summary.best.score, summary.best.score_epoch, summary.best.epochs) == (1.0, 3, 4)
+    assert (summary.best.score, summary.best.score_epoch, summary.best.epochs) == (1.125, 4, 4)  # the last, not 1.0
     assert summary.best.note == "went back"
     assert summary.trials["t01"].wall_s == 4 + 4  # while it ran, not while it waited
     assert found.broken_in_a_row == ["t00"]
@@ -172,6 +196,57 @@ def test_a_stop_that_was_not_carried_out_is_due() -> None:
     assert {name: verdict.ends for name, verdict in found.due.items()} == {"t02": "stopped"}
 
 
+def told(found: Ledger, epoch: int, **metrics: float) -> events.Verdict:
+    values = {f"eval/{key}": value for key, value in metrics.items()}
+    return found.apply({"event": events.EPOCH, "trial": "t01", "epoch": epoch, "metrics": values, "at": 0.0})
+
+
+def started(found: Ledger, *names: str) -> Ledger:
+    found.apply({"event": events.SESSION, "at": 0.0})
+    for name in names:
+        found.apply({"event": events.STARTED, "trial": name, "params": {}, "at": 0.0})
+    return found
+
+
+def test_a_score_is_the_last_that_was_measured() -> None:
+    found = started(ledger(rungs=None), "t01")
+    record = found.summary.trials["t01"]
+    told(found, 1, score=1.0, movement=0.9)
+    told(found, 2)
+    assert (record.score, record.score_epoch, record.epochs) == (1.0, 1, 2)
+    told(found, 3, score=2.0, movement=0.01)
+    assert (record.score, record.score_epoch, record.unmoved) == (2.0, 3, True)
+    assert record.metrics == {"eval/score": 2.0, "eval/movement": 0.01}
+    told(found, 4, score=1.5, movement=0.9)
+    assert (record.score, record.unmoved) == (1.5, False)  # it has moved since
+    told(found, 5, score=math.nan, movement=0.9)
+    assert (record.score, record.score_epoch, found.summary.best) == (None, None, None)
+
+
+def test_rungs_rank_by_their_own_metric_and_say_why() -> None:
+    first = {"eval/score": 9.0, "eval/style": 0.5, "eval/movement": 0.9}
+
+    def second(**metrics: float) -> tuple[events.Verdict, bool]:
+        """What becomes of a trial that comes to the first rung after another."""
+        found = started(ledger(ranking="eval/style", rungs=Rungs("min", 1, 2, 4)), "t00", "t01")
+        found.apply({"event": events.EPOCH, "trial": "t00", "epoch": 1, "metrics": first, "at": 0.0})
+        return told(found, 1, score=1.0, **metrics), found.summary.trials["t01"].unmoved
+
+    stopped = "stopped early after epoch 1"
+    assert second() == (events.Verdict(), False)  # nothing to rank by
+    assert second(style=0.4, movement=0.9) == (events.Verdict(), False)
+    assert second(style=0.6, movement=0.9) == (events.Verdict("stopped", stopped), False)
+    reason = f"{stopped}: its translations cannot be told from their sources"
+    assert second(style=0.1, movement=0.01) == (events.Verdict("stopped", reason), True)
+
+
+def test_doing_nothing_is_no_collapse() -> None:
+    found = started(ledger(rungs=None), "t01")
+    ends = [told(found, epoch, diversity=0.0, movement=0.01).ends for epoch in range(1, 7)]
+    ends += [told(found, epoch, diversity=0.0, movement=0.5).ends for epoch in range(7, 10)]
+    assert ends == [None] * 8 + ["collapsed"]
+
+
 def test_collapse_is_seen_in_a_row_of_measurements() -> None:
     found = ledger(collapse=Collapse(0.1, 3), rungs=None)
     found.apply({"event": events.SESSION, "at": 0.0})
@@ -198,7 +273,8 @@ def test_the_best_is_kept_in_mind_whatever_happens() -> None:
         if rng.random() < 0.5:
             summary.settle(name, str(rng.choice(statuses)))
         else:
-            summary.report(name, step, {"eval/score": float(rng.integers(20))})
+            value = float(rng.integers(20)) if rng.random() < 0.95 else math.nan
+            summary.report(name, step, {"eval/score": value} if rng.random() < 0.9 else {"train/g_loss": 1.0})
         able = [r for r in summary.trials.values() if r.status in COMPARABLE and r.score is not None]
         wanted = min(able, key=lambda r: (r.score, r.trial), default=None)
         assert summary.best is wanted

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -18,6 +19,7 @@ from typing import Any, cast
 import numpy as np
 import pytest
 from PIL import Image
+from scipy.stats import spearmanr
 
 from raystar import contact, outcome, report, results
 from raystar.errors import RaystarError
@@ -105,7 +107,7 @@ def test_the_table_is_the_summary(sweep: tuple[Path, Page]) -> None:
     trials = {trial["trial"]: trial for trial in summary_of(folder)["trials"]}
     rows = page.table()
     assert sorted(row[0] for row in rows) == sorted(trials)
-    names = ("style", "content", "diversity", "worst_pair", "accuracy")
+    names = ("style", "content", "diversity", "worst_pair", "movement", "outlook", "accuracy")
     for row in rows:
         trial = trials[row[0]]
         expected = [trial["trial"], trial["status"], trial["score"], trial["score_epoch"], trial["epochs"]]
@@ -127,7 +129,7 @@ def test_the_facts_are_the_summary(sweep: tuple[Path, Page]) -> None:
     assert float(facts["wall time"]) == summary["wall_s"]
     assert int(facts["epochs trained"]) == sum(trial["epochs"] for trial in summary["trials"])
     gain = f"{(baseline['score'] - best['score']) / baseline['score']:.1%}"
-    won = f"{best['trial']} won with score {best['score']:.4f} at epoch {best['score_epoch']}, {gain} better"
+    won = f"{best['trial']} won with score {best['score']:.4f} after epoch {best['score_epoch']}, {gain} better"
     assert won in page.text
 
 
@@ -311,6 +313,96 @@ def test_while_it_runs(tmp_path: Path) -> None:
     assert "is ahead with" in page.text
     assert 0.5 not in [y for t in page.figures["curves"]["data"] for y in t["y"]]
     assert "while the sweep ran" in page.text
+
+
+REFERENCES = {
+    "nothing": {"eval/score": 1.1, "eval/style": 1.0, "eval/content": 0.0},
+    "transfer": {"eval/score": 0.9, "eval/style": 0.7, "eval/content": 0.125},
+}
+
+
+def test_the_finals(tmp_path: Path) -> None:
+    folder = make_sweep(tmp_path, 20, references=REFERENCES, seeds=2)
+    draw_pictures(folder)
+    page, summary = page_of(folder), summary_of(folder)
+    found = summary["finals"]
+    won = found["ranked"][0]
+    assert won["trial"] == found["winner"]
+    assert f"winner {won['trial']}: score {won['mean']:.4f} \N{PLUS-MINUS SIGN} " in page.text
+    assert float(page.facts()["gain over the baseline"]) == found["gain"]
+    assert float(page.facts()[f"{won['trial']}'s mean over seeds"]) == won["mean"]
+    at = next(i for i, (tag, a) in enumerate(page.tags) if tag == "table" and a.get("id") == "finals")
+    shown = [str(a["data-value"]) for tag, a in page.tags[at:] if tag == "td" and "data-value" in a]
+    assert shown[: len(found["ranked"])] == [str(finalist["mean"]) for finalist in found["ranked"]]
+    for finalist in found["ranked"]:
+        assert ", ".join(f"{score:.4f}" for score in finalist["scores"]) in page.text
+    assert "Every trial was trained once" not in page.text
+    assert summary["best"]["trial"] in won["runs"]
+    # The finalists' best runs and the baseline's lead the pictures.
+    rows = [str(a["alt"]).partition(",")[0] for tag, a in page.tags if tag == "img" and ", epoch 8" in str(a["alt"])]
+    leading = [min(zip(f["scores"], f["runs"], strict=True))[1] for f in found["ranked"]]
+    sheet = [name for name in dict.fromkeys(rows) if name in summary_names(summary)]
+    assert sheet[: len(leading)] == leading
+
+
+def summary_names(summary: dict[str, Any]) -> set[str]:
+    return {trial["trial"] for trial in summary["trials"]}
+
+
+def test_what_a_model_has_to_beat_is_everywhere(tmp_path: Path) -> None:
+    folder = make_sweep(tmp_path, 20, references=REFERENCES)
+    page, summary = page_of(folder), summary_of(folder)
+    assert summary["references"] == REFERENCES
+    assert (page.facts()["doing nothing"], page.facts()["channel transfer"]) == ("1.1", "0.9")
+    best = summary["best"]
+    assert best["score"] < 0.9
+    assert f"{best['trial']} beats doing nothing (1.1000) and the channel transfer (0.9000)." in page.text
+    layout = page.figures["curves"]["layout"]
+    assert [s["y0"] for s in layout["shapes"] if s["y0"] == s["y1"]] == [1.1, 0.9]
+    assert {"doing nothing", "channel transfer"} <= {a["text"] for a in layout["annotations"]}
+    crosses = page.figures["front"]["data"][-2]
+    assert (crosses["x"], crosses["y"], crosses["text"]) == (
+        [1.0, 0.7], [0.0, 0.125], ["doing nothing", "channel transfer"],
+    )  # fmt: skip
+
+
+def test_no_model_is_called_good_that_is_not(tmp_path: Path) -> None:
+    unbeaten = {name: {**values, "eval/score": 0.01} for name, values in REFERENCES.items()}
+    page = page_of(make_sweep(tmp_path, 6, references=unbeaten))
+    assert "no trial beats doing nothing (0.0100)." in page.text
+    assert "warn" in [a.get("class") for _, a in page.tags if a.get("id") == "standing"]
+
+
+def test_what_the_rungs_say_of_the_end(tmp_path: Path) -> None:
+    folder = make_sweep(tmp_path, 30, seeds=2)
+    found = results.read(folder)
+    summary = found.summary
+    ended = [r.trial for r in summary.trials.values() if r.status == "finished"]
+    assert [rung.epoch for rung in found.foresight()] == found.rungs == [1, 2, 4]
+    for rung in found.foresight():
+        then = [found.curve(name, "eval/outlook")[rung.epoch] for name in ended]
+        last = [summary.trials[name].score for name in ended]
+        assert rung.runs == len(ended)
+        assert rung.correlation == pytest.approx(spearmanr(then, last).statistic)
+    page = page_of(folder)
+    assert f"{found.foresight()[0].correlation:+.2f}" in page.text
+    assert "What the rungs say of the end" in page.text
+
+
+@pytest.mark.parametrize(
+    ("runs", "correlation", "said"),
+    [
+        (3, 0.9, "too few to say what it is worth (runs to the end: 3)"),
+        (9, math.nan, "too few to say"),
+        (4, 0.1, "+0.10 over 4 runs"),
+        (9, 0.8, "+0.80 over 9 runs"),
+        (5, 0.4, "+0.40 over 5 runs; it says little of the end: raise scheduler.grace_epochs"),
+    ],
+)
+def test_a_rung_in_words(runs: int, correlation: float, said: str) -> None:
+    rung = results.Foresight(2, "eval/outlook", runs, correlation)
+    assert said in rung.words
+    assert rung.doubtful == ("says little" in said)
 
 
 def test_a_speed_sweep(tmp_path: Path) -> None:

@@ -138,6 +138,8 @@ def test_no_baseline() -> None:
         ({"baseline": 1}, ["true or false"]),
         ({"search": "magic"}, ["random, grid, tpe"]),
         ({"search": "grid"}, ["grid needs choices"]),
+        ({"scheduler": {"metric": "stile"}}, ["scheduler.metric", "'style'"]),
+        ({"scheduler": {"metric": "train/cyc"}}, ["scheduler.metric", "train/cyc", "eval/score"]),
         ({"scheduler": {"grace": 1}}, ["unknown key 'grace'"]),
         ({"scheduler": {"reduction_factor": 1}}, ["more than 1"]),
         ({"scheduler": {"reduction_factor": 10**400}}, ["a number", "1329 bits"]),
@@ -164,6 +166,23 @@ def test_refusals(changed: dict[str, Any], words: list[str]) -> None:
     assert "s.yaml" in str(caught.value)
     for word in words:
         assert word in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changed", "wanted"),
+    [
+        ({}, ("eval/outlook", "min")),
+        ({"scheduler": {"metric": "score"}}, ("eval/score", "min")),
+        ({"scheduler": {"metric": "diversity"}}, ("eval/diversity", "max")),
+        ({"scheduler": {"metric": "eval/style"}}, ("eval/style", "min")),
+        ({"metric": "style"}, ("eval/style", "min")),
+        ({"metric": "accuracy", "mode": "max"}, ("eval/accuracy", "max")),
+        ({"metric": "train/cyc", "scheduler": {"metric": "train/cyc"}}, ("train/cyc", "min")),
+        ({"metric": "train/cyc", "scheduler": {"metric": "content"}}, ("eval/content", "min")),
+    ],
+)
+def test_what_ranks_at_rungs(changed: dict[str, Any], wanted: tuple[str, str]) -> None:
+    assert space_of(**changed).ranking == wanted
 
 
 def test_workers() -> None:

@@ -18,9 +18,9 @@ PACKAGE = ROOT / "raystar"
 ORDER = [
     "errors", "journal", "storage", "config", "pt", "pictures", "dataset", "kernels", "model", "loss", "distributed",
     "step", "compile", "parity", "speed", "checkpoint", "ruler", "decoder", "codec", "grid", "usage", "trainer",
-    "rungs", "summary", "saved", "ledger", "table", "spool", "registry", "tracking", "space", "retention", "cluster",
-    "trial", "driver", "graphs", "card", "export", "encode", "translate", "pyfunc", "record", "results", "importance",
-    "charts", "contact", "report", "plan", "outcome", "session", "sweep", "tune", "train", "distill",
+    "rungs", "summary", "finals", "saved", "ledger", "table", "spool", "registry", "tracking", "space", "retention",
+    "cluster", "trial", "driver", "graphs", "card", "export", "encode", "translate", "pyfunc", "record", "results",
+    "importance", "charts", "contact", "report", "plan", "outcome", "session", "sweep", "tune", "train", "distill",
 ]  # fmt: skip
 MAY_IMPORT = {"ray": {"cluster", "trial", "driver", "space", "session"}, "mlflow": {"tracking", "registry", "pyfunc"}}
 

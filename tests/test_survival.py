@@ -44,6 +44,8 @@ def space(weights: list[float] = WEIGHTS, **changed: Any) -> dict[str, Any]:
         "search": "grid",
         "scheduler": {"type": "none"},
         "keep": 20,
+        "finalists": 3,
+        "collapse": {"epochs": 0},
         "space": {"loss.w_cyc": {"choice": weights}},
         **changed,
     }
@@ -188,12 +190,12 @@ def test_the_driver_is_killed_in_an_epoch_and_in_a_checkpoint(
     with journal.open("a") as file:
         file.write('{"event":"epoch","trial":"t0')  # killed in mid-write
     wait_for(lambda: not trial_processes())  # they notice that their driver is gone, and may save an epoch before
-    folder = tmp_path / "runs/s/trials/t00"
+    folder = tmp_path / "runs/s/trials/t01"  # in its third epoch; t00 may have come to its end
     newest = max(folder.glob("epoch_*.pt"))
     os.truncate(newest, newest.stat().st_size - 100)
 
     shown = finished(run(resumed(tmp_path)))
-    assert re.search(r"t00: epoch_000\d\.pt cannot be read; went on after epoch \d", shown)
+    assert re.search(r"t01: epoch_000\d\.pt cannot be read; went on after epoch \d", shown)
     summary = check(tmp_path / "runs", 3)
     assert {trial["status"] for trial in summary["trials"]} == {"finished"}
     assert summary["status"] == "finished"
@@ -272,6 +274,63 @@ def test_everything_that_can_go_wrong_with_trials(undisturbed: Path, faults: Fau
     error = next(t["trial"] for t in summary["trials"] if t["params"]["loss.w_cyc"] == 6.0)
     assert "broken on purpose" in (tmp_path / f"runs/s/trials/{error}/error.txt").read_text()
     same_as(undisturbed, tmp_path / "runs")
+
+
+def test_the_driver_is_killed_in_the_finals(tmp_path: Path) -> None:
+    """The same finalists go on, nothing is trained twice, and a longer sweep keeps what was trained."""
+    drawn = space(finalists={"top": 1, "seeds": 2}) | {
+        "search": "random", "trials": 2, "space": {"loss.w_cyc": {"uniform": [2.0, 4.0]}},
+    }  # fmt: skip
+    process = start(command(tmp_path, drawn), "-s1  finished")
+    process.kill()
+    process.communicate()
+    wait_for(lambda: not trial_processes())
+    journal = tmp_path / "runs/s/journal.jsonl"
+
+    def told(event: str) -> list[dict[str, Any]]:
+        return [found for line in journal.read_text().splitlines() if (found := json.loads(line))["event"] == event]
+
+    (chosen,) = told("finals")
+    shown = finished(run(resumed(tmp_path)))
+    assert re.search(r"winner t0\d: score .* \(mean of 3 seeds, 90%\)", shown)
+    assert told("finals") == [chosen]
+    first = summary_of(tmp_path / "runs")
+    assert first["status"] == "finished"
+    repeats = [f"{name}-s{number}" for name in chosen["finalists"] for number in (1, 2)]
+    assert [t["trial"] for t in first["trials"]] == ["t00", "t01", *repeats]
+    assert {t["status"] for t in first["trials"]} == {"finished"}
+    epochs = [(found["trial"], found["epoch"]) for found in told("epoch")]
+    assert sorted(epochs) == [
+        (t["trial"], e) for t in sorted(first["trials"], key=lambda t: t["trial"]) for e in range(1, 5)
+    ]
+    for trial in first["trials"]:
+        config = yaml.safe_load(
+            (Store(tmp_path / "runs").artifacts / trial["run_id"] / "artifacts/config.yaml").read_text()
+        )
+        assert config["training"]["seed"] == (int(trial["trial"][-1]) if trial["parent"] else 0)
+    found = first["finals"]
+    scores = {t["trial"]: t["score"] for t in first["trials"]}
+    for finalist in found["ranked"]:
+        assert finalist["scores"] == [scores[name] for name in finalist["runs"]]
+        assert finalist["mean"] == pytest.approx(sum(finalist["scores"]) / 3)
+    best = first["best"]
+    winner = found["ranked"][0]
+    assert best["score"] == min(winner["scores"])
+    assert json.loads((tmp_path / "runs/s/best/metrics.json").read_text())["trial"] == best["trial"]
+    store = Store(tmp_path / "runs")
+    assert store.rows("select run_id from model_versions") == [(best["run_id"],)]
+    assert store.tags(best["run_id"]).get("raystar.parent") == best["parent"]
+
+    begun = len(told("started"))
+    shown = finished(run(resumed(tmp_path)))  # there is nothing to do
+    assert len(told("started")) == begun
+    finished(run(resumed(tmp_path, "--trials", "3")))
+    longer = summary_of(tmp_path / "runs")
+    again = [found["trial"] for found in told("started")[begun:]]
+    assert again[0] == "t02"
+    assert not set(again) & {t["trial"] for t in first["trials"]}
+    assert longer["finals"] is not None
+    assert {t["trial"]: t["score"] for t in longer["trials"]}.items() >= scores.items()
 
 
 @pytest.mark.skipif(usable_cpus() < 2, reason="needs two processors, one for each worker")
@@ -413,7 +472,19 @@ class TestResumeRefuses:
         (runs.parent / "latents").unlink()
         write_latents(runs.parent / "latents", seed=5)
         shown = self.refused(runs)
-        assert re.search(r"data: digest: \w+ then, \w+ now", shown)
+        assert re.search(r"another ruler.*data: digest: \w+ then, \w+ now", shown, re.DOTALL)
+
+    @pytest.mark.parametrize("ruler", [None, "0123456789abcdef"])
+    def test_another_ruler(self, runs: Path, ruler: str | None) -> None:
+        """Nobody can want scores of two rulers in one sweep."""
+        record = runs / "s/sweep.json"
+        content = json.loads(record.read_text())
+        content.pop("ruler")
+        record.write_text(json.dumps(content | ({"ruler": ruler} if ruler else {})))
+        for flags in ([], ["--force"]):
+            shown = self.refused(runs, *flags)
+            assert f"its scores are those of another ruler, {ruler or 'of an earlier version'}" in shown
+            assert "start a new sweep" in shown
 
     @pytest.mark.parametrize(
         ("flags", "said"),

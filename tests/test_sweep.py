@@ -31,6 +31,8 @@ pytestmark = pytest.mark.slow
 SPACE: dict[str, Any] = {
     "description": "a test",
     "trials": 5,
+    "finalists": {"top": 3, "seeds": 0},
+    "collapse": {"epochs": 0},  # after so few steps, all noises still give nearly the same
     "scheduler": {"type": "asha", "grace_epochs": 1, "reduction_factor": 2},
     "space": {"loss.w_cyc": {"loguniform": [0.1, 10.0]}, "loss.w_id": {"choice": [0.0, 1.0]}},
 }
@@ -41,7 +43,8 @@ def request(folder: Path, space: dict[str, Any], **changed: Any) -> list[str]:
     latents = folder / "latents"
     if not latents.exists():
         write_latents(latents)
-    config = tiny_config(latents, **{"visualization__every_epochs": 1, "loss__ds_decay_epochs": 1} | changed)
+    settled = {"visualization__every_epochs": 1, "ruler__every_epochs": 1, "loss__ds_decay_epochs": 1}
+    config = tiny_config(latents, **settled | changed)
     (folder / "config.yaml").write_text(yaml.safe_dump(to_mapping(config)))
     (folder / "space.yaml").write_text(yaml.safe_dump(space))
     command = [sys.executable, "-m", "raystar.tune", "--space", str(folder / "space.yaml")]
@@ -86,7 +89,7 @@ def test_what_it_prints(sweep: tuple[Path, str]) -> None:
         assert noise not in shown
     assert shown.startswith("sweep s: 6 trials of up to 4 epochs")
     best = summary_of(runs)["best"]
-    assert re.search(rf"best {best['trial']}: score {best['score']:.4f} at epoch {best['score_epoch']}", shown)
+    assert re.search(rf"best {best['trial']}: score {best['score']:.4f} after epoch {best['score_epoch']}", shown)
     assert "mlflow ui --backend-store-uri sqlite:///" in shown
     assert re.search(r"python -m raystar\.export --sweep s --runs .* --out my_model", shown)
 
@@ -141,6 +144,8 @@ def test_mlflow_has_every_trial_once(sweep: tuple[Path, str]) -> None:
     (parent,) = [run for run in found if "mlflow.parentRunId" not in store.tags(run)]
     assert store.tags(parent)["raystar.best_trial"] == summary["best"]["trial"]
     assert store.tags(parent)["mlflow.note.content"] == "a test"
+    leading = [t["trial"] for t in sorted(summary["trials"], key=lambda t: t["score"])[:3]]
+    ranks = {name: rank for rank, name in enumerate(dict.fromkeys([*leading, "t00"]), start=1)}
     for trial in summary["trials"]:
         run = trial["run_id"]
         tags = store.tags(run)
@@ -154,16 +159,18 @@ def test_mlflow_has_every_trial_once(sweep: tuple[Path, str]) -> None:
         for key in ("eval/score", "train/g_loss", "perf/samples_per_s"):
             steps = store.rows("select step, value from metrics where run_uuid = ? and key = ? order by step", run, key)
             assert [step for step, _ in steps] == list(range(1, trial["epochs"] + 1))
-        scores = [v for (v,) in store.rows("select value from metrics where run_uuid=? and key='eval/score'", run)]
-        assert min(scores) == pytest.approx(trial["score"], rel=1e-12)
+        query = "select value from metrics where run_uuid = ? and key = 'eval/score' and step = ?"
+        assert store.rows(query, run, trial["epochs"]) == [(pytest.approx(trial["score"], rel=1e-12),)]
+        assert tags["raystar.unmoved"] == str(trial["unmoved"]).lower()
         folder = store.artifacts / run / "artifacts"
         assert load_config(folder / "config.yaml").loss.w_cyc == trial["params"]["loss.w_cyc"]
         images = [p.name for p in (folder / "images").glob("*.png")]
         for key in ("grid_ref", "grid_noise"):
             steps = sorted(int(re.search(r"step[^0-9]*(\d+)", name)[1]) for name in images if name.startswith(key))  # type: ignore[index]
             assert steps == list(range(trial["epochs"] + 1))  # the untrained networks are epoch 0
-        best = dict(store.rows("select key, value from latest_metrics where run_uuid = ? and key like 'best/%'", run))
-        assert best == {"best/score": pytest.approx(trial["score"]), "best/epoch": trial["score_epoch"]}
+        best = dict(store.rows("select key, value from latest_metrics where run_uuid = ? and key like 'final/%'", run))
+        assert best.pop("final/rank", None) == ranks.get(trial["trial"])
+        assert best == {"final/score": pytest.approx(trial["score"]), "final/epoch": trial["score_epoch"]}
     names = {p.name for p in (store.artifacts / parent / "artifacts").rglob("*") if p.is_file()}
     assert {"summary.json", "summary.csv", "config.yaml", "sweep.json", "grid.png"} <= names
     assert len(store.rows("select * from datasets")) == 1

@@ -175,13 +175,36 @@ def test_the_experiment_opens_on_the_metric_that_is_searched(tracker: MlflowTrac
     tags = dict(rows(tmp_path, "select key, value from experiment_tags"))
     assert tags["mlflow.experiment.primaryMetric.name"] == "eval/score"
     state = json.loads(json.loads(tags["mlflow.sharedViewState.raystar"])["state"])
-    assert state["orderByKey"] == "metrics.`best/score`"
+    assert state["orderByKey"] == "metrics.`final/score`"
     assert [(chart["imageKeys"], chart["step"]) for chart in state["compareRunCharts"]] == [
         (["grid_ref"], 1), (["grid_noise"], 1),
     ]  # fmt: skip
     command, address = tracker.how_to_compare()
     assert command == f"mlflow ui --backend-store-uri sqlite:///{tmp_path}/mlflow.db"
     assert f"#/experiments/{tracker.experiment_id}/runs?" in address
+
+
+def test_the_best_runs_have_a_view_of_their_pictures(tracker: MlflowTracker, tmp_path: Path) -> None:
+    """The order in which the store gives them is the reverse of that in which MLflow's charts draw them."""
+    record(tracker, tmp_path)
+    for name, epochs in (("t02", 3), ("t03", 4), ("t04", 0)):
+        tracker.start(name, params={}, tags={}, text={})
+        for epoch in range(1, epochs + 1):
+            tracker.log(name, epoch, {"eval/score": 2.0}, {"grid_ref": tmp_path / "grid.png"})
+    assert tracker.grids_address() is None
+    tracker.feature(["t03", "t00", "t04"])
+    tracker.feature(["t03", "t02", "t04"])  # t04 has no pictures, and t00 is among the best no more
+    tracker.close()
+    address = tracker.grids_address()
+    assert address is not None
+    key = re.search(r"viewStateShareKey=([^&]+)&compareRunsMode=CHART", address)[1]  # type: ignore[index]
+    tags = dict(rows(tmp_path, "select key, value from experiment_tags"))
+    state = json.loads(json.loads(tags[f"mlflow.sharedViewState.{key}"])["state"])
+    assert [chart["step"] for chart in state["compareRunCharts"]] == [3, 3]  # where both have pictures
+    client = tracking._client(f"sqlite:///{tmp_path}/mlflow.db")
+    order = f"{state['orderByKey']} {'ASC' if state['orderByAsc'] else 'DESC'}"
+    found = client.search_runs([tracker.experiment_id], state["searchFilter"], order_by=[order])
+    assert [run.info.run_name for run in found] == ["t02", "t03"]
 
 
 def test_stores_that_cannot_be(tmp_path: Path) -> None:
@@ -251,7 +274,7 @@ def test_a_server_whose_answers_are_lost_gets_nothing_twice(
 def test_records_that_were_taken_but_not_marked_are_not_written_twice(tracker: MlflowTracker, folder: Path) -> None:
     """As if every mark was lost: all records are written again, into the same runs."""
     record(tracker, folder)
-    tracker.attach("t00", {"more/grid.png": folder / "grid.png"}, {"a": "b"}, {"best/score": 1.5})
+    tracker.attach("t00", {"more/grid.png": folder / "grid.png"}, {"a": "b"}, {"final/score": 1.5})
     while tracker.waiting:
         time.sleep(0.01)
     lines = (folder / "spool.jsonl").read_bytes()
@@ -276,7 +299,7 @@ def test_records_that_were_taken_but_not_marked_are_not_written_twice(tracker: M
 
 def test_a_resumed_sweep_goes_on_in_its_runs(tracker: MlflowTracker, folder: Path) -> None:
     record(tracker, folder)
-    tracker.attach("t00", {}, {}, {"best/score": 1.5})
+    tracker.attach("t00", {}, {}, {"final/score": 1.5})
     tracker.end(PARENT, "interrupted", "Ctrl-C")
     tracker.close()
     assert (folder / "spool.jsonl").read_bytes() == b""
@@ -296,14 +319,14 @@ def test_a_resumed_sweep_goes_on_in_its_runs(tracker: MlflowTracker, folder: Pat
         assert not rows(folder, "select * from tags where key = 'raystar.reason'")
         for epoch in (1, 2, 3):
             again.log("t00", epoch, {"eval/score": 1.0}, {"grid_ref": folder / "grid.png"})
-        again.attach("t00", {}, {}, {"best/score": 1.5})
+        again.attach("t00", {}, {}, {"final/score": 1.5})
         again.end("t00", "finished", None)
         again.end(PARENT, "finished", None)
         again.close()
         after = content(folder)
         assert after["params"] == before["params"]
         assert [row[2:4] for row in after["metrics"] if row[1] == "eval/score"] == [(1, 2.0), (2, 1.5), (3, 1.0)]
-        assert [row[2:4] for row in after["metrics"] if row[1] == "best/score"] == [(0, 1.5)]
+        assert [row[2:4] for row in after["metrics"] if row[1] == "final/score"] == [(0, 1.5)]
         assert [row[:2] for row in after["runs"]] == [("s", "FINISHED"), ("t00", "FINISHED"), ("t01", "KILLED")]
 
 
@@ -359,7 +382,7 @@ def write():
             tracker.log(trial, epoch, {"eval/score": 1 / (epoch + 1)} if epoch else {}, pictures)
         time.sleep(0.01)
     for trial in trials:
-        tracker.attach(trial, {"grid.png": folder / "grid.png"}, {}, {"best/score": 0.5})
+        tracker.attach(trial, {"grid.png": folder / "grid.png"}, {}, {"final/score": 0.5})
         tracker.end(trial, "finished", None)
     tracker.end(PARENT, "finished", None)
     tracker.close()
@@ -397,7 +420,7 @@ def test_kill_9_at_any_moment_leaves_every_record_once(folder: Path) -> None:
     assert [row[:2] for row in found["runs"]] == [(name, "FINISHED") for name in ("s", "t00", "t01")]
     for trial in ("t00", "t01"):
         by_time = sorted((row for row in found["metrics"] if row[0] == trial), key=lambda row: (row[4], row[2]))
-        assert [row[1:3] for row in by_time] == [("eval/score", n) for n in range(1, 21)] + [("best/score", 0)]
+        assert [row[1:3] for row in by_time] == [("eval/score", n) for n in range(1, 21)] + [("final/score", 0)]
         images = sorted(name for run, name in found["files"] if run == trial and name.endswith(".png"))
         steps = sorted(int(name.split("+")[2]) for name in images if "+" in name)
         assert steps == list(range(0, 21, 5))

@@ -61,6 +61,7 @@ def test_a_good_request_is_listed(files: Files, capsys: pytest.CaptureFixture[st
     assert "sweep n: 5 trials of up to 3 epochs" in shown
     assert "t00 (baseline): loss.w_cyc=1.0" in shown
     assert "t04: loss.w_cyc=" in shown
+    assert "then the best 3 and the baseline again at full length, from seeds 1, 2: up to 8 trials more" in shown
     assert not (files.out / "n").exists()
 
 
