@@ -3,7 +3,8 @@
 A score of one seed is partly luck, and the best of many trials partly the luckiest. So the best configurations and the
 baseline are trained again, all from the same seeds. Seeds are taken to spread every configuration's scores alike: a
 pooled standard deviation has more to go on than the two or three scores of one, and Student's t allows for what it
-still does not know. Only a configuration whose runs all stayed the identity is no measure of that. Every function is a pure one of what the trials did.
+still does not know. Only a configuration whose runs all stayed the identity is no measure of that. Every function is a
+pure one of what the trials did.
 """
 
 from __future__ import annotations
