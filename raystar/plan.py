@@ -160,7 +160,7 @@ def _settle(asked: Mapping[str, Any], config: Config, content: Mapping[str, Any]
     epochs = asked["epochs"] or space.scheduler.max_epochs
     if epochs is not None:
         config = override(config, {"training.epochs": epochs}, "--epochs")
-    if space.scheduler.type == "asha" and space.scheduler.grace_epochs > config.training.epochs:
+    if space.scheduler.type == "asha" and (space.scheduler.grace_epochs or 0) > config.training.epochs:
         raise RaystarError(
             f"{space.source}: scheduler.grace_epochs {space.scheduler.grace_epochs} is more than the "
             f"{config.training.epochs} epochs of a trial"

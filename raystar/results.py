@@ -92,7 +92,7 @@ class Results:
         scheduler = self._scheduler
         if scheduler.type != "asha":
             return []
-        return Rungs(self.summary.mode, scheduler.grace_epochs, scheduler.reduction_factor, self.epochs).places
+        return Rungs(self.summary.mode, scheduler.grace(self.epochs), scheduler.reduction_factor, self.epochs).places
 
     @property
     def ranking(self) -> tuple[str, str]:

@@ -69,8 +69,8 @@ NOTHING, TRANSFER = "nothing", "transfer"
 """Keys of `Ruler.references`."""
 
 UNMOVED = 0.005
-"""A model whose `movement` is below this cannot be told from doing nothing. Generators that stay the identity have up to
-0.002, by rounding; those that went on to move had more at a fifth of their run (benchmarks/RESULTS.md)."""
+"""A model whose `movement` is below this cannot be told from doing nothing. Generators that stay the identity have up
+to 0.002, by rounding; those that went on to move had more at a fifth of their run (benchmarks/RESULTS.md)."""
 
 MIN_HELD_OUT = 4
 _VERSION = 3  # part of what scores are compared by: raise it when anything that is measured changes

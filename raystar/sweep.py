@@ -126,7 +126,7 @@ def _ledger(plan: Plan) -> Ledger:
     rungs = None
     if space.scheduler.type == "asha":
         scheduler, (_, mode) = space.scheduler, space.ranking
-        rungs = Rungs(mode, scheduler.grace_epochs, scheduler.reduction_factor, epochs, baseline)
+        rungs = Rungs(mode, scheduler.grace(epochs), scheduler.reduction_factor, epochs, baseline)
     ledger = Ledger(summary, rungs, epochs, space.collapse, space.ranking[0])
     for number, point in enumerate(plan.points or []):
         summary.add(plan.trial_name(number), dict(point))
