@@ -127,7 +127,9 @@ def main() -> None:
         ],
     }
     for role in ("baseline", "best"):
-        trial = summary[role]
+        name = summary[role]["parent"] or summary[role]["trial"]
+        runs = [t for t in summary["trials"] if name in (t["trial"], t["parent"]) and t["checkpoint"]]
+        trial = min(runs, key=lambda t: float(t["score"]))
         path = folder / trial["checkpoint"]
         checkpoint = checkpoints.load(path)
         trained = from_mapping(checkpoint["config"], str(path))
