@@ -37,8 +37,8 @@ def card(config: Config, facts: Mapping[str, Any], files: Collection[str]) -> st
     Args:
         config: of the model.
         facts: what `metrics.json` says: `trial`, `epoch`, and what is known of `sweep`, `metric`, `mode`, `score`,
-            `metrics`, `params`, `run_id`, `data`, `baseline`, `references`, `standing`, `trials`, `versions`,
-            `git_commit` and `onnx`.
+            `metrics`, `params`, `run_id`, `data`, `baseline`, `finals`, `references`, `standing`, `trials`,
+            `versions`, `git_commit` and `onnx`.
         files: names of the export's files.
     """
     parts = [
@@ -109,7 +109,9 @@ def _scores(facts: Mapping[str, Any]) -> str:
     score, baseline = facts.get("score"), facts.get("baseline")
     if isinstance(score, float) and facts.get("metric") not in (None, "eval/score"):
         text += f"\n\nThe sweep looked for the best {facts['metric']}; here {score:.4f}."
-    if isinstance(score, float) and baseline and isinstance(baseline.get("score"), float):
+    if line := facts.get("finals"):  # one seed's score beside another's is partly luck
+        text += f"\n\nOver several seeds: {line}."
+    elif isinstance(score, float) and baseline and isinstance(baseline.get("score"), float):
         if baseline["trial"] == facts.get("trial"):
             text += "\n\nIt is the sweep's baseline: the configuration as it stands."
         else:

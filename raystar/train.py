@@ -16,7 +16,7 @@ from raystar.dataset import open_bank
 from raystar.errors import RaystarError, TrialDiverged, TrialOutOfMemory, run_cli
 from raystar.loss import outlasting
 from raystar.model import NAMES
-from raystar.ruler import Ruler
+from raystar.ruler import NOTHING, TRANSFER, Ruler
 from raystar.ruler import check as check_ruler
 from raystar.step import TrainState, resolve_device
 from raystar.summary import DIVERGED, FAILED, FINISHED, INTERRUPTED, cache_dir, check_name
@@ -105,6 +105,9 @@ def main(argv: list[str] | None = None) -> int:
         codec, note = open_codec(config, device)
         say(note)
         ruler = Ruler.build(bank, config, cache)
+        if config.progress != "off":
+            nothing, transfer = (ruler.references[name]["eval/score"] for name in (NOTHING, TRANSFER))
+            print(f"score: doing nothing {nothing:.4f}, channel transfer {transfer:.4f}, perfect 0.1", file=sys.stderr)
         tracker.wait_until_connected()
         trainer = Trainer(config, bank, ruler, codec, state, checkpoint=checkpoint, source=str(source))
     except BaseException:

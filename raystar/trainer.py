@@ -172,7 +172,8 @@ class Trainer:
         return epoch in (self.measure_at or ()) or self._falls_on(epoch, every or 0)
 
     def _draws_in(self, epoch: int) -> bool:
-        return self._draws and self._falls_on(epoch, self.config.grid_every)
+        # What a sweep measures it shows as well: a trial that ends at a rung would else have no picture.
+        return self._draws and (epoch in (self.measure_at or ()) or self._falls_on(epoch, self.config.grid_every))
 
     def _falls_on(self, epoch: int, every: int) -> bool:
         """Whether `epoch` is the last or one of every so many; 0 for none of these."""

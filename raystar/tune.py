@@ -21,7 +21,10 @@ def parser() -> argparse.ArgumentParser:
         prog="python -m raystar.tune",
         description="Searches hyper-parameters of a latent StarGAN v2: trains trials side by side, stops the weak ones "
         "early, records all of them in MLflow and exports the best.",
-        epilog="Exit status: 0 at least one trial finished, 1 none did, 2 the request was wrong, 130 interrupted.",
+        epilog="The score looks at decoded translations of held-out pictures: style, layout and diversity. 0.1 is "
+        "perfect, doing nothing scores 1.1, lower is better (docs/score.md). The best are trained again from other "
+        "seeds and ranked by their means. Exit status: 0 at least one trial finished, 1 none did, 2 the request was "
+        "wrong, 130 interrupted.",
     )
     p.add_argument("--space", metavar="FILE", help="what to search, for example search_spaces/loss.yaml")
     p.add_argument("--config", metavar="FILE", default=DEFAULT_CONFIG, help=f"the configuration ({DEFAULT_CONFIG})")
