@@ -12,11 +12,14 @@ import pytest
 import torch
 from safetensors.numpy import save_file
 
-from benchmarks import data, memory, resume
+from benchmarks import data, foresight, memory, recognised, resume
 from benchmarks.measure import in_fresh_process, take_turns
-from raystar.config import override
+from raystar import decoder as decoders
+from raystar.codec import BUILT_IN, BuiltInCodec
+from raystar.config import override, to_yaml
 from raystar.dataset import LatentDataset, open_bank
 from raystar.step import TrainState, train_step
+from tests.support import tiny_config, write_latents
 
 CPU = torch.device("cpu")
 
@@ -118,3 +121,45 @@ def test_a_trial_after_failed_ones_is_as_in_a_fresh_process(tmp_path: Path) -> N
     assert reused[-1]["score"] == fresh["score"]
     assert reused[-1]["losses"] != reused[0]["losses"]
     assert reused[-1]["resident"] < 1.05 * reused[1]["resident"]
+
+
+def test_foresight_ranks_as_asha_does(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Who has not moved is last, at the rung and at the end, however its score is rounded."""
+    lively = {"movement": 0.5, "outlook": 0.9, "score": 1.3, "style": 1.2}
+    still = {"movement": 0.001, "outlook": 1.0, "score": 1.0999, "style": 1.0}
+    runs = [
+        {"2": lively, "9": lively | {"score": 0.7}},
+        {"2": lively | {"outlook": 0.95, "score": 1.2}, "9": lively | {"score": 0.8}},
+        {"2": still, "9": still},
+        {"2": still | {"score": 1.1001}, "9": still | {"score": 1.1002}},
+    ]
+    young = foresight.table(runs).splitlines()[1].split()
+    assert young[:2] == ["2", "+1.00"]
+    assert float(young[2]) < 1  # the score has the two that moved the other way round
+    assert young[-1] == "2"
+    # A real run of it, kept and not trained again.
+    root = write_latents(tmp_path / "data", count=24)
+    (tmp_path / "c.yaml").write_text(to_yaml(tiny_config(root, training__epochs=2)))
+    (tmp_path / "s.yaml").write_text("space: {loss.w_adv: {uniform: [0.5, 2.0]}}")
+    command = ["--space", str(tmp_path / "s.yaml"), "--config", str(tmp_path / "c.yaml"), "--trials", "3"]
+    command += ["--seeds", "1", "--out", str(tmp_path / "kept.json")]
+    assert foresight.main(command) == 0
+    first = capsys.readouterr().out
+    assert "3 seeds" not in first
+    assert "2 seeds of number" in first
+    assert foresight.main(command) == 0
+    again = capsys.readouterr().out
+    assert "score" not in again.replace("   score", "")  # the column's name; a line a run otherwise
+    assert set(again.splitlines()) < set(first.splitlines())
+
+
+def test_a_stranger_tells_real_pictures_of_the_domains_apart(tmp_path: Path) -> None:
+    config = override(recognised.from_mapping({}, ""), {
+        "data.data_root": "raystar:demo", "data.holdout": 0.15, "data.domains": ["photo", "woodcut", "stained_glass"],
+    })  # fmt: skip
+    bank = open_bank(config, tmp_path)
+    codec = BuiltInCodec(decoders.load(), BUILT_IN)
+    classifier = recognised.train(bank, codec)
+    held = [bank.rows(rows) for rows in bank.held]
+    assert np.mean(recognised.share(classifier, codec, held)) > 0.9
+    assert np.mean(recognised.share(classifier, codec, [*held[1:], held[0]])) < 0.1
