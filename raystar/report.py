@@ -47,13 +47,14 @@ _EXPLAINED = {
     "eval/score": "style and content together, plus what diversity lacks or has too much; 0.1 is perfect",
     "eval/style": "distance of translations from real pictures of the domain, as a share of the sources' distance: "
     "0 as real pictures, 1 as if nothing had been done",
-    "eval/content": "how much of the source's layout is lost: 0 none, about 0.92 another picture",
+    "eval/content": "how much of the source's layout is lost: 0 none, about 0.95 another picture",
     "eval/diversity": "how different the translations of one picture are under several noises: 1 as different as "
     "real pictures of the domain, 0 all alike",
     "eval/worst_pair": "(0.1 + style)(1 + content) of the pair of domains that fares worst",
     "eval/movement": "how far translations are from their own sources, as a share of how far pictures of a domain are "
     "from each other: 0 nothing has changed",
-    "eval/outlook": "what ranks trials at rungs, before the score can",
+    "eval/outlook": "how much of the way to the target's latents is still to go: 1 all of it, 0 none; it ranks trials at "
+    "rungs, before the score can",
     "eval/accuracy": "share of translations that a classifier takes for the target domain",
     "perf/speedup": "samples a second over those of the eager step, both timed in turn",
     "perf/steady_samples_per_s": "samples a second once everything is compiled",
