@@ -53,8 +53,8 @@ _EXPLAINED = {
     "eval/worst_pair": "(0.1 + style)(1 + content) of the pair of domains that fares worst",
     "eval/movement": "how far translations are from their own sources, as a share of how far pictures of a domain are "
     "from each other: 0 nothing has changed",
-    "eval/outlook": "how much of the way to the target's latents is still to go: 1 all of it, 0 none; it ranks trials at "
-    "rungs, before the score can",
+    "eval/outlook": "how much of the way to the target's latents is still to go: 1 all of it, 0 none; it ranks trials "
+    "at rungs, before the score can",
     "eval/accuracy": "share of translations that a classifier takes for the target domain",
     "perf/speedup": "samples a second over those of the eager step, both timed in turn",
     "perf/steady_samples_per_s": "samples a second once everything is compiled",
