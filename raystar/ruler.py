@@ -596,7 +596,8 @@ def _write(ruler: Ruler, path: Path) -> None:
     state |= {f"target_features.{y}": value for y, value in enumerate(ruler.target_features)}
     state = {name: value.contiguous() for name, value in sorted(state.items())}
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    facts = {"digest": digest(state), "references": json.dumps(ruler.references)}
+    references = json.dumps(ruler.references)
+    facts = {"digest": digest(state | {"references": references}), "references": references}
     save_file(state, temporary, metadata=facts)
     os.replace(temporary, path)
 
@@ -607,7 +608,9 @@ def _read(path: Path, bank: Bank, config: Config) -> Ruler | None:
         with safe_open(path, framework="pt") as file:
             state = {name: file.get_tensor(name) for name in sorted(file.keys())}
             facts = file.metadata() or {}
-        if digest(state) != facts["digest"]:  # one bit, and trials would be measured with another ruler
+        if (
+            digest(state | {"references": facts["references"]}) != facts["digest"]
+        ):  # one bit, and trials would be measured with another ruler
             return None
         features = Features(len(bank.domains), _own_statistics(bank), len(state["features.mean"]))
         features.load_state_dict({name.partition(".")[2]: v for name, v in state.items() if name[:9] == "features."})

@@ -740,29 +740,38 @@ def test_damaged_packs_are_made_again(
             assert torch.equal(found.latents, bank.latents)
 
 
+Kept = tuple[dataset.Bank, Config, Path, bytes, dict[str, torch.Tensor]]
+
+
+def kept(found: ruler.Ruler) -> dict[str, torch.Tensor]:
+    """All that a ruler's file holds."""
+    each = {f"{name}.{y}": x for name in ("target_features",) for y, x in enumerate(getattr(found, name))}
+    return found.features.state_dict() | {name: getattr(found, name) for name in ruler._KEPT} | each
+
+
 @pytest.fixture(scope="module")
-def features(tmp_path_factory: pytest.TempPathFactory) -> tuple[dataset.Bank, Path, bytes, dict[str, torch.Tensor]]:
+def seen(tmp_path_factory: pytest.TempPathFactory) -> Kept:
     folder = tmp_path_factory.mktemp("ruler")
     config = tiny_config(write_latents(folder / "data", AB, count=16, size=16), AB)
     bank = open_bank(config, folder / "cache")
     ruler.Ruler.build(bank, config, folder / "ruler")
     (path,) = (folder / "ruler").glob("*.safetensors")
-    found = ruler._read_features(path, bank)
+    found = ruler._read(path, bank, config)
     assert found is not None
-    return bank, path, path.read_bytes(), found.state_dict()
+    return bank, config, path, path.read_bytes(), kept(found)
 
 
 @examples(120)
 @given(data=st.data())
-def test_damaged_rulers_measure_nothing(
-    features: tuple[dataset.Bank, Path, bytes, dict[str, torch.Tensor]], data: st.DataObject
-) -> None:
-    bank, path, content, wanted = features
+def test_damaged_rulers_measure_nothing(seen: Kept, data: st.DataObject) -> None:
+    bank, config, path, content, wanted = seen
     path.write_bytes(data.draw(damaged(content, 1000)))
-    found = ruler._read_features(path, bank)
-    assert found is None or all(torch.equal(value, wanted[key]) for key, value in found.state_dict().items())
+    found = ruler._read(path, bank, config)
+    if found is not None:
+        assert all(torch.equal(value, wanted[key]) for key, value in kept(found).items())
+        assert found.references["nothing"]["eval/score"] == pytest.approx(1.1, abs=1e-5)
     path.write_bytes(content)
-    assert ruler._read_features(path, bank) is not None
+    assert ruler._read(path, bank, config) is not None
 
 
 # -- checkpoints and exports -----------------------------------------------------------------------

@@ -17,7 +17,8 @@ PACKAGE = ROOT / "raystar"
 # Imports go downward in this order (design, section 1); a module may import only what stands before it.
 ORDER = [
     "errors", "journal", "storage", "config", "pt", "pictures", "dataset", "kernels", "model", "loss", "distributed",
-    "step", "compile", "parity", "speed", "checkpoint", "ruler", "decoder", "codec", "grid", "usage", "trainer",
+    "step", "compile", "parity", "speed", "checkpoint", "decoder", "codec", "picture_stats", "feature_file", "ruler",
+    "grid", "usage", "trainer",
     "rungs", "summary", "finals", "saved", "ledger", "table", "spool", "registry", "tracking", "space", "retention",
     "cluster", "trial", "driver", "graphs", "card", "export", "encode", "translate", "pyfunc", "record", "results",
     "importance", "charts", "contact", "report", "plan", "outcome", "session", "sweep", "tune", "train", "distill",
