@@ -88,7 +88,7 @@ def test_tpe_needs_a_baseline_that_it_can_name() -> None:
         ({"choice": [0.5, 20]}, lambda value: value in (0.5, 20) and isinstance(value, float) == (value < 1)),
         ({"randint": [1, 9]}, lambda value: value in range(1, 9) and isinstance(value, int)),
     ],
-    ids=str,
+    ids=["uniform", "loguniform", "choice", "randint"],
 )
 def test_a_schedule_can_be_searched_by_shares_or_epochs(draws: dict[str, Any], possible: Any) -> None:
     points = space_of(trials=8, space={"loss.ds_decay_epochs": draws}).points(Config(), CPU)
