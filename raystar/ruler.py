@@ -14,7 +14,7 @@ every trial and epoch. It never looks at latents: there the discriminator looks 
 
 `score = mean over pairs of (0.1 + S)(1 + C) + I, plus (0.2 - V)(1 - S) where V lacks and V - 1 where it is too much`.
 I is what keeps a model that ignores its sources from winning by handing out pictures of the target: nothing up to
-0.6 of the C of unrelated pictures, and 1 there. Lower is better: 0.1 is perfect, doing nothing scores 1.1. The form is
+0.6 of the C of unrelated pictures, and 1 from 0.9 of it. Lower is better: 0.1 is perfect, doing nothing scores 1.1. The form is
 ArtFID's (Wright and Ommer 2022), whose first factor is far above 1, so that style counts in full; hence 0.1.
 
 What it cannot see: anything finer than two pixels of 256, faces or things as such, beauty.
@@ -77,7 +77,7 @@ _VERSION = 3  # part of what scores are compared by: raise it when anything that
 _SEED = 20_251_121
 _PERFECT = 0.1
 _DIVERSITY_WANTED = 0.2
-_IGNORED_FROM = 0.6  # of the content that unrelated pictures lose: other renderings of one scene lose half of it
+_IGNORED_FROM, _IGNORED_AT = 0.6, 0.9  # of what unrelated pictures lose; other renderings of one scene lose half of it
 _LEAST_CONTENTS = 12  # pictures whose diversity is measured
 _MAX_TRAIN = 96  # training pictures a domain that standardisation and classifier see
 _SHRINKAGE = 0.5  # of the within-domain covariance towards a multiple of the identity: statistics outnumber pictures
@@ -406,7 +406,7 @@ class Ruler:
         source, target = (torch.tensor(side, device=features.device) for side in zip(*self.pairs, strict=True))
         S = torch.stack([self._style(features[pair], pair) for pair in range(P)]).clamp_min(0)  # [P]
         C = content_lost(sketches, self.source_sketches[source])  # [P]
-        ignored = (C / self.unrelated - _IGNORED_FROM).clamp_min(0) / (1 - _IGNORED_FROM)
+        ignored = ((C / self.unrelated - _IGNORED_FROM) / (_IGNORED_AT - _IGNORED_FROM)).clamp(0, 1)
         per_pair = (_PERFECT + S) * (1 + C) + ignored
         score = per_pair.mean()
         moved = (features - self.source_features[source]).norm(dim=2).mean(dim=1) / self.target_spread[source]  # [P]

@@ -147,7 +147,7 @@ def test_handing_out_pictures_of_the_target_is_worse_than_doing_nothing(built: B
     bank, config, ruler = built
     found = ruler.measure_subject(Copycat(bank, config))
     assert found["style"] < 0.3
-    assert found["content"] == pytest.approx(0.95, abs=0.15)
+    assert 0.65 < found["content"] < 1.1  # landscapes are alike in where their sky is
     assert found["accuracy"] > 0.6
     assert found["score"] > 1.1
     one_for_all = ruler.measure_subject(Copycat(bank, config, kinds=1))
