@@ -14,8 +14,8 @@ every trial and epoch. It never looks at latents: there the discriminator looks 
 
 `score = mean over pairs of (0.1 + S)(1 + C) + I, plus (0.2 - V)(1 - S) where V lacks and V - 1 where it is too much`.
 I is what keeps a model that ignores its sources from winning by handing out pictures of the target: nothing up to
-0.6 of the C of unrelated pictures, and 1 from 0.9 of it. Lower is better: 0.1 is perfect, doing nothing scores 1.1. The form is
-ArtFID's (Wright and Ommer 2022), whose first factor is far above 1, so that style counts in full; hence 0.1.
+0.6 of the C of unrelated pictures, and 1 from 0.9 of it. Lower is better: 0.1 is perfect, doing nothing scores 1.1. The
+form is ArtFID's (Wright and Ommer 2022), whose first factor is far above 1, so that style counts in full; hence 0.1.
 
 What it cannot see: anything finer than two pixels of 256, faces or things as such, beauty.
 

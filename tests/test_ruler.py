@@ -236,7 +236,6 @@ DAMAGE: dict[str, tuple[Callable[[Tensor, float], Tensor], tuple[float, ...]]] =
     "towards black": (lambda x, kept: x * kept, (0.7, 0.3, 0.0)),
     "towards white": (lambda x, kept: 1 - (1 - x) * kept, (0.7, 0.3, 0.0)),
     "towards blank": (_fade, (0.5, 0.2, 0.0)),
-    "towards its negative": (lambda x, share: x * (1 - share) + (1 - x) * share, (0.3, 0.7, 1.0)),
     "grain": (
         lambda x, strength: (x + strength * torch.randn(x.shape, generator=torch.Generator().manual_seed(0))).clamp(
             0, 1
