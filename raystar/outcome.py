@@ -250,4 +250,6 @@ def _in_a_line(summary: Summary, best: TrialRecord, score: float) -> str:
         return line
     if best is baseline:
         return line + "; it is the baseline: no other trial beats it"
+    if summary.gain is None:
+        return line + f"; the baseline is {baseline.status}"
     return line + f"; baseline {baseline.score:.4f}, {summary.gain:.1%} better"

@@ -436,7 +436,7 @@ def test_a_sweep_searches_them_and_exports_those_of_the_best(tmp_path: Path) -> 
         "model.residual": {"choice": [True]},
         "loss.ds_decay_epochs": {"uniform": [0.2, 0.7]},
     }
-    content = {"trials": 2, "finalists": 1, "scheduler": {"type": "none"}, "space": searched}
+    content = {"trials": 2, "finalists": 1, "scheduler": {"type": "none"}, "space": searched, "collapse": {"epochs": 0}}
     done = run(request(tmp_path, content, training__epochs=3, loss__ds_decay_epochs=20))
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stderr.count("outlasts training.epochs 3") == 1

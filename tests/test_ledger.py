@@ -214,9 +214,9 @@ def test_a_score_is_the_last_that_was_measured() -> None:
     told(found, 1, score=1.0, movement=0.9)
     told(found, 2)
     assert (record.score, record.score_epoch, record.epochs) == (1.0, 1, 2)
-    told(found, 3, score=2.0, movement=0.01)
+    told(found, 3, score=2.0, movement=0.001)
     assert (record.score, record.score_epoch, record.unmoved) == (2.0, 3, True)
-    assert record.metrics == {"eval/score": 2.0, "eval/movement": 0.01}
+    assert record.metrics == {"eval/score": 2.0, "eval/movement": 0.001}
     told(found, 4, score=1.5, movement=0.9)
     assert (record.score, record.unmoved) == (1.5, False)  # it has moved since
     told(found, 5, score=math.nan, movement=0.9)
@@ -237,12 +237,12 @@ def test_rungs_rank_by_their_own_metric_and_say_why() -> None:
     assert second(style=0.4, movement=0.9) == (events.Verdict(), False)
     assert second(style=0.6, movement=0.9) == (events.Verdict("stopped", stopped), False)
     reason = f"{stopped}: its translations cannot be told from their sources"
-    assert second(style=0.1, movement=0.01) == (events.Verdict("stopped", reason), True)
+    assert second(style=0.1, movement=0.001) == (events.Verdict("stopped", reason), True)
 
 
 def test_doing_nothing_is_no_collapse() -> None:
     found = started(ledger(rungs=None), "t01")
-    ends = [told(found, epoch, diversity=0.0, movement=0.01).ends for epoch in range(1, 7)]
+    ends = [told(found, epoch, diversity=0.0, movement=0.001).ends for epoch in range(1, 7)]
     ends += [told(found, epoch, diversity=0.0, movement=0.5).ends for epoch in range(7, 10)]
     assert ends == [None] * 8 + ["collapsed"]
 
