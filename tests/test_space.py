@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from raystar.compile import canonical
-from raystar.config import Config, override
+from raystar.config import Config, load_config, override
 from raystar.errors import RaystarError
 from raystar.space import Distribution, from_mapping, load_space
 from tests.support import ROOT
@@ -30,14 +30,25 @@ def space_of(**changed: Any) -> Any:
     return from_mapping(GOOD | changed, Config(), "s.yaml")
 
 
-def test_the_shipped_space() -> None:
-    space = load_space(ROOT / "search_spaces/loss.yaml", Config())
-    assert space.metric == "eval/score"
-    assert space.trials == 12
-    points = space.points(Config(), CPU)
-    assert points is not None
-    assert len(points) == 12
-    assert all(key.startswith("loss.") for key in points[0])
+def test_the_shipped_spaces() -> None:
+    config = load_config(ROOT / "configs/demo.yaml")
+    for name, sections in (("loss", {"loss"}), ("architecture", {"model", "training"})):
+        space = load_space(ROOT / f"search_spaces/{name}.yaml", config)
+        assert space.metric == "eval/score"
+        assert space.ranking == ("eval/outlook", "min")
+        assert space.finalists.seeds > 0
+        points = space.points(config, CPU)
+        assert points is not None
+        assert len(points) == space.trials
+        assert {key.partition(".")[0] for key in points[0]} == sections
+
+
+def test_a_trial_is_first_stopped_at_a_fifth_of_its_run() -> None:
+    open_to_it, said = (
+        space_of(scheduler=s).scheduler for s in ({"type": "asha"}, {"type": "asha", "grace_epochs": 3})
+    )
+    assert [open_to_it.grace(epochs) for epochs in (1, 5, 8, 38, 100)] == [1, 1, 2, 8, 20]
+    assert said.grace(100) == 3
 
 
 def test_points_are_inside_distinct_and_reproducible() -> None:
