@@ -14,6 +14,7 @@ from raystar.finals import rank_correlation
 from raystar.journal import Journal
 from raystar.ledger import EPOCH
 from raystar.record import JOURNAL, RECORD
+from raystar.ruler import UNMOVED
 from raystar.rungs import Rungs
 from raystar.space import Scheduler, ranking, read_scheduler
 from raystar.speed import METRICS as SPEED_METRICS
@@ -112,14 +113,20 @@ class Results:
         return {epoch: value for epoch, value in found.items() if value is not None and math.isfinite(value)}
 
     def foresight(self) -> list[Foresight]:
-        """What each rung says of the end, in order of their epochs."""
+        """What each rung says of the end, in order of their epochs; who has not moved is last at both, as for ASHA."""
         ended = [r for r in self.summary.trials.values() if r.status == FINISHED and r.score is not None]
         metric, mode = self.ranking
-        sign = 1 if mode == self.summary.mode else -1  # more correlation is always better
         found = []
         for epoch in self.rungs:
-            then = {record.trial: self.curve(record.trial, metric).get(epoch) for record in ended}
-            there = [(sign * value, r.score or 0.0) for r in ended if (value := then[r.trial]) is not None]
+            there = []
+            for record in ended:
+                value = self.curve(record.trial, metric).get(epoch)
+                if value is None:
+                    continue
+                unmoved = self.curve(record.trial, "eval/movement").get(epoch, math.inf) < UNMOVED
+                there.append(
+                    (_place(value, mode, unmoved), _place(record.score or 0.0, self.summary.mode, record.unmoved))
+                )
             correlation = rank_correlation(*zip(*there, strict=True)) if len(there) > 1 else math.nan
             found.append(Foresight(epoch, metric, len(there), correlation))
         return found
@@ -129,6 +136,13 @@ class Results:
         ranked = self.summary.ranked()
         there = {record.trial for record in ranked}
         return ranked + sorted((r for r in self.summary.trials.values() if r.trial not in there), key=lambda r: r.trial)
+
+
+def _place(value: float, mode: str, unmoved: bool) -> float:
+    """What trials are ranked by: lower is better, and whoever has not moved is last."""
+    if unmoved:
+        return math.inf
+    return value if mode == "min" else -value
 
 
 def find(runs: Path, name: str) -> Path:
