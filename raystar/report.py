@@ -395,7 +395,7 @@ def _error(found: Results, folder: Path) -> str:
 
 
 def _table(found: Results) -> dict[str, Any]:
-    """All trials, best first: columns as (title, key, what it is), and a row of (text, exact value) each."""
+    """All trials, best first, and the references: columns as (title, what it is), rows of (text, exact value)."""
     speed = found.speed
     metrics = [m for m in _EXPLAINED if m.startswith("perf/" if speed else "eval/") and m != found.summary.metric]
     records = found.by_score()
@@ -407,7 +407,7 @@ def _table(found: Results) -> dict[str, Any]:
         ("time", "h:mm:ss"), *((charts.short(key), key) for key in found.drawn),
     ]  # fmt: skip
     rows = []
-    for record in records[:_TABLE]:
+    for record in (*records[:_TABLE], *found.summary.reference_records()):
         cells: list[tuple[str, Any]] = [
             (record.trial, record.trial),
             (record.status.replace("_", " ") + (", unmoved" if record.unmoved else ""), record.status),
@@ -419,7 +419,7 @@ def _table(found: Results) -> dict[str, Any]:
             *((_value(record.params.get(key)), record.params.get(key)) for key in found.drawn),
         ]
         rows.append((record, [(text, "" if exact is None else exact) for text, exact in cells]))
-    return {"columns": columns, "rows": rows, "hidden": len(records) - len(rows)}
+    return {"columns": columns, "rows": rows, "hidden": max(0, len(records) - _TABLE)}
 
 
 def _reproduce(found: Results, folder: Path) -> dict[str, Any]:

@@ -530,6 +530,8 @@ class Session:
         files |= {name: plan.folder / name for name in ("summary.json", "summary.csv")}
         tags = {"raystar.best_trial": best.trial, "raystar.best_run": best.run_id or ""} if best else {}
         metrics = {f"final/{self.summary.short_metric}": best.score} if best and best.score is not None else {}
+        known = {name: summary.reference(name) for name in summary.references}
+        metrics |= {f"reference/{name}": value for name, value in known.items() if value is not None}
         if summary.finals is not None:
             tags["raystar.winner"] = summary.finals.winner
             metrics["final/mean"] = summary.finals.ranked[0].mean

@@ -16,6 +16,7 @@ import torch
 from raystar.compile import SPEED_KEYS, canonical
 from raystar.config import MAX_WHOLE, Config, check_value, get_value, key_field, override, read_mapping
 from raystar.errors import RaystarError, key_text, misspelt, show
+from raystar.finals import SEED
 from raystar.ledger import Collapse
 from raystar.ruler import HIGHER
 from raystar.ruler import METRICS as RULER_METRICS
@@ -34,7 +35,6 @@ _KNOWN = (
     "space", "collapse", "keep", "finalists", "abort_after",
 )  # fmt: skip
 _PURPOSES = {"quality": ("score", "min"), "speed": ("speedup", "max")}  # with their metric and mode
-_SEED = "training.seed"
 _SCORE, _OUTLOOK = "eval/score", "eval/outlook"
 _MOST = 10_000  # trials, or combinations of a grid: more would never be run, and hardly be listed
 _DRAWS = 200  # for each trial, before a space is taken to hold no further combination
@@ -369,7 +369,7 @@ def _finalists(content: Any, purpose: str, space: Mapping[str, Distribution], so
             raise RaystarError(f"{where}: purpose speed has none, since speed does not depend on a seed; leave it out")
         return Finalists(0, 0)
     if content is None:  # where seeds are searched, there is no other seed to train from
-        return Finalists(seeds=0) if _SEED in space else Finalists()
+        return Finalists(seeds=0) if SEED in space else Finalists()
     if not isinstance(content, Mapping):
         return Finalists(_whole(content, where, 0, _MOST), 0)
     _section(content, ("top", "seeds"), where)
@@ -377,9 +377,9 @@ def _finalists(content: Any, purpose: str, space: Mapping[str, Distribution], so
         _whole(content.get("top", Finalists.top), f"{where}.top", 0, _MOST),
         _whole(content.get("seeds", Finalists.seeds), f"{where}.seeds", 0, _MOST),
     )
-    if found.seeds and _SEED in space:
+    if found.seeds and SEED in space:
         raise RaystarError(
-            f"{where}.seeds: the best are trained again from other seeds, but the space searches {_SEED} itself; "
+            f"{where}.seeds: the best are trained again from other seeds, but the space searches {SEED} itself; "
             "leave that out, or set seeds: 0"
         )
     return found

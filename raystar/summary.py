@@ -18,7 +18,7 @@ from typing import Any
 from raystar import __version__
 from raystar.config import Config
 from raystar.errors import RaystarError
-from raystar.ruler import UNMOVED
+from raystar.ruler import NOTHING, TRANSFER, UNMOVED
 
 PENDING, STARTING, RUNNING = "pending", "starting", "running"
 FINISHED, STOPPED, INTERRUPTED = "finished", "stopped", "interrupted"
@@ -34,7 +34,7 @@ BROKEN = (DIVERGED, COLLAPSED, OUT_OF_MEMORY, FAILED, KILLED)
 UNFINISHED = (PENDING, RUNNING, INTERRUPTED, FAILED, KILLED)
 """Statuses of trials that a resumed sweep runs, from their last checkpoints: what failed may be mended by then."""
 
-REFERENCES = {"nothing": "doing nothing", "transfer": "channel transfer"}
+REFERENCES = {NOTHING: "doing nothing", TRANSFER: "channel transfer"}
 """What a model has to beat (`ruler.Ruler.references`), in words."""
 
 
@@ -267,6 +267,15 @@ class Summary:
         """The sweep's metric of one of `REFERENCES`, where it is measured."""
         return self.references.get(name, {}).get(self.metric)
 
+    def reference_records(self) -> list[TrialRecord]:
+        """The references as rows of a table of trials; none where the sweep's metric is not measured of them."""
+        known = ((words, self.references.get(name, {})) for name, words in REFERENCES.items())
+        return [
+            TrialRecord(words, {}, "reference", score=values[self.metric], metrics=dict(values))
+            for words, values in known
+            if self.metric in values
+        ]
+
     def good(self, record: TrialRecord) -> bool | None:
         """Whether a trial's configuration is better than all references; None where nobody knows."""
         value, known = self.value(record), [self.reference(name) for name in REFERENCES]
@@ -365,7 +374,7 @@ class Summary:
         return summary
 
     def to_csv(self) -> str:
-        """The trials as a table, swept keys as columns, best first."""
+        """The trials as a table, swept keys as columns, best first, and what a model has to beat."""
         keys = sorted({key for record in self.trials.values() for key in record.params})
         columns = [
             "trial",
@@ -385,7 +394,8 @@ class Summary:
         table.writeheader()
         sign = 1 if self.mode == "min" else -1
         last = math.inf
-        for record in sorted(self.trials.values(), key=lambda r: last if r.score is None else sign * r.score):
+        ordered = sorted(self.trials.values(), key=lambda r: last if r.score is None else sign * r.score)
+        for record in (*ordered, *self.reference_records()):
             row = asdict(record) | record.params
             table.writerow({column: row.get(column) for column in columns})
         return text.getvalue()

@@ -109,7 +109,11 @@ def test_the_record(sweep: tuple[Path, str]) -> None:
         assert (trial["epochs"] == 4) == (trial["status"] == "finished")
         assert trial["run_id"]
     table = (runs / "s/summary.csv").read_text().splitlines()
-    assert len(table) == 7
+    assert len(table) == 9  # with its head, and what a model has to beat
+    assert [row.split(",")[:2] for row in table[7:]] == [
+        ["doing nothing", "reference"],
+        ["channel transfer", "reference"],
+    ]
     assert table[1].startswith(summary["best"]["trial"])
     resolved = json.loads((runs / "s/sweep.json").read_text())
     assert resolved["config"]["training"]["epochs"] == 4
