@@ -7,6 +7,7 @@ side of the conversation is replaced, by an object that keeps what is reported.
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import sys
 import tempfile
@@ -14,6 +15,7 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -114,6 +116,16 @@ def run_trials(
     return done
 
 
+def run_trials_apart(*args: Any) -> list[dict[str, Any]]:
+    """`run_trials` in a fresh process whose allocator has one arena.
+
+    Which of several arenas a trial's thread gets is chance, and so is which free pages they keep between them: 20 to
+    50 MB that come and go, and that hide what adds up.
+    """
+    with mock.patch.dict(os.environ, MALLOC_ARENA_MAX="1"):
+        return in_fresh_process(run_trials, *args)
+
+
 def _doomed(real_step: Callable[..., Any], fate: str) -> Callable[..., Any]:
     """`train_step` that goes wrong in a trial's last epoch, with the step's activations alive."""
 
@@ -151,9 +163,9 @@ def main(argv: list[str] | None = None) -> int:
     threads = torch.get_num_threads()
     with tempfile.TemporaryDirectory(prefix="raystar-memory-") as temporary:
         folder = Path(temporary)
-        reused = in_fresh_process(run_trials, requests, settings, folder, threads)
+        reused = run_trials_apart(requests, settings, folder, threads)
         after = [number + 1 for number, each in enumerate(requests) if each["fate"] and number + 1 < len(requests)]
-        fresh = {n: in_fresh_process(run_trials, [requests[n]], settings, folder, threads)[0] for n in after}
+        fresh = {n: run_trials_apart([requests[n]], settings, folder, threads)[0] for n in after}
     rows = [["trial", "batch", "status", "epochs", "resident MB", "anonymous MB", "GPU MB", "as in a fresh process"]]
     same = True
     for number, (each, found) in enumerate(zip(requests, reused, strict=True)):
@@ -171,7 +183,6 @@ def main(argv: list[str] | None = None) -> int:
     growth = {}
     for kind in kinds:
         second, *later = (max(found[kind], 1) for found in reused[1:])
-        # Of the last three: what a thread keeps for itself is freed as it ends, now before a reading and now after.
         growth[kind] = statistics.median(later[-3:]) / second - 1
         print(
             f"{kind} memory after the last trials: {growth[kind]:+.1%} over that after the second "

@@ -112,11 +112,11 @@ def test_a_trial_after_failed_ones_is_as_in_a_fresh_process(tmp_path: Path) -> N
     """Bit for bit, after one that raised and one out of memory; and memory stays."""
     settings = memory.configuration("cpu") | {"model.base_dim": 8, "training.epoch_size": 32, "training.epochs": 1}
     chosen = [memory.trials(8)[number] for number in (0, 1, 3, 6, 7)]
-    reused = in_fresh_process(memory.run_trials, chosen, settings, tmp_path, 1)
+    reused = memory.run_trials_apart(chosen, settings, tmp_path, 1)
     assert [each["status"] for each in reused] == ["finished", "finished", "failed", "out_of_memory", "finished"]
     assert reused[2]["reason"] == "ValueError: this trial was told to fail"
     assert "out of memory in 1 of 4 batches" in reused[3]["reason"]
-    (fresh,) = in_fresh_process(memory.run_trials, chosen[-1:], settings, tmp_path, 1)
+    (fresh,) = memory.run_trials_apart(chosen[-1:], settings, tmp_path, 1)
     assert reused[-1]["losses"] == fresh["losses"] != []
     assert reused[-1]["score"] == fresh["score"]
     assert reused[-1]["losses"] != reused[0]["losses"]
