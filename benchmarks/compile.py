@@ -18,11 +18,11 @@ import time
 import torch
 
 from benchmarks import measure
-from raystar.compile import graphs
-from raystar.config import Config, override
-from raystar.dataset import open_bank
-from raystar.step import synchronize
-from raystar.trainer import Trainer
+from raystar.config.load import Config, override
+from raystar.data.bank import open_bank
+from raystar.training.compile import graphs
+from raystar.training.step import synchronize
+from raystar.training.trainer import Trainer
 
 
 def main() -> None:

@@ -18,9 +18,9 @@ import torch
 from torch.utils.data import DataLoader
 
 from benchmarks.measure import in_fresh_process, parser, resident_bytes, settle, table, take_turns
-from raystar.config import Config, from_mapping, override
-from raystar.dataset import LatentDataset, open_bank, reopen_bank
-from raystar.step import TrainState, train_step
+from raystar.config.load import Config, from_mapping, override
+from raystar.data.bank import LatentDataset, open_bank, reopen_bank
+from raystar.training.step import TrainState, train_step
 
 DOMAINS = ("a", "b", "c", "d", "e")
 FORMATS = ("npy", "pt")

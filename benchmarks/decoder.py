@@ -19,11 +19,11 @@ from torch import Tensor
 
 from benchmarks import measure
 from raystar import demo
-from raystar.codec import Codec, PreviewCodec, VaeCodec, open_codec
-from raystar.config import Config, override
-from raystar.dataset import DEMO_ROOT, open_bank
+from raystar.base.errors import RaystarError
+from raystar.config.load import Config, override
+from raystar.data.bank import DEMO_ROOT, open_bank
 from raystar.distill import Lesson, psnr
-from raystar.errors import RaystarError
+from raystar.pictures.codec import Codec, PreviewCodec, VaeCodec, open_codec
 
 
 def main() -> None:

@@ -29,7 +29,7 @@ def simulated(params: dict[str, Any], request: Any) -> None:
     """A Tune function in place of a trial: reports like one, and learns nothing."""
     from ray import tune
 
-    from raystar import trial
+    from raystar.backend import trial
 
     rng = random.Random(repr(params))
     score = 2 + rng.random()
@@ -76,11 +76,15 @@ def main() -> None:
     p.add_argument("--mlflow-away", action="store_true", help="records wait in the spool, as without a server")
     args = p.parse_args()
 
-    from raystar import cluster
+    from raystar.backend import nodes as cluster
 
     cluster.settle_token(create=True)  # before the trial's module imports Ray
-    from raystar import plan, session, sweep, table, tracking, tune
-    from raystar import trial as trials
+    from raystar import tune
+    from raystar.backend import trial as trials
+    from raystar.sweep import live_table as table
+    from raystar.sweep import plan, session
+    from raystar.sweep import run as sweep
+    from raystar.tracking.mlflow import writer as tracking
 
     with tempfile.TemporaryDirectory(prefix="raystar-driver-") as out:
         space = {

@@ -22,13 +22,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from raystar.config import Config, override, request_config
-from raystar.dataset import Bank, open_bank
-from raystar.errors import run_cli
-from raystar.finals import rank_correlation
-from raystar.ruler import HIGHER, UNMOVED, Ruler
-from raystar.space import load_space
-from raystar.trainer import Trainer
+from raystar.base.errors import run_cli
+from raystar.config.load import Config, override, request_config
+from raystar.data.bank import Bank, open_bank
+from raystar.record.finals import rank_correlation
+from raystar.ruler.ruler import HIGHER, UNMOVED, Ruler
+from raystar.search.space import load_space
+from raystar.training.trainer import Trainer
 
 _SHOWN = ("outlook", "score", "style", "movement")
 _LAST = 1e9  # of whoever has not moved

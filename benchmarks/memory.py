@@ -1,6 +1,6 @@
 """Ten trials in one reused process: does memory stay, and is a trial after a failed one as in a fresh process?
 
-The trials run through `raystar.trial.train_loop`, each in a thread of its own as under Ray Tune; only Tune's
+The trials run through `raystar.backend.trial.train_loop`, each in a thread of its own as under Ray Tune; only Tune's
 side of the conversation is replaced, by an object that keeps what is reported.
 """
 
@@ -20,11 +20,12 @@ from unittest import mock
 import torch
 
 from benchmarks.measure import in_fresh_process, parser, resident_bytes, settle, table
-from raystar import trainer, trial
-from raystar.config import from_mapping, override, to_mapping
-from raystar.dataset import DEMO_ROOT, open_bank
+from raystar.backend import trial
+from raystar.config.load import from_mapping, override, to_mapping
+from raystar.data.bank import DEMO_ROOT, open_bank
 from raystar.demo import DOMAINS
-from raystar.step import LOGGED
+from raystar.training import trainer
+from raystar.training.step import LOGGED
 
 FAILS, STARVES = "fails", "out of memory"
 METRIC = "eval/score"

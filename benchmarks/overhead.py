@@ -20,14 +20,14 @@ from PIL import Image
 
 from benchmarks import measure
 from benchmarks.step import RaystarStep
-from raystar import grid
-from raystar.codec import open_codec
-from raystar.config import Config, override, parse_assignment
-from raystar.dataset import Bank, open_bank
-from raystar.ruler import Ruler
-from raystar.step import LOGGED
-from raystar.tracking import PARENT, MlflowTracker
-from raystar.trainer import METRICS, Display
+from raystar.config.load import Config, override, parse_assignment
+from raystar.data.bank import Bank, open_bank
+from raystar.pictures import grid
+from raystar.pictures.codec import open_codec
+from raystar.ruler.ruler import Ruler
+from raystar.tracking.mlflow.writer import PARENT, MlflowTracker
+from raystar.training.step import LOGGED
+from raystar.training.trainer import METRICS, Display
 
 
 def main() -> None:

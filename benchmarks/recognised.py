@@ -20,16 +20,16 @@ from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
-from raystar import checkpoint as checkpoints
-from raystar import decoder as decoders
-from raystar.checkpoint import shown_weights
-from raystar.codec import BUILT_IN, BuiltInCodec
-from raystar.config import from_mapping
-from raystar.dataset import Bank, open_bank
+from raystar.config.load import from_mapping
+from raystar.data.bank import Bank, open_bank
 from raystar.export import Translator
-from raystar.model import Nets
-from raystar.ruler import channel_transfer
-from raystar.summary import cache_dir
+from raystar.model import checkpoint as checkpoints
+from raystar.model.checkpoint import shown_weights
+from raystar.model.networks import Nets
+from raystar.pictures import decoder as decoders
+from raystar.pictures.codec import BUILT_IN, BuiltInCodec
+from raystar.record.summary import cache_dir
+from raystar.ruler.ruler import channel_transfer
 
 _HUES, _CODES, _DIRECTIONS = 6, 59, 8
 _SOURCES = 6

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 
 from benchmarks.measure import in_fresh_process, parser, settle, table, take_turns
-from raystar import checkpoint as checkpoints
-from raystar.config import Config, from_mapping, override
-from raystar.dataset import DEMO_ROOT, open_bank
+from raystar.config.load import Config, from_mapping, override
+from raystar.data.bank import DEMO_ROOT, open_bank
 from raystar.demo import DOMAINS
-from raystar.model import NAMES
-from raystar.step import LOGGED
-from raystar.trainer import Trainer
+from raystar.model import checkpoint as checkpoints
+from raystar.model.networks import NAMES
+from raystar.training.step import LOGGED
+from raystar.training.trainer import Trainer
 
 
 def configuration(device: str, precision: str, **changed: Any) -> Config:

@@ -19,10 +19,10 @@ from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import measure
-from raystar.compile import compile_networks
-from raystar.config import Config, load_config, override, parse_assignment
-from raystar.dataset import Bank, Batch, LatentDataset, open_bank
-from raystar.step import TrainState, autocast, set_backends, train_step
+from raystar.config.load import Config, load_config, override, parse_assignment
+from raystar.data.bank import Bank, Batch, LatentDataset, open_bank
+from raystar.training.compile import compile_networks
+from raystar.training.step import TrainState, autocast, set_backends, train_step
 from tests import textbook
 
 

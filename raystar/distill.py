@@ -26,13 +26,13 @@ from torch import Tensor
 from torch.nn import functional
 from tqdm import tqdm
 
-from raystar import decoder as decoders
-from raystar import pt
-from raystar.codec import SCALE, BuiltInCodec, Codec, PreviewCodec, VaeCodec, open_vae
-from raystar.config import Config, override
-from raystar.dataset import DEMO_ROOT, Bank, data_root, open_bank
-from raystar.decoder import Decoder
-from raystar.errors import RaystarError, is_folder, run_cli
+from raystar.base import torch_file as pt
+from raystar.base.errors import RaystarError, is_folder, run_cli
+from raystar.config.load import Config, override
+from raystar.data.bank import DEMO_ROOT, Bank, data_root, open_bank
+from raystar.pictures import decoder as decoders
+from raystar.pictures.codec import SCALE, BuiltInCodec, Codec, PreviewCodec, VaeCodec, open_vae
+from raystar.pictures.decoder import Decoder
 
 BATCH = 4
 _CHUNK = 8  # pictures decoded at once

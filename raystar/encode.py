@@ -30,11 +30,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from raystar import __version__, pictures
-from raystar.codec import DEFAULT_VAE, VaeCodec, open_vae
-from raystar.errors import RaystarError, is_folder, run_cli
-from raystar.journal import Journal, wait_for_space
-from raystar.summary import duration, write_whole
+from raystar import __version__
+from raystar.base.errors import RaystarError, is_folder, run_cli
+from raystar.base.journal import Journal, wait_for_space
+from raystar.pictures import reading as pictures
+from raystar.pictures.codec import DEFAULT_VAE, VaeCodec, open_vae
+from raystar.record.summary import duration, write_whole
 
 MANIFEST = "manifest.json"
 _JOURNAL = ".manifest.jsonl"

@@ -19,13 +19,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from raystar import checkpoint as checkpoints
-from raystar import graphs, pt, tracking
-from raystar.card import card, versions
-from raystar.config import Config, from_mapping, load_config, read_mapping, to_yaml
-from raystar.errors import RaystarError, is_file, nearest, run_cli
-from raystar.model import NAMES, Nets, noise
-from raystar.storage import Storage
+from raystar.base import torch_file as pt
+from raystar.base.errors import RaystarError, is_file, nearest, run_cli
+from raystar.base.storage import Storage
+from raystar.config.load import Config, from_mapping, load_config, read_mapping, to_yaml
+from raystar.exported import onnx as graphs
+from raystar.exported.model_card import card, versions
+from raystar.model import checkpoint as checkpoints
+from raystar.model.networks import NAMES, Nets, noise
+from raystar.tracking.mlflow import writer as tracking
 
 WEIGHTS, CONFIG, METRICS, README = "model.safetensors", "config.yaml", "metrics.json", "README.md"
 GRID, INTERPOLATION = "grid.png", "interpolation.png"

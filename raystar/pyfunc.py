@@ -29,9 +29,9 @@ from PIL import Image
 from torch import Tensor
 
 from raystar import export
-from raystar.codec import DEFAULT_VAE, open_codec, open_vae
-from raystar.errors import RaystarError
-from raystar.pictures import FORMATS, upright
+from raystar.base.errors import RaystarError
+from raystar.pictures.codec import DEFAULT_VAE, open_codec, open_vae
+from raystar.pictures.reading import FORMATS, upright
 from raystar.translate import PictureTranslator
 
 VAE_VARIABLE = "RAYSTAR_VAE"

@@ -22,15 +22,17 @@ import yaml
 from PIL import Image
 from plotly.offline import get_plotlyjs
 
-from raystar import charts, contact, finals, results
-from raystar.config import Config, overlay_yaml, to_mapping
-from raystar.errors import RaystarError, redact, run_cli
-from raystar.importance import FEWEST, RESAMPLES, Importance, importance
-from raystar.record import leaves
-from raystar.results import CONTACT_SHEET, REPORT, Results
-from raystar.ruler import HIGHER
-from raystar.storage import Storage
-from raystar.summary import BROKEN, REFERENCES, RUNNING, STOPPED, UNFINISHED, TrialRecord, duration, write_whole
+from raystar.base.errors import RaystarError, redact, run_cli
+from raystar.base.storage import Storage
+from raystar.config.load import Config, overlay_yaml, to_mapping
+from raystar.page import charts
+from raystar.page import contact_sheet as contact
+from raystar.page.importance import FEWEST, RESAMPLES, Importance, importance
+from raystar.record import finals, results
+from raystar.record.results import CONTACT_SHEET, REPORT, Results
+from raystar.record.summary import BROKEN, REFERENCES, RUNNING, STOPPED, UNFINISHED, TrialRecord, duration, write_whole
+from raystar.record.sweep_file import leaves
+from raystar.ruler.ruler import HIGHER
 
 _ROWS, _COLUMNS = 16, 6  # of the contact sheet
 _LARGE = 3  # trials whose grids are shown large

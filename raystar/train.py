@@ -9,19 +9,28 @@ import time
 from pathlib import Path
 from typing import Any
 
-from raystar import checkpoint as checkpoints
-from raystar.codec import check_codec, open_codec, say
-from raystar.config import Config, override, request_config, signature, to_yaml
-from raystar.dataset import open_bank
-from raystar.errors import RaystarError, TrialDiverged, TrialOutOfMemory, run_cli
-from raystar.loss import outlasting
-from raystar.model import NAMES
-from raystar.ruler import NOTHING, TRANSFER, Ruler
-from raystar.ruler import check as check_ruler
-from raystar.step import TrainState, resolve_device
-from raystar.summary import DIVERGED, FAILED, FINISHED, INTERRUPTED, cache_dir, check_name
-from raystar.tracking import CHECKPOINT, PARENT, SPOOL, MlflowTracker, Tracker, check_uri, default_uri, provenance
-from raystar.trainer import Progress, Trainer
+from raystar.base.errors import RaystarError, TrialDiverged, TrialOutOfMemory, run_cli
+from raystar.config.load import Config, override, request_config, signature, to_yaml
+from raystar.data.bank import open_bank
+from raystar.model import checkpoint as checkpoints
+from raystar.model.networks import NAMES
+from raystar.pictures.codec import check_codec, open_codec, say
+from raystar.record.summary import DIVERGED, FAILED, FINISHED, INTERRUPTED, cache_dir, check_name
+from raystar.ruler.ruler import NOTHING, TRANSFER, Ruler
+from raystar.ruler.ruler import check as check_ruler
+from raystar.tracking.mlflow.writer import (
+    CHECKPOINT,
+    PARENT,
+    SPOOL,
+    MlflowTracker,
+    Tracker,
+    check_uri,
+    default_uri,
+    provenance,
+)
+from raystar.training.losses import outlasting
+from raystar.training.step import TrainState, resolve_device
+from raystar.training.trainer import Progress, Trainer
 
 DEFAULT_CONFIG = "configs/stargan_v2_latent.yaml"
 

@@ -19,12 +19,12 @@ from torch import Tensor
 from torch.nn import functional
 from tqdm import tqdm
 
-from raystar.codec import DEFAULT_VAE, Codec, VaeCodec, open_codec, open_vae, say
-from raystar.dataset import read_latent
-from raystar.errors import RaystarError, is_file, is_folder, nearest, run_cli
+from raystar.base.errors import RaystarError, is_file, is_folder, nearest, run_cli
+from raystar.data.bank import read_latent
 from raystar.export import Translator, load
-from raystar.grid import side_by_side
-from raystar.pictures import SUFFIXES, find, flat, read, scaled, square, upright
+from raystar.pictures.codec import DEFAULT_VAE, Codec, VaeCodec, open_codec, open_vae, say
+from raystar.pictures.grid import side_by_side
+from raystar.pictures.reading import SUFFIXES, find, flat, read, scaled, square, upright
 
 CELL = 8
 """Pixels along one side of a latent cell."""

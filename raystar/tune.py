@@ -7,10 +7,10 @@ import itertools
 import sys
 from pathlib import Path
 
-from raystar.config import override
-from raystar.errors import redact, run_cli
-from raystar.loss import outlasting
-from raystar.plan import DEFAULT_CONFIG, Plan, make_plan
+from raystar.base.errors import redact, run_cli
+from raystar.config.load import override
+from raystar.sweep.plan import DEFAULT_CONFIG, Plan, make_plan
+from raystar.training.losses import outlasting
 
 _SCHEDULE = ("loss.ds_decay_epochs", "loss.w_ds")
 
@@ -63,7 +63,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.dry_run:
         print_plan(plan)
         return 0
-    from raystar.sweep import run  # Ray takes seconds to import; a wrong request is answered before that
+    from raystar.sweep.run import run  # Ray takes seconds to import; a wrong request is answered before that
 
     return run(plan)
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from raystar.config import Config, from_mapping, override
+from raystar.config.load import Config, from_mapping, override
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"

@@ -13,14 +13,14 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from raystar import finals
-from raystar.config import Config, override, to_mapping
-from raystar.journal import Journal
-from raystar.ledger import ENDED, EPOCH, FINALS, NOTE, REFERENCES, SESSION, STARTED, Collapse, Ledger
-from raystar.record import JOURNAL, RECORD
-from raystar.rungs import Rungs
-from raystar.storage import Storage
-from raystar.summary import FINISHED, Summary
+from raystar.base.journal import Journal
+from raystar.base.storage import Storage
+from raystar.config.load import Config, override, to_mapping
+from raystar.record import finals
+from raystar.record.state import ENDED, EPOCH, FINALS, NOTE, REFERENCES, SESSION, STARTED, Collapse, Ledger
+from raystar.record.summary import FINISHED, Summary
+from raystar.record.sweep_file import JOURNAL, RECORD
+from raystar.search.asha import Rungs
 
 SPACE: dict[str, Any] = {
     "loss.w_adv": {"loguniform": [0.1, 10.0]},
@@ -119,7 +119,7 @@ def make_sweep(
         "signature": "0123456789ab",
         "data": {"root": "latents", "digest": "feedc0de", "latents": 410},
         "storage": None,
-        "code": {"python": "3.11.9", "torch": "2.9.1", "raystar/model.py": "abc"},
+        "code": {"python": "3.11.9", "torch": "2.9.1", "raystar/model/networks.py": "abc"},
         "command": "python -m raystar.tune --space space.yaml --name s",
         "git_commit": "0" * 40,
     }

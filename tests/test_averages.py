@@ -13,21 +13,24 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from raystar import checkpoint as checkpoints
-from raystar import export, grid, outcome, space
-from raystar import trainer as trainer_module
-from raystar.codec import PreviewCodec
-from raystar.config import Config, from_mapping, override
-from raystar.dataset import Bank, Batch, LatentDataset, open_bank
-from raystar.errors import RaystarError, TrialDiverged
-from raystar.model import AVERAGED, NAMES, Nets
-from raystar.parity import check_parity
-from raystar.plan import Plan
-from raystar.retention import checkpoint_bytes
-from raystar.ruler import Ruler
-from raystar.step import TrainState, train_step
+from raystar import export
+from raystar.base.errors import RaystarError, TrialDiverged
+from raystar.config.load import Config, from_mapping, override
+from raystar.data.bank import Bank, Batch, LatentDataset, open_bank
+from raystar.model import checkpoint as checkpoints
+from raystar.model.networks import AVERAGED, NAMES, Nets
+from raystar.pictures import grid
+from raystar.pictures.codec import PreviewCodec
+from raystar.record.retention import checkpoint_bytes
+from raystar.ruler.ruler import Ruler
+from raystar.search import space
+from raystar.sweep import finish as outcome
+from raystar.sweep.plan import Plan
 from raystar.train import _initial_state
-from raystar.trainer import Trainer
+from raystar.training import trainer as trainer_module
+from raystar.training.parity import check_parity
+from raystar.training.step import TrainState, train_step
+from raystar.training.trainer import Trainer
 from tests.support import tiny_config, write_latents
 from tests.test_sweep import request, run, summary_of
 

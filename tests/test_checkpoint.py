@@ -16,13 +16,13 @@ from typing import Any
 import pytest
 import torch
 
-from raystar import checkpoint as checkpoints
-from raystar.config import from_mapping, override, to_yaml
-from raystar.dataset import Bank, Batch, open_bank
-from raystar.errors import RaystarError
-from raystar.model import NAMES, Nets
-from raystar.step import LOGGED, TrainState, train_step
-from raystar.trainer import Trainer
+from raystar.base.errors import RaystarError
+from raystar.config.load import from_mapping, override, to_yaml
+from raystar.data.bank import Bank, Batch, open_bank
+from raystar.model import checkpoint as checkpoints
+from raystar.model.networks import NAMES, Nets
+from raystar.training.step import LOGGED, TrainState, train_step
+from raystar.training.trainer import Trainer
 from tests.support import ROOT, tiny_config, write_latents
 
 CONFIG = tiny_config("unused", loss__r1_interval=2)

@@ -17,11 +17,11 @@ from typing import Any
 
 import pytest
 
-from raystar import cluster
-from raystar.config import to_mapping
-from raystar.dataset import open_bank, reopen_bank
-from raystar.errors import RaystarError
-from raystar.storage import Storage
+from raystar.backend import nodes as cluster
+from raystar.base.errors import RaystarError
+from raystar.base.storage import Storage
+from raystar.config.load import to_mapping
+from raystar.data.bank import open_bank, reopen_bank
 from tests.cluster import ClusterProcess
 from tests.cluster import cluster as running_cluster
 from tests.support import ROOT, tiny_config, write_latents
@@ -152,7 +152,7 @@ def _error(call: Any) -> str:
 
 
 def _environment() -> list[str | None]:
-    shipped = [path for path in sys.path if "py_modules" in path and Path(path, "raystar/cluster.py").is_file()]
+    shipped = [path for path in sys.path if "py_modules" in path and Path(path, "raystar/backend/nodes.py").is_file()]
     return [os.environ.get("RAYSTAR_TEST_NODE"), os.environ.get("RAYSTAR_TEST_SHARED"), *shipped]
 
 

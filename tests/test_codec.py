@@ -26,11 +26,11 @@ from numpy.typing import NDArray
 from PIL import Image
 from safetensors import safe_open
 
-from raystar import codec as codec_module
-from raystar.codec import BuiltInCodec, PreviewCodec, VaeCodec, check_codec, open_codec
-from raystar.config import Config, override
+from raystar.base.errors import RaystarError
+from raystar.config.load import Config, override
 from raystar.demo import DOMAINS, latents_path, thumbnails_path
-from raystar.errors import RaystarError
+from raystar.pictures import codec as codec_module
+from raystar.pictures.codec import BuiltInCodec, PreviewCodec, VaeCodec, check_codec, open_codec
 from tests.support import ROOT, SHARED, needs_shared
 
 SCALE = 0.18215

@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from raystar import compile as compile_module
-from raystar.compile import compile_networks, graphs
-from raystar.config import Config, override
-from raystar.dataset import open_bank
-from raystar.step import TrainState, train_step
-from raystar.trainer import Trainer
+from raystar.config.load import Config, override
+from raystar.data.bank import open_bank
+from raystar.training import compile as compile_module
+from raystar.training.compile import compile_networks, graphs
+from raystar.training.step import TrainState, train_step
+from raystar.training.trainer import Trainer
 from tests.support import tiny_config, write_latents
 
 

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from raystar.config import (
+from raystar.base.errors import RaystarError
+from raystar.config.load import (
     Config,
     from_mapping,
     known_keys,
@@ -21,7 +22,6 @@ from raystar.config import (
     to_mapping,
     to_yaml,
 )
-from raystar.errors import RaystarError
 from tests.support import ROOT
 
 
@@ -224,7 +224,7 @@ def test_the_signature_follows_results_only() -> None:
 
 
 def test_every_key_says_what_it_means() -> None:
-    from raystar.config import key_field
+    from raystar.config.load import key_field
 
     for key in known_keys():
         assert len(key_field(key, "").metadata["meaning"]) > 5, key

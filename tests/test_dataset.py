@@ -23,11 +23,11 @@ from numpy.typing import NDArray
 from safetensors.numpy import save_file
 from safetensors.torch import save_file as save_torch_file
 
-from raystar import dataset
-from raystar.config import Config, override
-from raystar.dataset import DEMO_ROOT, Bank, LatentDataset, open_bank, reopen_bank
+from raystar.base.errors import RaystarError
+from raystar.config.load import Config, override
+from raystar.data import bank as dataset
+from raystar.data.bank import DEMO_ROOT, Bank, LatentDataset, open_bank, reopen_bank
 from raystar.demo import DOMAINS as DEMO_DOMAINS
-from raystar.errors import RaystarError
 from tests.support import ROOT, SHARED, needs_shared, tiny_config, write_latents
 
 CPU = torch.device("cpu")

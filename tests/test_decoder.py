@@ -12,15 +12,15 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from raystar import decoder as decoders
-from raystar.codec import BuiltInCodec, Codec, PreviewCodec, VaeCodec, open_codec
-from raystar.config import Config, override
-from raystar.dataset import Bank, open_bank
-from raystar.decoder import PACKAGED, Decoder
+from raystar.base.errors import RaystarError
+from raystar.config.load import Config, override
+from raystar.data.bank import Bank, open_bank
 from raystar.demo import DOMAINS, latents_path
 from raystar.demo.painter import paint
 from raystar.distill import Lesson, psnr
-from raystar.errors import RaystarError
+from raystar.pictures import decoder as decoders
+from raystar.pictures.codec import BuiltInCodec, Codec, PreviewCodec, VaeCodec, open_codec
+from raystar.pictures.decoder import PACKAGED, Decoder
 from tests.support import SHARED, needs_shared
 from tests.test_codec import assert_same_pictures, config_of
 

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from raystar import decoder as decoders
 from raystar import distill
-from raystar.codec import SCALE, PreviewCodec, VaeCodec, open_codec
-from raystar.decoder import Decoder
-from raystar.errors import RaystarError
+from raystar.base.errors import RaystarError
+from raystar.pictures import decoder as decoders
+from raystar.pictures.codec import SCALE, PreviewCodec, VaeCodec, open_codec
+from raystar.pictures.decoder import Decoder
 from tests.support import write_latents
 from tests.test_codec import build, config_of
 

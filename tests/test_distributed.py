@@ -13,16 +13,16 @@ import pytest
 import torch
 from torch import multiprocessing
 
-from raystar import checkpoint as checkpoints
 from raystar import export
-from raystar import trainer as trainer_module
-from raystar.config import Config, from_mapping, override
-from raystar.dataset import Bank, Batch, LatentDataset, open_bank, share
-from raystar.distributed import ALONE, Group
-from raystar.errors import TrialDiverged, TrialOutOfMemory, WorkerLost
-from raystar.plan import usable_cpus
-from raystar.step import LOGGED, TrainState, train_step
-from raystar.trainer import Trainer
+from raystar.base.errors import TrialDiverged, TrialOutOfMemory, WorkerLost
+from raystar.config.load import Config, from_mapping, override
+from raystar.data.bank import Bank, Batch, LatentDataset, open_bank, share
+from raystar.model import checkpoint as checkpoints
+from raystar.sweep.plan import usable_cpus
+from raystar.training import trainer as trainer_module
+from raystar.training.step import LOGGED, TrainState, train_step
+from raystar.training.trainer import Trainer
+from raystar.training.workers import ALONE, Group
 from tests.support import tiny_config, write_latents
 from tests.test_step import make_batch, make_state
 from tests.test_sweep import Store, request, run, summary_of

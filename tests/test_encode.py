@@ -18,12 +18,12 @@ import torch
 from PIL import Image
 
 from raystar import encode
-from raystar.codec import SCALE, VaeCodec, open_vae
-from raystar.config import Config, override
-from raystar.dataset import open_bank, picture_of
+from raystar.base.errors import RaystarError
+from raystar.config.load import Config, override
+from raystar.data.bank import open_bank, picture_of
 from raystar.demo.painter import paint
 from raystar.encode import latent_names, main
-from raystar.errors import RaystarError
+from raystar.pictures.codec import SCALE, VaeCodec, open_vae
 from tests.support import ROOT, SHARED, needs_shared
 from tests.test_codec import KINDS, build
 from tests.test_pictures import gradient, png

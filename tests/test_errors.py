@@ -7,8 +7,8 @@ import json
 import pytest
 import yaml
 
-from raystar.config import Config, to_yaml
-from raystar.errors import RaystarError, redact, redact_value, run_cli
+from raystar.base.errors import RaystarError, redact, redact_value, run_cli
+from raystar.config.load import Config, to_yaml
 
 HIDDEN = {
     "http://user:hunter2@host:5000/path": "http://***@host:5000/path",

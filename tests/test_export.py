@@ -14,12 +14,12 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from raystar import checkpoint as checkpoints
 from raystar import export
-from raystar.config import load_config, override, to_mapping, to_yaml
-from raystar.errors import RaystarError
-from raystar.model import NAMES, Nets
-from raystar.step import TrainState
+from raystar.base.errors import RaystarError
+from raystar.config.load import load_config, override, to_mapping, to_yaml
+from raystar.model import checkpoint as checkpoints
+from raystar.model.networks import NAMES, Nets
+from raystar.training.step import TrainState
 from tests.support import ROOT, tiny_config
 
 DOMAINS = ("photo", "monet", "vangogh")

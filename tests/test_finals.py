@@ -11,17 +11,17 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from raystar import finals
-from raystar import ledger as events
-from raystar.config import Config
-from raystar.errors import RaystarError
-from raystar.ledger import Collapse, Ledger
-from raystar.retention import Janitor
-from raystar.rungs import Rungs
-from raystar.saved import checkpoint_name, saved_epochs
-from raystar.space import Finalists, from_mapping
-from raystar.storage import Storage
-from raystar.summary import FINISHED, STOPPED, Summary, TrialRecord
+from raystar.base.errors import RaystarError
+from raystar.base.storage import Storage
+from raystar.config.load import Config
+from raystar.record import finals
+from raystar.record import state as events
+from raystar.record.retention import Janitor
+from raystar.record.state import Collapse, Ledger
+from raystar.record.summary import FINISHED, STOPPED, Summary, TrialRecord
+from raystar.record.trial_files import checkpoint_name, saved_epochs
+from raystar.search.asha import Rungs
+from raystar.search.space import Finalists, from_mapping
 
 
 def record(trial: str, score: float | None, status: str = FINISHED, **facts: Any) -> TrialRecord:

@@ -29,17 +29,20 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save
 
-from raystar import checkpoint as checkpoints
-from raystar import config as configs
-from raystar import dataset, export, pt, ruler
-from raystar.compile import SPEED_KEYS
-from raystar.config import Config, from_mapping, known_keys, load_config, override, signature, to_mapping, to_yaml
-from raystar.dataset import open_bank, read_latent, reopen_bank
-from raystar.errors import RaystarError
-from raystar.model import NAMES
-from raystar.space import KINDS, Space, load_space
-from raystar.space import from_mapping as space_from_mapping
-from raystar.step import TrainState
+from raystar import export
+from raystar.base import torch_file as pt
+from raystar.base.errors import RaystarError
+from raystar.config import load as configs
+from raystar.config.load import Config, from_mapping, known_keys, load_config, override, signature, to_mapping, to_yaml
+from raystar.data import bank as dataset
+from raystar.data.bank import open_bank, read_latent, reopen_bank
+from raystar.model import checkpoint as checkpoints
+from raystar.model.networks import NAMES
+from raystar.ruler import ruler
+from raystar.search.space import KINDS, Space, load_space
+from raystar.search.space import from_mapping as space_from_mapping
+from raystar.training.compile import SPEED_KEYS
+from raystar.training.step import TrainState
 from tests.support import ROOT, tiny_config, write_latents
 from tests.test_checkpoint import Trap, trained
 

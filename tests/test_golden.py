@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from raystar.config import from_mapping
-from raystar.step import Batch, TrainState, train_step
+from raystar.config.load import from_mapping
+from raystar.training.step import Batch, TrainState, train_step
 from tests.support import SHARED, needs_shared
 
 GOLDEN = SHARED / "golden"

@@ -11,12 +11,12 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from raystar import grid
-from raystar.codec import PreviewCodec
-from raystar.config import Config, override
-from raystar.dataset import Bank, open_bank
+from raystar.config.load import Config, override
+from raystar.data.bank import Bank, open_bank
 from raystar.export import Translator
-from raystar.model import Nets
+from raystar.model.networks import Nets
+from raystar.pictures import grid
+from raystar.pictures.codec import PreviewCodec
 from tests.support import tiny_config, write_latents
 
 # The layout of labelled(): pictures of 128 pixels start below and right of the labels and the real pictures.

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from raystar import journal
-from raystar.journal import Journal, wait_for_space
+from raystar.base import journal
+from raystar.base.journal import Journal, wait_for_space
 from tests.support import ROOT
 
 

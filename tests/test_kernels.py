@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from raystar import kernels
-from raystar.config import Config, override
-from raystar.model import Generator
+from raystar.config.load import Config, override
+from raystar.model.native import kernels
+from raystar.model.networks import Generator
 from tests.support import ROOT
 
 REASON = kernels.unavailable()

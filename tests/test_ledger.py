@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from raystar import ledger as events
-from raystar.journal import Journal
-from raystar.ledger import Collapse, Ledger
-from raystar.rungs import Rungs
-from raystar.summary import COMPARABLE, Summary
+from raystar.base.journal import Journal
+from raystar.record import state as events
+from raystar.record.state import Collapse, Ledger
+from raystar.record.summary import COMPARABLE, Summary
+from raystar.search.asha import Rungs
 
 
 @pytest.mark.parametrize("mode", ["min", "max"])

@@ -19,11 +19,14 @@ import pytest
 import torch
 from PIL import Image
 
-from raystar import export, graphs, registry, tracking
-from raystar.codec import open_codec
-from raystar.config import override
-from raystar.errors import RaystarError
-from raystar.tracking import PARENT, MlflowTracker
+from raystar import export
+from raystar.base.errors import RaystarError
+from raystar.config.load import override
+from raystar.exported import onnx as graphs
+from raystar.pictures.codec import open_codec
+from raystar.tracking.mlflow import models as registry
+from raystar.tracking.mlflow import writer as tracking
+from raystar.tracking.mlflow.writer import PARENT, MlflowTracker
 from raystar.translate import PictureTranslator
 from tests.support import ROOT, SHARED, needs_shared
 from tests.test_export import CONFIG, FACTS, make_checkpoint, make_nets, some_latents
@@ -376,7 +379,7 @@ def test_any_runs_model_comes_back_from_the_store(store: Path, finalist: Path, t
 
 
 def test_a_run_without_a_model_falls_back_to_its_checkpoint(store: Path, finalist: Path, tmp_path: Path) -> None:
-    from raystar import checkpoint as checkpoints
+    from raystar.model import checkpoint as checkpoints
 
     tracker = sweep(store, finalist, 1, 1.5)
     kept = tmp_path / "kept/epoch_0003.pt"
@@ -481,7 +484,7 @@ def test_a_served_model_says_what_is_wrong_and_where(served: Path) -> None:
 def test_a_served_model_translates_pictures_as_raystar_translate_does(served: Path, finalist: Path) -> None:
     import mlflow
 
-    from raystar.codec import open_vae
+    from raystar.pictures.codec import open_vae
     from raystar.translate import PictureTranslator
 
     vae = str(SHARED / "data/taesd")
@@ -523,8 +526,8 @@ def test_the_registered_name() -> None:
 
 
 def test_scores_under_one_key_were_measured_alike(tmp_path: Path) -> None:
-    from raystar.dataset import open_bank
-    from raystar.ruler import measured_by
+    from raystar.data.bank import open_bank
+    from raystar.ruler.ruler import measured_by
     from tests.support import tiny_config, write_latents
 
     config = tiny_config(write_latents(tmp_path / "latents", count=8, size=8))

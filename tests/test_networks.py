@@ -12,19 +12,22 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from raystar import checkpoint as checkpoints
-from raystar import compile as compile_module
-from raystar import export, graphs, kernels, space
-from raystar.compile import compile_networks
-from raystar.config import Config, ModelConfig, from_mapping, override
-from raystar.dataset import Bank, Batch, LatentDataset, open_bank
-from raystar.errors import RaystarError, WrongResults
-from raystar.model import NAMES, Discriminator, Generator, Nets
-from raystar.parity import check_parity
-from raystar.retention import checkpoint_bytes
-from raystar.step import TrainState, train_step
+from raystar import export
+from raystar.base.errors import RaystarError, WrongResults
+from raystar.config.load import Config, ModelConfig, from_mapping, override
+from raystar.data.bank import Bank, Batch, LatentDataset, open_bank
+from raystar.exported import onnx as graphs
+from raystar.model import checkpoint as checkpoints
+from raystar.model.native import kernels
+from raystar.model.networks import NAMES, Discriminator, Generator, Nets
+from raystar.record.retention import checkpoint_bytes
+from raystar.search import space
 from raystar.train import _initial_state
-from raystar.trainer import Trainer
+from raystar.training import compile as compile_module
+from raystar.training.compile import compile_networks
+from raystar.training.parity import check_parity
+from raystar.training.step import TrainState, train_step
+from raystar.training.trainer import Trainer
 from tests import textbook
 from tests.support import tiny_config, write_latents
 from tests.test_step import make_batch

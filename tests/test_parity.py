@@ -11,12 +11,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from raystar import parity
-from raystar.config import Config, override
-from raystar.dataset import LatentDataset, open_bank
-from raystar.errors import WrongResults
-from raystar.parity import check_parity
-from raystar.step import TrainState
+from raystar.base.errors import WrongResults
+from raystar.config.load import Config, override
+from raystar.data.bank import LatentDataset, open_bank
+from raystar.training import parity
+from raystar.training.parity import check_parity
+from raystar.training.step import TrainState
 from tests.support import tiny_config, write_latents
 
 

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
-from raystar import pictures
-from raystar.pictures import find, flat, read, scaled, square
+from raystar.pictures import reading as pictures
+from raystar.pictures.reading import find, flat, read, scaled, square
 
 
 def gradient(width: int = 96, height: int = 64) -> Image.Image:

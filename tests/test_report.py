@@ -21,13 +21,16 @@ import pytest
 from PIL import Image
 from scipy.stats import spearmanr
 
-from raystar import contact, outcome, report, results
-from raystar.errors import RaystarError
-from raystar.importance import FEWEST, importance
-from raystar.journal import Journal
-from raystar.plan import Plan
-from raystar.storage import Storage
-from raystar.summary import Summary
+from raystar import report
+from raystar.base.errors import RaystarError
+from raystar.base.journal import Journal
+from raystar.base.storage import Storage
+from raystar.page import contact_sheet as contact
+from raystar.page.importance import FEWEST, importance
+from raystar.record import results
+from raystar.record.summary import Summary
+from raystar.sweep import finish as outcome
+from raystar.sweep.plan import Plan
 from tests.support import ROOT
 from tests.sweeps import EPOCHS, draw_pictures, make_sweep
 
@@ -170,7 +173,7 @@ def test_the_front_holds_what_nothing_beats(sweep: tuple[Path, Page]) -> None:
     trials = {t["trial"]: t["metrics"] for t in summary_of(folder)["trials"] if t["status"] in ("finished", "stopped")}
     dots = page.figures["front"]["data"][-1]
     assert sorted(dots["x"]) == sorted(m["eval/style"] for m in trials.values())
-    from raystar.charts import undominated
+    from raystar.page.charts import undominated
 
     front = undominated(found, found.summary.ranked())
     for name, m in trials.items():

@@ -14,12 +14,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional
 
-from raystar.config import Config, override
-from raystar.dataset import Bank, open_bank
-from raystar.errors import RaystarError
-from raystar.model import Nets
-from raystar.picture_stats import content_lost, sketch, statistics
-from raystar.ruler import (
+from raystar.base.errors import RaystarError
+from raystar.config.load import Config, override
+from raystar.data.bank import Bank, open_bank
+from raystar.model.networks import Nets
+from raystar.ruler.picture_stats import content_lost, sketch, statistics
+from raystar.ruler.ruler import (
     METRICS,
     NOTHING,
     TRANSFER,
@@ -30,7 +30,7 @@ from raystar.ruler import (
     measured_by,
     ruler_file,
 )
-from raystar.step import TrainState
+from raystar.training.step import TrainState
 from tests.support import SHARED, needs_shared, tiny_config, write_latents
 
 

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from raystar.compile import canonical
-from raystar.config import Config, load_config, override
-from raystar.errors import RaystarError
-from raystar.space import Distribution, from_mapping, load_space
+from raystar.base.errors import RaystarError
+from raystar.config.load import Config, load_config, override
+from raystar.search.space import Distribution, from_mapping, load_space
+from raystar.training.compile import canonical
 from tests.support import ROOT
 
 CPU = torch.device("cpu")

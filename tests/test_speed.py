@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from raystar import speed
-from raystar.config import Config, override
-from raystar.dataset import Bank, open_bank
-from raystar.errors import RaystarError, WrongResults
-from raystar.speed import METRICS, measure
-from raystar.step import TrainState
+from raystar.base.errors import RaystarError, WrongResults
+from raystar.config.load import Config, override
+from raystar.data.bank import Bank, open_bank
+from raystar.training import speed
+from raystar.training.speed import METRICS, measure
+from raystar.training.step import TrainState
 from tests.support import tiny_config, write_latents
 
 

@@ -8,10 +8,10 @@ import itertools
 import pytest
 import torch
 
-from raystar import loss as losses
-from raystar.config import Config, override
-from raystar.dataset import Batch
-from raystar.step import LOGGED, TrainState, train_step
+from raystar.config.load import Config, override
+from raystar.data.bank import Batch
+from raystar.training import losses
+from raystar.training.step import LOGGED, TrainState, train_step
 from tests import textbook
 from tests.support import tiny_config
 

@@ -13,15 +13,15 @@ import pytest
 import torch
 from PIL import Image
 
-from raystar import checkpoint as checkpoints
-from raystar.config import Config
-from raystar.errors import RaystarError
-from raystar.model import Nets
-from raystar.retention import Janitor, check_space, checkpoint_bytes, needed_bytes
-from raystar.saved import TrialFiles, checkpoint_name, saved_epochs
-from raystar.step import TrainState
-from raystar.storage import Storage
-from raystar.summary import TrialRecord
+from raystar.base.errors import RaystarError
+from raystar.base.storage import Storage
+from raystar.config.load import Config
+from raystar.model import checkpoint as checkpoints
+from raystar.model.networks import Nets
+from raystar.record.retention import Janitor, check_space, checkpoint_bytes, needed_bytes
+from raystar.record.summary import TrialRecord
+from raystar.record.trial_files import TrialFiles, checkpoint_name, saved_epochs
+from raystar.training.step import TrainState
 from tests.support import tiny_config
 
 

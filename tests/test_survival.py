@@ -21,11 +21,12 @@ import pytest
 import torch
 import yaml
 
-from raystar import checkpoint as checkpoints
-from raystar import export, sweep, tune
-from raystar.errors import RaystarError
-from raystar.plan import make_plan, usable_cpus
-from raystar.record import locked
+from raystar import export, tune
+from raystar.base.errors import RaystarError
+from raystar.model import checkpoint as checkpoints
+from raystar.record.sweep_file import locked
+from raystar.sweep import run as sweep
+from raystar.sweep.plan import make_plan, usable_cpus
 from tests.cluster import cluster
 from tests.support import ROOT, write_latents
 from tests.test_sweep import Store, request, run, start, summary_of, trial_processes
@@ -449,7 +450,7 @@ class TestResumeRefuses:
     def test_a_changed_space_configuration_and_code(self, runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
         record = runs / "s/sweep.json"
         content = json.loads(record.read_text())
-        content["code"]["raystar/loss.py"] = "000000000000"
+        content["code"]["raystar/training/losses.py"] = "000000000000"
         record.write_text(json.dumps(content))
         for name, change in (
             ("space.yaml", lambda found: found["space"]["loss.w_cyc"]["choice"].append(9.0)),
@@ -459,7 +460,7 @@ class TestResumeRefuses:
             change(found)
             (runs.parent / name).write_text(yaml.safe_dump(found))
         shown = self.refused(runs)
-        assert "code: raystar/loss.py: 000000000000 then, " in shown
+        assert "code: raystar/training/losses.py: 000000000000 then, " in shown
         assert "configuration: loss.w_id: 1.0 then, 0.25 now" in shown
         assert "space: space.loss.w_cyc.choice: [1.0, 2.0, 3.0] then, [1.0, 2.0, 3.0, 9.0] now" in shown
         assert "--force" in shown

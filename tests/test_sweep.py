@@ -18,11 +18,11 @@ import pytest
 import torch
 import yaml
 
-from raystar import checkpoint as checkpoints
 from raystar import export
-from raystar.codec import open_codec
-from raystar.config import from_mapping, load_config, to_mapping
-from raystar.model import Nets
+from raystar.config.load import from_mapping, load_config, to_mapping
+from raystar.model import checkpoint as checkpoints
+from raystar.model.networks import Nets
+from raystar.pictures.codec import open_codec
 from raystar.translate import PictureTranslator
 from tests.support import ROOT, tiny_config, write_latents
 
@@ -438,8 +438,8 @@ def test_a_started_sweep_is_quick_to_refuse(tmp_path: Path) -> None:
 SABOTAGE = """
 import sys
 if any("default_worker" in argument for argument in sys.orig_argv):
-    import raystar.compile
-    raystar.compile._compile = lambda net, config: lambda *inputs: 1.5 * net(*inputs)
+    import raystar.training.compile
+    raystar.training.compile._compile = lambda net, config: lambda *inputs: 1.5 * net(*inputs)
 """
 
 

@@ -25,11 +25,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from raystar import tracking
-from raystar.errors import RaystarError
-from raystar.journal import Journal
-from raystar.spool import Spool
-from raystar.tracking import PARENT, MlflowTracker, check_uri
+from raystar.base.errors import RaystarError
+from raystar.base.journal import Journal
+from raystar.tracking.mlflow import writer as tracking
+from raystar.tracking.mlflow.writer import PARENT, MlflowTracker, check_uri
+from raystar.tracking.spool import Spool
 from tests.support import ROOT
 
 
@@ -460,7 +460,7 @@ def test_a_full_disk_is_waited_for(
     if made.returncode:
         pytest.skip("a small file system cannot be mounted here")
     try:
-        monkeypatch.setattr("raystar.journal._FULL_S", 0.05)
+        monkeypatch.setattr("raystar.base.journal._FULL_S", 0.05)
         monkeypatch.setattr(tracking, "_LAST_S", 20.0)
         copy_store(empty_store, tmp_path)
         tracker = opened(tmp_path)

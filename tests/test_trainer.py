@@ -15,15 +15,15 @@ from typing import Any
 import pytest
 import torch
 
-from raystar import checkpoint as checkpoints
-from raystar import trainer as trainer_module
-from raystar.codec import PreviewCodec
-from raystar.config import Config, override, to_mapping
-from raystar.dataset import Bank, open_bank
-from raystar.errors import TrialDiverged, TrialOutOfMemory
-from raystar.ruler import Ruler
-from raystar.step import LOGGED, TrainState, train_step
-from raystar.trainer import METRICS, Progress, Trainer
+from raystar.base.errors import TrialDiverged, TrialOutOfMemory
+from raystar.config.load import Config, override, to_mapping
+from raystar.data.bank import Bank, open_bank
+from raystar.model import checkpoint as checkpoints
+from raystar.pictures.codec import PreviewCodec
+from raystar.ruler.ruler import Ruler
+from raystar.training import trainer as trainer_module
+from raystar.training.step import LOGGED, TrainState, train_step
+from raystar.training.trainer import METRICS, Progress, Trainer
 from tests.support import ROOT, tiny_config, write_latents
 
 

@@ -13,10 +13,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from raystar import export
-from raystar.codec import PreviewCodec, VaeCodec, open_vae
-from raystar.errors import RaystarError
+from raystar.base.errors import RaystarError
 from raystar.export import Translator
-from raystar.grid import side_by_side
+from raystar.pictures.codec import PreviewCodec, VaeCodec, open_vae
+from raystar.pictures.grid import side_by_side
 from raystar.translate import PictureTranslator, blended, main
 from tests.test_codec import build
 from tests.test_encode import noise

@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 import yaml
 
-from raystar import plan, train, tune
-from raystar.config import to_mapping
-from raystar.errors import RaystarError, run_cli
+from raystar import train, tune
+from raystar.base.errors import RaystarError, run_cli
+from raystar.config.load import to_mapping
 from raystar.export import main as export_main
+from raystar.sweep import plan
 from raystar.train import main as train_main
 from tests.support import ROOT, tiny_config, write_latents
 

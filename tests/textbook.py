@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import l1_loss, relu
 
-from raystar.config import Config
-from raystar.dataset import Batch
-from raystar.model import Nets
+from raystar.config.load import Config
+from raystar.data.bank import Batch
+from raystar.model.networks import Nets
 
 
 def d_hinge(real: Tensor, fake: Tensor) -> Tensor:

@@ -79,7 +79,7 @@ def patch_checkpoint(module: Any) -> None:
     write = module.write
 
     def faulty(path: Path, checkpoint: Any) -> None:
-        from raystar.config import from_mapping
+        from raystar.config.load import from_mapping
 
         if (FOLDER / "full").exists():
             (FOLDER / "was_full").touch()
@@ -94,9 +94,9 @@ def patch_checkpoint(module: Any) -> None:
 
 
 PATCHES = {
-    "raystar.trainer": patch_trainer,
-    "raystar.ruler": patch_ruler,
-    "raystar.checkpoint": patch_checkpoint,
+    "raystar.training.trainer": patch_trainer,
+    "raystar.ruler.ruler": patch_ruler,
+    "raystar.model.checkpoint": patch_checkpoint,
 }
 
 

@@ -1,0 +1,1 @@
+"""Every configuration key, and how files, overlays and assignments become a `Config`."""

@@ -1,0 +1,1 @@
+"""Latents: found, read, packed, held out, and handed over in batches."""

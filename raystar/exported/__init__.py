@@ -1,0 +1,1 @@
+"""A finished model, as others use it: the folder, ONNX, the model card, serving."""

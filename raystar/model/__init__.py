@@ -1,0 +1,1 @@
+"""The networks, their checkpoints and the device they run on."""

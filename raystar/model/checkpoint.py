@@ -1,0 +1,290 @@
+"""Checkpoints: written whole or not at all, checked when read, in the form that users already have.
+
+A checkpoint is a dictionary with `epoch`, `G`, `F`, `E`, `D` (state dictionaries), `opt_g`, `opt_d`, `config`
+and, from raystar, `scaler`, `metrics`, `raystar`, where `training.ema_epochs` is on `ema` (the averages of `G`, `F`
+and `E`), and a `digest` over all tensors. Files without raystar's keys, as users have them from other trainers, are
+gone on from just as well (networks.md, last paragraph).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from raystar import __version__
+from raystar.base import torch_file as pt
+from raystar.base.errors import RaystarError, is_file, is_folder, show
+from raystar.config.load import Config, to_mapping
+from raystar.model.networks import AVERAGED, NAMES
+from raystar.training.step import TrainState
+
+_COMPILED_PREFIX = "_orig_mod."
+_MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+
+
+def snapshot(state: TrainState, epoch: int, metrics: Mapping[str, float]) -> dict[str, Any]:
+    """The checkpoint of `state` after `epoch`. Its tensors are the live ones: save it before the next step."""
+    return {
+        "epoch": epoch,
+        **state.nets.state_dict(),
+        "opt_g": state.opt_g.state_dict(),
+        "opt_d": state.opt_d.state_dict(),
+        "scaler": state.scaler.state_dict(),
+        "config": to_mapping(state.config),
+        "metrics": dict(metrics),
+        "raystar": __version__,
+        **({} if state.averaged is None else {"ema": _of(state.averaged.state_dict(), AVERAGED)}),
+    }
+
+
+def _of(networks: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    return {name: networks.get(name) for name in names}
+
+
+def shown_weights(checkpoint: Mapping[str, Any]) -> dict[str, dict[str, Tensor]]:
+    """The weights, by network, of the model that a checkpoint holds: averages where it has any, and D."""
+    return {**_of(checkpoint, NAMES), **checkpoint.get("ema", {})}
+
+
+def restore(state: TrainState, checkpoint: Mapping[str, Any], source: str) -> int:
+    """Puts networks and optimisers of `checkpoint` into `state`; returns its epoch, the last that was finished.
+
+    Of the optimisers only the moments and step counts are taken over. Learning rates, betas and weight decay
+    are those of the configuration, so one that was changed takes effect, with a note on stderr; how the update
+    is computed (`fused`, `foreach`) belongs to the process, not to the file. Averages that the configuration wants and
+    `checkpoint` lacks start from its weights, others are left out, each with a note.
+
+    Raises:
+        RaystarError: weights or optimisers that do not fit the configuration.
+    """
+    check_function(checkpoint, state.config, source)
+    averages = checkpoint.get("ema")
+    state.load_networks(_of(checkpoint, NAMES), source, averages)
+    notes: list[str] = []
+    for name in ("opt_g", "opt_d"):
+        try:
+            notes += _restore_optimizer(getattr(state, name), checkpoint.get(name))
+        except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+            raise RaystarError(
+                f"{source}: optimiser {name} cannot be restored: {error}; "
+                "checkpoint.init_from starts from its networks alone"
+            ) from None
+    scaler = checkpoint.get("scaler")
+    if scaler is not None and scaler != {}:
+        try:
+            state.scaler.load_state_dict(scaler)
+        except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+            raise RaystarError(f"{source}: the loss scale cannot be restored: {error}") from None
+    state.count_steps()
+    epoch = checkpoint.get("epoch")
+    if not isinstance(epoch, int) or isinstance(epoch, bool) or epoch < 0:
+        raise RaystarError(f"{source}: expected the number of its epoch, found {show(epoch)}")
+    if notes:
+        print(f"note: {source}: {', '.join(notes)}; the configuration counts", file=sys.stderr)
+    if state.averaged is not None and averages is None:
+        print(f"note: {source}: holds no averages; they start from its weights", file=sys.stderr)
+    if state.averaged is None and averages is not None:
+        print(f"note: {source}: its averages are left out, since training.ema_epochs is 0", file=sys.stderr)
+    return epoch
+
+
+def check_function(checkpoint: Mapping[str, Any], config: Config, source: str) -> None:
+    """Refuses weights that fit the networks of `config` and mean another function: no shape tells of `model.residual`.
+
+    Raises:
+        RaystarError: `checkpoint` was trained with the other; one that says nothing was trained without.
+    """
+    made_for = checkpoint.get("config")
+    model = made_for.get("model") if isinstance(made_for, Mapping) else None
+    found = model.get("residual", False) if isinstance(model, Mapping) else False
+    if found is not config.model.residual:
+        there, now = (show(value).lower() for value in (found, config.model.residual))
+        raise RaystarError(
+            f"{source}: does not fit the configuration: model.residual {there} there, {now} now; "
+            f"set model.residual={there}"
+        )
+
+
+def _restore_optimizer(optimizer: torch.optim.AdamW, found: Any) -> list[str]:
+    """Takes over moments and step counts; returns what else differs. ValueError if they are of other parameters."""
+    if not isinstance(found, Mapping) or not {"state", "param_groups"} <= found.keys():
+        raise ValueError("it is not there" if found is None else "it has no state and param_groups")
+    groups, moments = found["param_groups"], found["state"]
+    sizes, expected = ([len(group["params"]) for group in g] for g in (groups, optimizer.param_groups))
+    if sizes != expected:
+        raise ValueError(f"its groups have {_listed(sizes)} parameters, expected {_listed(expected)}")
+    merged, notes = [], []
+    for group, own in zip(groups, optimizer.param_groups, strict=True):
+        for number, parameter in zip(group["params"], own["params"], strict=True):
+            _check_moments(number, moments.get(number, {}), parameter)
+        merged.append({**own, "params": group["params"]})
+        notes += [
+            f"{key} {group[key]} there, {own[key]} now"
+            for key in ("lr", "betas", "weight_decay")
+            if key in group and group[key] != own[key]
+        ]
+    kept = {n: {key: moment[key] for key in _MOMENTS} for n, moment in moments.items() if moment}
+    optimizer.load_state_dict({"state": kept, "param_groups": merged})
+    return list(dict.fromkeys(notes))
+
+
+def _check_moments(number: Any, moments: Mapping[str, Any], parameter: Tensor) -> None:
+    if not moments:  # saved before this parameter's first step
+        return
+    if not moments.keys() >= set(_MOMENTS):
+        raise ValueError(f"expected {_listed(_MOMENTS)} of AdamW, found {_listed(sorted(moments))}")
+    if not all(isinstance(moments[key], Tensor) for key in _MOMENTS[1:]):
+        raise ValueError(f"expected tensors as {_listed(_MOMENTS[1:])} of number {number}")
+    if torch.as_tensor(moments["step"]).numel() != 1:
+        raise ValueError(f"expected one step of number {number}, found {show(moments['step'])}")
+    for key in _MOMENTS[1:]:
+        if moments[key].shape != parameter.shape:
+            raise ValueError(
+                f"its parameters come in another order: {key} of number {number} is {list(moments[key].shape)}, "
+                f"expected {list(parameter.shape)}"
+            )
+
+
+def _listed(values: Sequence[Any]) -> str:
+    return ", ".join(map(str, values)) or "none"
+
+
+def save(path: str | Path, checkpoint: Mapping[str, Any]) -> None:
+    """Writes `checkpoint` to a temporary name, flushes it to the disk and renames it, with a digest inside."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        write(temporary, checkpoint)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write(path: Path, checkpoint: Mapping[str, Any]) -> None:
+    """Writes `checkpoint` with a digest inside and flushes it to the disk; whoever calls it gives it its name.
+
+    Raises:
+        OSError: the disk is full, or the like.
+    """
+    with path.open("wb") as file:
+        kept = _Reasons(file)
+        try:
+            torch.save({**checkpoint, "digest": digest(checkpoint)}, kept)  # type: ignore[arg-type]
+        except RuntimeError:  # torch's writer hides the reason behind its own
+            if kept.reason is not None:
+                raise kept.reason from None
+            raise
+        file.flush()
+        os.fsync(file.fileno())
+
+
+class _Reasons:
+    """A file that remembers why it could not be written."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.reason: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        try:
+            return self._file.write(data)
+        except OSError as error:
+            self.reason = error
+            raise
+
+    def flush(self) -> None:
+        self._file.flush()
+
+
+def load(path: str | Path) -> dict[str, Any]:
+    """Reads a checkpoint onto the CPU, without running code from it; `_orig_mod.` prefixes are dropped.
+
+    Raises:
+        RaystarError: missing, truncated, damaged, or not a checkpoint.
+    """
+    path = Path(path)
+    if not is_file(path):
+        raise RaystarError(f"{path}: expected a checkpoint, found {'a folder' if is_folder(path) else 'nothing'}")
+    try:
+        checkpoint = pt.read(path)
+    except ValueError as error:
+        raise RaystarError(f"{path}: {error}") from None
+    if not isinstance(checkpoint, dict) or any(name not in checkpoint for name in NAMES):
+        raise RaystarError(f"{path}: expected a dictionary with the networks {', '.join(NAMES)}")
+    _drop_prefixes(checkpoint, NAMES, f"{path}: network")
+    if "ema" in checkpoint:
+        if not isinstance(checkpoint["ema"], dict) or checkpoint["ema"].keys() != set(AVERAGED):
+            raise RaystarError(f"{path}: ema: expected the averages of {', '.join(AVERAGED)}")
+        _drop_prefixes(checkpoint["ema"], AVERAGED, f"{path}: ema: network")
+    recorded = checkpoint.pop("digest", None)
+    if recorded is not None and not _matches(checkpoint, recorded):
+        raise RaystarError(f"{path}: damaged (its content does not match its digest)")
+    return checkpoint
+
+
+def _drop_prefixes(networks: dict[str, Any], names: Sequence[str], where: str) -> None:
+    """Networks that were saved from compiled modules carry the wrapper's name."""
+    for name in names:
+        if not isinstance(networks[name], dict) or not all(isinstance(key, str) for key in networks[name]):
+            raise RaystarError(f"{where} {name} holds no weights")
+        networks[name] = {key.replace(_COMPILED_PREFIX, ""): value for key, value in networks[name].items()}
+
+
+def _matches(checkpoint: Mapping[str, Any], recorded: Any) -> bool:
+    try:
+        return isinstance(recorded, str) and digest(checkpoint) == recorded
+    except (RuntimeError, TypeError):  # tensors that have no bytes of their own are none that were saved with a digest
+        return False
+
+
+def load_latest(paths: list[Path]) -> tuple[dict[str, Any], Path]:
+    """The first of `paths` (newest first) that loads; what was passed over is named on stderr.
+
+    Raises:
+        RaystarError: none loads; the reason of the newest.
+    """
+    first: RaystarError | None = None
+    for path in paths:
+        try:
+            checkpoint = load(path)
+        except RaystarError as error:
+            first = first or error
+            continue
+        if first is not None:
+            print(f"note: {first}; going back to {path}", file=sys.stderr)
+        return checkpoint, path
+    raise first or RaystarError("no checkpoint was found")
+
+
+def digest(checkpoint: Mapping[str, Any]) -> str:
+    """SHA-256 over names, types, shapes and bytes of every tensor, and over every plain value."""
+    found = hashlib.sha256()
+    for name, value in leaves("", checkpoint):
+        if isinstance(value, Tensor):
+            found.update(f"{name}|{value.dtype}|{tuple(value.shape)}".encode())
+            flat = value.detach().cpu().contiguous().flatten()
+            found.update(flat.view(torch.uint8).numpy().data)
+        else:
+            found.update(f"{name}|{value!r}".encode())
+    return found.hexdigest()
+
+
+def leaves(name: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """Every tensor and plain value inside `value` with its path; a checkpoint's own digest is left out."""
+    if isinstance(value, Mapping):
+        for key in value:
+            if name or key != "digest":
+                yield from leaves(f"{name}.{key}", value[key])
+    elif isinstance(value, list | tuple):
+        for number, item in enumerate(value):
+            yield from leaves(f"{name}.{number}", item)
+    else:
+        yield name, value

@@ -1,0 +1,1 @@
+"""Convolutions in C++ for bf16 on a CPU."""

@@ -1,0 +1,304 @@
+"""The four networks of the latent StarGAN v2 (spec: networks.md); parameter names are those of users' checkpoints.
+
+Shapes: B batch, C latent channels, H x W latent size, S style_dim, Z latent_dim, N domains, K styles a content.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from raystar.base.errors import RaystarError
+from raystar.config.load import ModelConfig
+from raystar.model.native import kernels
+
+LEAK = 0.2
+NORM_EPS = 1e-5
+NAMES = ("G", "F", "E", "D")
+AVERAGED = ("G", "F", "E")
+"""Networks whose weights are averaged where `training.ema_epochs` wants it: those that translate."""
+
+
+def _conv(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(inputs, outputs, 3, stride, padding=1)
+
+
+def _leaky() -> nn.LeakyReLU:
+    return Leaky(LEAK)
+
+
+class Leaky(nn.LeakyReLU):
+    """LeakyReLU; where the native kernels serve, as one piece under torch.compile."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return kernels.leaky(x, self.negative_slope) if kernels.serves(x) else super().forward(x)
+
+
+class Conv3x3(nn.Conv2d):
+    """3x3 convolution of stride 1 and padding 1, plus an optional `residual`; by a native kernel where one serves."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs, 3, padding=1)
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        if kernels.serves(x, self.in_channels, self.out_channels):
+            return kernels.conv3x3(x, self.weight, self.bias, residual)
+        y = super().forward(x)
+        return y if residual is None else residual + y
+
+
+class InstanceNormLeaky(nn.InstanceNorm2d):
+    """Instance normalisation with weight and bias, then LeakyReLU; in one native kernel where it serves."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels, eps=NORM_EPS, affine=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if kernels.serves(x, self.num_features):
+            return kernels.norm_leaky(x, self.weight, self.bias, self.eps, LEAK)
+        return functional.leaky_relu(super().forward(x), LEAK)
+
+
+class AdaINLeaky(nn.Module):
+    """AdaIN, `(1 + gamma) * instance_norm(x) + beta`, then LeakyReLU; in one native kernel where it serves.
+
+    `fc` starts at zero, so it starts as plain normalisation.
+    """
+
+    def __init__(self, style_dim: int, channels: int) -> None:
+        super().__init__()
+        self.fc = nn.Linear(style_dim, 2 * channels)
+        nn.init.zeros_(self.fc.weight)
+        nn.init.zeros_(self.fc.bias)
+
+    def forward(self, x: Tensor, s: Tensor) -> Tensor:
+        gamma, beta = self.fc(s).chunk(2, dim=1)  # [B,C]
+        if kernels.serves(x, x.shape[1]):
+            return kernels.norm_leaky(x, 1 + gamma.float(), beta, NORM_EPS, LEAK)
+        gamma, beta = gamma[:, :, None, None], beta[:, :, None, None]
+        return functional.leaky_relu((1 + gamma) * functional.instance_norm(x, eps=NORM_EPS) + beta, LEAK)
+
+
+class AdaINResBlock(nn.Module):
+    """Two AdaIN -> LeakyReLU -> 3x3 convolution stages, plus the input."""
+
+    def __init__(self, channels: int, style_dim: int) -> None:
+        super().__init__()
+        self.adain1 = AdaINLeaky(style_dim, channels)
+        self.conv1 = Conv3x3(channels, channels)
+        self.adain2 = AdaINLeaky(style_dim, channels)
+        self.conv2 = Conv3x3(channels, channels)
+
+    def forward(self, x: Tensor, s: Tensor) -> Tensor:
+        h = self.conv1(self.adain1(x, s))
+        return self.conv2(self.adain2(h, s), residual=x)
+
+
+class Generator(nn.Module):
+    """G: contents [B,C,H,W] and styles [K*B,S] -> translations [K*B,C,H,W].
+
+    With K = 1 this is the specification's `G(x, s)`. With K styles for every content (style k of content b in
+    row `k * B + b`) the encoder, which does not see the style, runs once instead of K times: the same function.
+
+    With `model.residual` the translation is the content plus what the networks make of it, and the last convolution
+    starts at zero: G begins as the identity, and whatever it does to a picture it has learnt (as in ReZero, Bachlechner
+    et al., arXiv:2003.04887).
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        b, channels = config.base_dim, config.latent_channels
+        self.width, self.residual = b, config.residual
+        # The identities stand where checkpoints number the activations.
+        self.encoder = nn.Sequential(
+            _conv(channels, b), InstanceNormLeaky(b), nn.Identity(),
+            Conv3x3(b, b), InstanceNormLeaky(b), nn.Identity(),
+        )  # fmt: skip
+        self.res_blocks = nn.ModuleList(AdaINResBlock(b, config.style_dim) for _ in range(config.n_res_blocks))
+        last = _conv(b // 2, channels)
+        if config.residual:
+            nn.init.zeros_(last.weight)
+            nn.init.zeros_(last.bias)  # type: ignore[arg-type]  # the stubs forget that it has one
+        self.decoder = nn.Sequential(Conv3x3(b, b // 2), _leaky(), last)
+
+    def forward(self, x: Tensor, s: Tensor) -> Tensor:
+        native = kernels.serves(x, self.width)
+        content = x
+        given = torch.contiguous_format if x.is_contiguous() else torch.channels_last
+        if native:  # the kernels' layout, from the first convolution on
+            x = x.contiguous(memory_format=torch.channels_last)
+        h = self.encoder(x)
+        styles_each = s.shape[0] // x.shape[0]
+        if styles_each > 1 and native:
+            h = h.permute(0, 2, 3, 1).repeat(styles_each, 1, 1, 1).permute(0, 3, 1, 2)
+        elif styles_each > 1:
+            h = h.repeat(styles_each, 1, 1, 1)
+        for block in self.res_blocks:
+            h = block(h, s)
+        h = self.decoder(h)
+        if self.residual:
+            # In the content's precision, so that the identity is exact under autocast; in h's layout, the first one's.
+            h = h + (content if styles_each == 1 else content.repeat(styles_each, 1, 1, 1))
+        # Compiled networks are made for one layout of translations; whoever calls G decides on it.
+        return h.contiguous(memory_format=given) if native else h
+
+
+def _select(heads: nn.ModuleList, h: Tensor, y: Tensor) -> Tensor:
+    """Head y of each row: all N heads are one matrix product, which is cheaper than sorting rows by domain."""
+    weight = torch.cat([head.weight for head in heads])  # type: ignore[misc]  # ModuleList forgets Linear
+    bias = torch.cat([head.bias for head in heads])  # type: ignore[misc]
+    every = functional.linear(h, weight, bias).unflatten(1, (len(heads), -1))
+    return every[torch.arange(h.shape[0], device=h.device), y]
+
+
+class MappingNetwork(nn.Module):
+    """F: noise [B,Z] and domains [B] -> styles [B,S]."""
+
+    def __init__(self, config: ModelConfig, num_domains: int) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        width = config.latent_dim
+        for _ in range(config.mapping_shared_layers):
+            layers += [nn.Linear(width, config.mapping_hidden_dim), nn.ReLU()]
+            width = config.mapping_hidden_dim
+        self.shared = nn.Sequential(*layers)
+        self.unshared = nn.ModuleList(nn.Linear(width, config.style_dim) for _ in range(num_domains))
+
+    def forward(self, z: Tensor, y: Tensor) -> Tensor:
+        return _select(self.unshared, self.shared(z), y)
+
+
+class StyleEncoder(nn.Module):
+    """E: latents [B,C,H,W] and domains [B] -> styles [B,S]."""
+
+    def __init__(self, config: ModelConfig, num_domains: int) -> None:
+        super().__init__()
+        b = config.base_dim
+        m = max(b // 2, 64)
+        self.shared = nn.Sequential(
+            _conv(config.latent_channels, m), _leaky(),
+            _conv(m, b, 2), _leaky(),
+            _conv(b, b, 2), _leaky(),
+            nn.AdaptiveAvgPool2d(1),
+        )  # fmt: skip
+        self.unshared = nn.ModuleList(nn.Linear(b, config.style_dim) for _ in range(num_domains))
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return _select(self.unshared, self.shared(x).flatten(1), y)
+
+
+class Discriminator(nn.Module):
+    """D: latents [B,C,H,W] and domains [B] -> patch logits [B,1,H/4,W/4] (for `d_layers` >= 3).
+
+    Its first layer has `discriminator_dim` channels, by default base_dim / 4; no layer has over four times as many.
+    """
+
+    def __init__(self, config: ModelConfig, num_domains: int) -> None:
+        super().__init__()
+        width = config.discriminator_dim or config.base_dim // 4
+        widest = 4 * width if config.discriminator_dim else config.base_dim
+        layers: list[nn.Module] = [_conv(config.latent_channels, width), _leaky()]
+        for i in range(max(1, config.d_layers - 1)):
+            wider = min(widest, 2 * width)
+            layers += [_conv(width, wider, 2 if i < 2 else 1), _leaky()]
+            width = wider
+        self.main = nn.Sequential(*layers, nn.Conv2d(width, num_domains, 1))
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        logits = self.main(x)
+        return logits[torch.arange(x.shape[0], device=x.device), y].unsqueeze(1)
+
+
+class Nets:
+    """The four networks of one model: `G`, `F`, `E`, `D`."""
+
+    def __init__(self, config: ModelConfig, num_domains: int) -> None:
+        self.G = Generator(config)
+        self.F = MappingNetwork(config, num_domains)
+        self.E = StyleEncoder(config, num_domains)
+        self.D = Discriminator(config, num_domains)
+
+    @classmethod
+    def create(cls, config: ModelConfig, num_domains: int, seed: int) -> Nets:
+        """Freshly initialised networks on the CPU, a pure function of the arguments."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return cls(config, num_domains)
+
+    @classmethod
+    def of(cls, config: ModelConfig, num_domains: int, states: dict[str, dict[str, Tensor]], source: str) -> Nets:
+        """Networks with the weights `states`. None are made, however large, before the weights are seen to fit them.
+
+        Raises:
+            RaystarError: a network, parameter or shape that does not fit, naming `source`.
+        """
+        counts = (config.n_res_blocks, config.mapping_shared_layers, config.d_layers, num_domains)
+        held = sum(map(len, states.values()))
+        if max(counts) > held:
+            raise RaystarError(f"{source}: does not fit the configuration: {held} tensors for {max(counts)} layers")
+        try:
+            with torch.device("meta"), warnings.catch_warnings():  # that nothing is copied, which is the point
+                warnings.simplefilter("ignore")
+                cls(config, num_domains).load_state_dict(states, source)
+        except (RuntimeError, OverflowError) as error:  # sizes that no memory has
+            raise RaystarError(f"{source}: does not fit the configuration: {str(error).splitlines()[0]}") from None
+        nets = cls.create(config, num_domains, seed=0)
+        nets.load_state_dict(states, source)
+        return nets
+
+    def averages(self) -> Nets:
+        """Copies of G, F and E beside the same D, in float32 and without gradients: what averages are kept in."""
+        found = copy.copy(self)
+        for name in AVERAGED:
+            setattr(found, name, copy.deepcopy(getattr(self, name)).float().requires_grad_(False))
+        return found
+
+    def items(self) -> Iterator[tuple[str, nn.Module]]:
+        """(name, network) in the order G, F, E, D."""
+        return ((name, getattr(self, name)) for name in NAMES)
+
+    def to(self, *args: object, **kwargs: object) -> Nets:
+        """Moves every network, as `nn.Module.to` does; returns itself."""
+        for _, net in self.items():
+            net.to(*args, **kwargs)  # type: ignore[call-overload]
+        return self
+
+    def state_dict(self) -> dict[str, dict[str, Tensor]]:
+        """`{"G": {parameter: tensor}, ...}`; the tensors are the live ones."""
+        return {name: net.state_dict() for name, net in self.items()}
+
+    def load_state_dict(self, states: dict[str, dict[str, Tensor]], source: str) -> None:
+        """Loads the four networks from `states`.
+
+        Raises:
+            RaystarError: a network, parameter or shape that does not fit, naming `source`.
+        """
+        for name, net in self.items():
+            if not isinstance(states.get(name), dict):
+                raise RaystarError(f"{source}: holds no weights of network {name}")
+            try:
+                net.load_state_dict(states[name])
+            except (RuntimeError, TypeError, AttributeError) as error:
+                first = [line.strip()[:160] for line in str(error).splitlines()[1:2]]
+                raise RaystarError(
+                    f"{source}: network {name} does not fit the configuration: {''.join(first)}"
+                ) from None
+
+    def translate(self, x: Tensor, s: Tensor) -> Tensor:
+        """G with gradients off; `x` [B,C,H,W] scaled, `s` [K*B,S] -> [K*B,C,H,W] scaled."""
+        with torch.inference_mode():
+            return self.G(x, s)
+
+
+def noise(seed: int, latent_dim: int) -> Tensor:
+    """The noise [1,latent_dim] of a seed, the same on every machine and device."""
+    if seed < 0:
+        raise RaystarError(f"seed: expected 0 or more, found {seed}")
+    drawn = np.random.default_rng(seed).standard_normal((1, latent_dim), dtype=np.float32)
+    return torch.from_numpy(drawn)

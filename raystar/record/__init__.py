@@ -1,0 +1,1 @@
+"""What a sweep knows and keeps: statuses, events, the summary, files."""

@@ -1,0 +1,193 @@
+"""What a sweep knows, as a fold over what happened: told its journal again, it knows the same again.
+
+`apply` takes one event, a plain mapping with a time, changes the summary and ASHA's rungs, and says what follows from
+it. A running sweep writes each event to its journal before it applies it; a resumed one applies the journal first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from raystar.record import finals
+from raystar.record.summary import (
+    BROKEN,
+    COLLAPSED,
+    FINISHED,
+    INTERRUPTED,
+    PENDING,
+    RUNNING,
+    STOPPED,
+    UNFINISHED,
+    Summary,
+)
+from raystar.search.asha import Rungs
+
+SESSION, STARTED, EPOCH, NOTE, ENDED, ALONE = "session", "started", "epoch", "note", "ended", "alone"
+REFERENCES, FINALS = "references", "finals"
+"""Events: the sweep begins or goes on; a trial begins or goes on; an epoch; a remark; its end; its one retry; what
+doing nothing gets from the ruler; which trials are trained again, and from which seeds."""
+
+
+UNTOLD = "its translations cannot be told from their sources"
+"""What `unmoved` means, in words."""
+
+
+@dataclass(frozen=True)
+class Collapse:
+    """When a model is taken to have collapsed: it translates every noise alike for several measurements in a row."""
+
+    diversity: float = 0.01
+    """Of `eval/diversity`, 0 for the same picture and 1 for real diversity."""
+    epochs: int = 3
+    """Measured epochs in a row, of a model that has begun to move; 0 never."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What follows from a trial's epoch."""
+
+    ends: str | None = None
+    """The status with which the trial is to end now; None to go on."""
+    reason: str | None = None
+
+
+@dataclass
+class Ledger:
+    """The state of a sweep.
+
+    Args:
+        rungs: None where no trial is stopped early.
+        epochs: of a trial that runs to its end.
+    """
+
+    summary: Summary
+    rungs: Rungs | None
+    epochs: int
+    collapse: Collapse
+    ranking: str | None = None
+    """The metric that ranks trials at rungs; by default the sweep's."""
+    alone: set[str] = field(default_factory=set)
+    """Trials that were out of memory beside others, and get one more try by themselves."""
+    broken_in_a_row: list[str] = field(default_factory=list)
+    """The trials that went wrong since the last that did not."""
+    due: dict[str, Verdict] = field(default_factory=dict)
+    """Trials that were told to end and have not been recorded as ended: the sweep broke off in between."""
+    _alike: dict[str, int] = field(default_factory=dict)  # measured epochs in a row without diversity
+    _since: dict[str, float] = field(default_factory=dict)  # up to when a trial's seconds are counted
+    _last: float | None = None  # time of the last event
+    _ran: float = 0.0  # seconds of the sessions before this one
+    _session: float = 0.0
+
+    def replay(self, events: Iterable[Mapping[str, Any]]) -> None:
+        """Takes in what happened before. Trials that were running when it broke off are `INTERRUPTED`."""
+        for event in events:
+            self.apply(event)
+        self._break_off()
+        self.broken_in_a_row.clear()
+
+    def apply(self, event: Mapping[str, Any]) -> Verdict:
+        """Takes in one event."""
+        at = float(event["at"])
+        verdict = Verdict()
+        if event["event"] == SESSION:
+            self._begin_session(at)
+        elif event["event"] == STARTED:
+            self._start(event["trial"], dict(event["params"]), at)
+        elif event["event"] == EPOCH:
+            verdict = self._epoch(event["trial"], int(event["epoch"]), dict(event["metrics"]), at)
+            self.summary.trials[event["trial"]].idle_s = event.get("idle_s")
+            if verdict.ends is not None:
+                self.due[event["trial"]] = verdict
+        elif event["event"] == NOTE:
+            self.summary.trials[event["trial"]].note = event["note"]
+        elif event["event"] == ALONE:
+            self.alone.add(event["trial"])
+            self._clock(event["trial"], at)
+            self.summary.settle(event["trial"], PENDING, event["reason"])
+        elif event["event"] == ENDED:
+            self._clock(event["trial"], at)
+            self._end(event["trial"], event["status"], event["reason"])
+        elif event["event"] == REFERENCES:
+            self.summary.references = {name: dict(values) for name, values in event["values"].items()}
+        elif event["event"] == FINALS:
+            self._begin_finals(list(event["finalists"]), list(event["seeds"]))
+        if event["event"] not in (EPOCH, NOTE) and self.summary.finalists:
+            self.summary.finals = finals.decide(self.summary)
+        self._last = at
+        return verdict
+
+    def unfinished(self) -> list[str]:
+        """Trials that are known and can go on, in order of their names."""
+        return sorted(name for name, record in self.summary.trials.items() if record.status in UNFINISHED)
+
+    def _begin_finals(self, finalists: list[str], seeds: list[int]) -> None:
+        """Plans the finals' trials. Those that an earlier choice has run stay; of what it has not, nothing is left."""
+        summary = self.summary
+        summary.finalists, summary.seeds = finalists, seeds
+        wanted = finals.repeats(finalists, seeds)
+        for name in list(summary.repeats):
+            if summary.trials[name].status == PENDING and name not in wanted:
+                summary.drop(name)
+        for name, (finalist, seed) in wanted.items():
+            record = summary.add(name, {**summary.trials[finalist].params, finals.SEED: seed}, finalist)
+            if record.status == STOPPED:  # by a choice that left it out
+                summary.settle(name, PENDING)
+
+    def _begin_session(self, at: float) -> None:
+        if self._last is not None:
+            self._ran += self._last - self._session
+        self._session = at
+        self.summary.started = at - self._ran
+        self._break_off()
+
+    def _break_off(self) -> None:
+        for record in self.summary.trials.values():
+            if record.status == RUNNING:
+                self.summary.settle(record.trial, INTERRUPTED, "its sweep ended")
+
+    def _start(self, name: str, params: dict[str, Any], at: float) -> None:
+        self.summary.add(name, params).params = params
+        self.summary.settle(name, RUNNING)
+        self._since[name] = at
+
+    def _clock(self, name: str, at: float) -> None:
+        """Counts the seconds since a running trial was last heard of."""
+        record = self.summary.trials[name]
+        if record.status == RUNNING:
+            record.wall_s = round(record.wall_s + at - self._since[name], 3)
+            self._since[name] = at
+
+    def _epoch(self, name: str, epoch: int, metrics: dict[str, float], at: float) -> Verdict:
+        record = self.summary.trials[name]
+        self._clock(name, at)
+        if epoch <= record.epochs:
+            return Verdict()
+        self.summary.report(name, epoch, metrics)
+        if self._has_collapsed(name, metrics):
+            few = f"diversity below {self.collapse.diversity:g} in {self.collapse.epochs} measured epochs in a row"
+            return Verdict(COLLAPSED, f"{few}, the last epoch {epoch}")
+        value = metrics.get(self.ranking or self.summary.metric)
+        if self.rungs is None or value is None or record.parent is not None:
+            return Verdict()
+        if self.rungs.take(name, epoch, value, record.unmoved) or epoch >= self.epochs:
+            return Verdict()
+        why = f": {UNTOLD}" if record.unmoved else ""
+        return Verdict(STOPPED, f"stopped early after epoch {epoch}{why}")
+
+    def _has_collapsed(self, name: str, metrics: Mapping[str, float]) -> bool:
+        diversity = metrics.get("eval/diversity")
+        if diversity is not None:
+            # Who does nothing does so under every noise: that is another matter.
+            alike = diversity < self.collapse.diversity and not self.summary.trials[name].unmoved
+            self._alike[name] = self._alike.get(name, 0) + 1 if alike else 0
+        return 0 < self.collapse.epochs <= self._alike.get(name, 0)
+
+    def _end(self, name: str, status: str, reason: str | None) -> None:
+        self.due.pop(name, None)
+        self.summary.settle(name, status, reason)
+        if status in BROKEN:
+            self.broken_in_a_row.append(name)
+        elif status in (FINISHED, STOPPED):
+            self.broken_in_a_row.clear()

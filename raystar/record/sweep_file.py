@@ -1,0 +1,120 @@
+"""`sweep.json`: what a sweep was asked for and ran with, and what has changed since when it goes on."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import platform
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import raystar
+from raystar import __version__
+from raystar.base.errors import RaystarError, nearest
+from raystar.record.summary import write_whole
+
+RECORD, JOURNAL, LOCK = "sweep.json", "journal.jsonl", "lock"
+"""Files of a sweep's folder."""
+
+_KEYS = {"request", "config", "space", "trials", "data", "code", "tracking_uri"}
+_LIBRARIES = ("torch", "ray", "mlflow", "numpy")
+
+
+def write_record(folder: Path, content: Mapping[str, Any]) -> None:
+    """Writes `sweep.json`. A record that is there and says something else is kept beside it, numbered."""
+    path = folder / RECORD
+    text = json.dumps(content, indent=1, default=str) + "\n"
+    if path.exists() and path.read_text(encoding="utf-8") != text:
+        number = 1
+        while (kept := folder / f"sweep.{number}.json").exists():
+            number += 1
+        shutil.copy2(path, kept)
+    write_whole(path, text)
+
+
+def read_record(out: Path, name: str) -> dict[str, Any]:
+    """The record of a sweep that is to go on.
+
+    Raises:
+        RaystarError: there is no such sweep, its files are another user's, or the record is damaged.
+    """
+    folder = out / name
+    path = folder / RECORD
+    if not path.is_file():
+        known = [found.parent.name for found in out.glob(f"*/{RECORD}")] if out.is_dir() else []
+        there = f"; there are {', '.join(sorted(known)[:20])}" if known else ""
+        raise RaystarError(f"--resume {name}: {path} is not there{nearest(name, known)}{there}")
+    for file in (folder, *sorted(found for found in folder.iterdir() if found.is_file())):
+        # Whoever wrote these files says what is run and where; only the same user is trusted with that.
+        if file.stat().st_uid != os.getuid():
+            raise RaystarError(
+                f"--resume {name}: {file} belongs to user {file.stat().st_uid}, not to you ({os.getuid()}); "
+                "only sweeps of one's own go on"
+            )
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise RaystarError(f"--resume {name}: {path} cannot be read: {error}") from None
+    if not isinstance(content, dict) or not content.keys() >= _KEYS:
+        raise RaystarError(f"--resume {name}: {path}: expected the record of a sweep of raystar {__version__}")
+    return content
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Holds a sweep's folder for this process, however it ends.
+
+    Raises:
+        RaystarError: another process runs the sweep.
+    """
+    with (folder / LOCK).open("a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.seek(0)
+            raise RaystarError(
+                f"{folder}: this sweep is running already, in process {file.read().strip() or 'of another machine'}"
+            ) from None
+        file.truncate(0)
+        file.write(f"{os.getpid()}\n")
+        file.flush()
+        yield
+
+
+def code() -> dict[str, str]:
+    """What runs: versions, and a digest of every source file of raystar's."""
+    package = Path(raystar.__file__).resolve().parent
+    files = sorted(file for file in package.rglob("*") if file.suffix in (".py", ".cpp"))
+    digests = {f"raystar/{file.relative_to(package)}": _digest(file) for file in files}
+    return {"python": platform.python_version(), **{name: version(name) for name in _LIBRARIES}, **digests}
+
+
+def _digest(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()[:12]
+
+
+def differences(then: Mapping[str, Any], now: Mapping[str, Any], what: str) -> list[str]:
+    """One line for each leaf of two mappings that differs."""
+    old, new = dict(leaves("", then)), dict(leaves("", now))
+    keys = [*old, *(key for key in new if key not in old)]
+    absent = "nothing"
+    return [
+        f"{what}: {key}: {old.get(key, absent)} then, {new.get(key, absent)} now"
+        for key in keys
+        if old.get(key, absent) != new.get(key, absent)
+    ]
+
+
+def leaves(name: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """Dotted names and values of everything in nested mappings; sequences are values, as lists."""
+    if isinstance(value, Mapping):
+        for key in value:
+            yield from leaves(f"{name}.{key}" if name else str(key), value[key])
+    else:
+        yield name, list(value) if isinstance(value, Sequence) and not isinstance(value, str) else value

@@ -1,0 +1,123 @@
+"""What a trial leaves in the storage, epoch by epoch, and how it is found again after any end.
+
+`trials/t03/epoch_0007.pt` is a checkpoint, `epoch_0007.json` beside it what was reported, `pictures/t03/` the grids.
+The report is written first: a checkpoint that is there always has its report, however the process ended.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import sys
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from PIL import Image
+
+from raystar.base.errors import RaystarError
+from raystar.base.journal import wait_for_space
+from raystar.base.storage import Storage
+from raystar.model import checkpoint as checkpoints
+
+_CHECKPOINT = re.compile(r"epoch_(\d+)\.pt")
+_PICTURE = re.compile(r"(\w+)_(\d+)\.png")
+
+
+def checkpoint_name(trial: str, epoch: int) -> str:
+    """Where the checkpoint of `epoch` lies in the storage."""
+    return f"trials/{trial}/epoch_{epoch:04d}.pt"
+
+
+def picture_name(trial: str, key: str, epoch: int) -> str:
+    """Where a grid lies in the storage."""
+    return f"pictures/{trial}/{key}_{epoch:04d}.png"
+
+
+def saved_pictures(storage: Storage, trial: str) -> dict[str, list[int]]:
+    """Epochs of which there are grids, in order, by the grid's key; 0 is the untrained model's."""
+    found: dict[str, list[int]] = {}
+    for name in storage.list(f"pictures/{trial}"):
+        if match := _PICTURE.fullmatch(name):
+            found.setdefault(match[1], []).append(int(match[2]))
+    return {key: sorted(epochs) for key, epochs in found.items()}
+
+
+def saved_epochs(storage: Storage, trial: str) -> list[int]:
+    """Epochs whose checkpoints are there, in order."""
+    found = (_CHECKPOINT.fullmatch(name) for name in storage.list(f"trials/{trial}"))
+    return sorted(int(match[1]) for match in found if match)
+
+
+def prune(storage: Storage, trial: str, keep: Collection[int], until: int) -> None:
+    """Removes the checkpoints of epochs up to `until` that are not to be kept."""
+    for epoch in saved_epochs(storage, trial):
+        if epoch <= until and epoch not in keep:
+            storage.delete(checkpoint_name(trial, epoch))
+
+
+@dataclass(frozen=True)
+class Restored:
+    """Where a trial goes on."""
+
+    checkpoint: dict[str, Any] | None
+    epoch: int
+    """The last that is done; 0 where it begins."""
+    note: str | None
+    """Checkpoints that were passed over, since they are damaged."""
+
+
+class TrialFiles:
+    """One trial's files, for the process that trains it. A full disk makes it wait."""
+
+    def __init__(self, storage: Storage, trial: str) -> None:
+        self.storage = storage
+        self.trial = trial
+
+    def save(self, epoch: int, report: Mapping[str, Any], checkpoint: Mapping[str, Any]) -> None:
+        """Keeps one epoch: its report (plain values), then its checkpoint."""
+        text = json.dumps(report).encode()
+        self._write(f"trials/{self.trial}/epoch_{epoch:04d}.json", text)
+        name = checkpoint_name(self.trial, epoch)
+        wait_for_space(
+            self.storage.at(name), lambda: self.storage.fill(name, lambda path: checkpoints.write(path, checkpoint))
+        )
+
+    def save_picture(self, key: str, image: Image.Image, epoch: int) -> str:
+        """Keeps a grid; returns its path or URI."""
+        png = io.BytesIO()
+        image.save(png, "PNG", compress_level=1)  # MLflow writes it again; time matters here, not bytes
+        name = picture_name(self.trial, key, epoch)
+        self._write(name, png.getvalue())
+        return self.storage.at(name)
+
+    def save_error(self, text: str) -> None:
+        """Keeps the trace of what ended the trial."""
+        self._write(f"trials/{self.trial}/error.txt", text.encode())
+
+    def restore(self) -> Restored:
+        """The newest checkpoint that can be read."""
+        self.storage.tidy(f"trials/{self.trial}")
+        found: dict[str, Any] | None = None
+        damaged: list[str] = []
+        for epoch in reversed(saved_epochs(self.storage, self.trial)):
+            name = checkpoint_name(self.trial, epoch)
+            try:
+                with self.storage.fetched(name) as path:
+                    found = checkpoints.load(path)
+                break
+            except (RaystarError, FileNotFoundError) as error:
+                print(f"note: {error}", file=sys.stderr)
+                damaged.append(name.rpartition("/")[2])
+        done = int(found["epoch"]) if found else 0
+        note = f"{' and '.join(damaged)} cannot be read; went on after epoch {done}" if damaged else None
+        return Restored(found, done, note)
+
+    def reports(self, after: int, until: int) -> list[dict[str, Any]]:
+        """What was reported for the epochs in (after, until]."""
+        names = (f"trials/{self.trial}/epoch_{epoch:04d}.json" for epoch in range(after + 1, until + 1))
+        return [json.loads(self.storage.read(name)) for name in names]
+
+    def _write(self, name: str, data: bytes) -> None:
+        wait_for_space(self.storage.at(name), lambda: self.storage.write(name, data))

@@ -1,0 +1,640 @@
+"""The score that loss weights cannot move: held-out pictures translated into every other domain, and looked at.
+
+Losses cannot rank trials whose weights define them. The ruler decodes translations, by the decoder that comes with
+raystar and at half its size, and asks three questions of the pictures, with the same sources, references and noise in
+every trial and epoch. It never looks at latents: there the discriminator looks too, and what fools one fools the other.
+
+- S, style: is the set of translations distributed like held-out pictures of the target domain? Per ordered pair of
+  domains the unbiased energy distance (Szekely and Rizzo 2013) in `picture_stats.statistics`, as a share of the
+  distance between source and target. Doing nothing is 1, real pictures of the target are 0 on average.
+- C, content: is the layout of the source still there? `picture_stats.content_lost`: 0 for doing nothing, about 0.95 for
+  another picture. Strokes, outlines and new colours count little, a tone that jumps from picture to picture does.
+- V, diversity: do different noises give different translations of a picture? Their mean distance over that of two real
+  pictures of the domain.
+
+`score = mean over pairs of (0.1 + S)(1 + C) + I, plus (0.2 - V)(1 - S) where V lacks and V - 1 where it is too much`.
+I is what keeps a model that ignores its sources from winning by handing out pictures of the target: nothing up to
+0.6 of the C of unrelated pictures, and 1 from 0.85 of it. Lower is better: 0.1 is perfect, doing nothing scores 1.1.
+The form is ArtFID's (Wright and Ommer 2022), whose first factor is far above 1, so that style counts in full; hence
+0.1.
+
+What it cannot see: anything finer than two pixels of 256, faces or things as such, beauty.
+
+Shapes: n sources a pair, P ordered pairs, N domains, d features, C x H x W latents, S style code, Z noise.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import functools
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn import functional
+
+from raystar.base.errors import RaystarError
+from raystar.config.load import Config
+from raystar.data.bank import Bank
+from raystar.model.checkpoint import digest
+from raystar.model.networks import Nets
+from raystar.pictures import decoder as decoders
+from raystar.pictures.codec import SCALE
+from raystar.pictures.decoder import Decoder
+from raystar.ruler.feature_file import FeatureFile, file_digest
+from raystar.ruler.feature_file import load as load_features
+from raystar.ruler.picture_stats import content_lost, sketch, statistics
+from raystar.training.step import autocast
+
+METRICS = ("score", "style", "content", "diversity", "worst_pair", "accuracy", "movement", "outlook")
+"""What `Ruler.measure` returns. `worst_pair` is the score of the pair of domains that fares worst; `accuracy` the share
+of translations that a linear classifier of picture statistics takes for the target domain; `movement` how far
+translations are from their sources, over how far real pictures of a domain are from each other; `outlook` how far they
+have still to go (1 at the start, 0 there), which is what ranks trials that are under way: whatever begins to move looks
+worse before it looks better, so that a young trial's score says little of its last (benchmarks/RESULTS.md)."""
+
+HIGHER = ("diversity", "accuracy", "movement")
+"""Metrics of which more is better; of the others less is."""
+
+NOTHING, TRANSFER = "nothing", "transfer"
+"""Keys of `Ruler.references`."""
+
+UNMOVED = 0.005
+"""A model whose `movement` is below this cannot be told from doing nothing. Generators that stay the identity have up
+to 0.002, by rounding; those that went on to move had more at a fifth of their run (benchmarks/RESULTS.md)."""
+
+MIN_HELD_OUT = 4
+_VERSION = 3  # part of what scores are compared by: raise it when anything that is measured changes
+_SEED = 20_251_121
+_PERFECT = 0.1
+_DIVERSITY_WANTED = 0.2
+_IGNORED_FROM, _IGNORED_AT = 0.6, 0.85  # of what unrelated pictures lose; other renderings of one scene lose half of it
+_LEAST_CONTENTS = 12  # pictures whose diversity is measured
+_MAX_TRAIN = 96  # training pictures a domain that standardisation and classifier see
+_SHRINKAGE = 0.5  # of the within-domain covariance towards a multiple of the identity: statistics outnumber pictures
+_CHUNK = 32  # latents in one pass of the networks and the decoder
+_CPU_CHUNK = 4  # pictures a thread decodes at once: the same bits, and what lies between two layers stays in its cache
+
+
+class Subject(Protocol):
+    """What the ruler measures: something that translates scaled latents."""
+
+    def encode(self, x_ref: Tensor, y: Tensor) -> Tensor:
+        """Styles [B,S] of references [B,C,H,W] in domains y [B]."""
+
+    def sample(self, z: Tensor, y: Tensor) -> Tensor:
+        """Styles [B,S] from noise [B,Z] for domains y [B]."""
+
+    def translate(self, x: Tensor, s: Tensor) -> Tensor:
+        """Contents [B,C,H,W] and styles [K*B,S] -> [K*B,C,H,W]."""
+
+
+class _NetsSubject:
+    """Networks in the precision that they train in, without gradients."""
+
+    def __init__(self, nets: Nets, config: Config) -> None:
+        self.nets = nets
+        self.device = next(nets.G.parameters()).device
+        self.config = config
+
+    def encode(self, x_ref: Tensor, y: Tensor) -> Tensor:
+        with autocast(self.config, self.device):
+            return self.nets.E(x_ref, y).float()
+
+    def sample(self, z: Tensor, y: Tensor) -> Tensor:
+        with autocast(self.config, self.device):
+            return self.nets.F(z, y).float()
+
+    def translate(self, x: Tensor, s: Tensor) -> Tensor:
+        with autocast(self.config, self.device):
+            return self.nets.G(x, s).float()
+
+
+# -- features --------------------------------------------------------------------------------------
+
+
+class Features(nn.Module):
+    """Frozen features of pictures: statistics, each in units of its deviation within a domain, through asinh.
+
+    asinh is linear around the mean and grows as a logarithm far from it, so that no single outlying statistic decides
+    a distance. All of it is in closed form: the same pictures give the same features. Where a feature file adds its
+    own, those weigh as much as all of `picture_stats.statistics` together; the classifier looks at the latter alone.
+
+    Args:
+        own: number of `picture_stats.statistics`, the first of all.
+        size: number of all statistics d.
+    """
+
+    def __init__(self, num_domains: int, own: int, size: int) -> None:
+        super().__init__()
+        self.own = own
+        self.mean: Tensor
+        self.deviation: Tensor
+        self.classifier: Tensor
+        self.bias: Tensor
+        self.register_buffer("mean", torch.zeros(size))
+        self.register_buffer("deviation", torch.ones(size))
+        self.register_buffer("classifier", torch.zeros(own, num_domains))
+        self.register_buffer("bias", torch.zeros(num_domains))
+
+    def forward(self, raw: Tensor) -> Tensor:
+        """Raw statistics [B,d] -> features [B,d]."""
+        tamed = torch.asinh((raw - self.mean) / self.deviation)
+        added = tamed.shape[1] - self.own
+        if not added:
+            return tamed
+        return torch.cat([tamed[:, : self.own], tamed[:, self.own :] * (self.own / added) ** 0.5], dim=1)
+
+    def classify(self, features: Tensor) -> Tensor:
+        """Features [B,d] -> logits of the domains [B,N]."""
+        return features[:, : self.own] @ self.classifier + self.bias
+
+    @classmethod
+    def fit(cls, raw: list[Tensor], own: int) -> Features:
+        """Features of real pictures' raw statistics, one tensor [m,d] a domain.
+
+        The classifier is linear discriminant analysis (Fisher 1936) with a shrunk covariance.
+        """
+        found = cls(len(raw), own, raw[0].shape[1])
+        # Float64: these few sums must not depend on how a library orders them.
+        double = [r.double() for r in raw]
+        within = torch.cat([r - r.mean(dim=0) for r in double])
+        found.mean = torch.cat(double).mean(dim=0).float()
+        found.deviation = within.square().mean(dim=0).sqrt().clamp_min(1e-6).float()
+        features = [found(r)[:, :own].double() for r in raw]
+        centres = torch.stack([f.mean(dim=0) for f in features])
+        spread = torch.cat([f - centre for f, centre in zip(features, centres, strict=True)])
+        covariance = spread.T @ spread / len(spread)
+        identity = torch.eye(len(covariance), dtype=covariance.dtype)
+        covariance = covariance.lerp(identity * covariance.diagonal().mean(), _SHRINKAGE)
+        weights = torch.linalg.solve(covariance, centres.T)  # [d,N]
+        found.classifier = weights.float()
+        found.bias = (-0.5 * (centres.T * weights).sum(dim=0)).float()
+        return found.eval().requires_grad_(False)
+
+
+class _Eye(nn.Module):
+    """From latents to what is measured of their pictures; float32, whatever the networks train in."""
+
+    def __init__(self, feature_file: str | None) -> None:
+        super().__init__()
+        # On a CPU, convolutions of few channels run twice as fast in this layout.
+        self.decoder: Decoder = decoders.load().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.added: FeatureFile | None = load_features(feature_file) if feature_file is not None else None
+
+    def pictures(self, unscaled: Tensor) -> Iterator[Tensor]:
+        """[b,3,4H,4W] in [0,1] of unscaled latents [B,C,H,W], a chunk at a time."""
+        for chunk in unscaled.split(_CHUNK):
+            with torch.autocast(chunk.device.type, enabled=False):
+                small = (chunk.float() * SCALE).contiguous(memory_format=torch.channels_last)
+                pieces = small.split(_CPU_CHUNK * torch.get_num_threads() if small.device.type == "cpu" else _CHUNK)
+                rgb = torch.cat([self.decoder.half_size(piece) for piece in pieces])
+                # In one layout, whatever the last piece's: statistics would differ in their last bits.
+                yield (rgb.contiguous(memory_format=torch.channels_last).clamp(-1, 1) + 1) / 2
+
+    def see(self, rgb: Tensor) -> tuple[Tensor, Tensor]:
+        """Raw statistics [B,d] and sketches [B,G,G] of pictures [B,3,h,w] in [0,1]."""
+        raw = statistics(rgb)
+        return (raw if self.added is None else torch.cat([raw, self.added(rgb)], dim=1)), sketch(rgb)
+
+    def look(self, unscaled: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """What `see` gives of unscaled latents [B,C,H,W], a chunk at a time."""
+        return map(self.see, self.pictures(unscaled))
+
+
+# -- outlook ---------------------------------------------------------------------------------------
+
+# The one place where latents are looked at: statistics of latents feel movement that pictures do not show yet. It is no
+# verdict, only a guess of where a trial is going, and nothing is exported for it.
+
+
+def _latent_statistics(x: Tensor) -> Tensor:
+    """Scaled latents [B,C,H,W] -> channel means, deviations, and log deviations of three bands [B,5C]."""
+    found = [x.mean(dim=(2, 3)), x.std(dim=(2, 3))]
+    for _ in range(3):
+        if min(x.shape[2:]) < 4:
+            break
+        lower = functional.avg_pool2d(x, 2)
+        band = x - functional.interpolate(lower, size=x.shape[2:], mode="bilinear", align_corners=False)
+        found.append(band.std(dim=(2, 3)).clamp_min(1e-6).log())
+        x = lower
+    return torch.cat(found, dim=1)
+
+
+def _progress(fakes: Tensor, sources: Tensor, targets: Tensor) -> Tensor:
+    """How much of the way from sources to targets translations have gone, in units of the way; 0-d.
+
+    Only what leads there counts, not what leads elsewhere: the mean change of the latents' statistics is projected on
+    the difference of the domains' means, each statistic in units of its deviation within the domains.
+
+    Args:
+        fakes: [n,C,H,W] scaled translations of `sources` [n,C,H,W]; `targets` [m,C,H,W] are real.
+    """
+    moved, here, there = (_latent_statistics(x) for x in (fakes, sources, targets))
+    within = torch.cat([here - here.mean(dim=0), there - there.mean(dim=0)]).std(dim=0).clamp_min(1e-6)
+    way = (there.mean(dim=0) - here.mean(dim=0)) / within
+    gone = ((moved - here) / within).mean(dim=0)
+    return (gone * way).sum() / way.square().sum().clamp_min(0.25)  # domains that are alike have no way between them
+
+
+# -- distances -------------------------------------------------------------------------------------
+
+
+def energy_distance(a: Tensor, b: Tensor) -> Tensor:
+    """Unbiased energy distance 2E|a-b| - E|a-a'| - E|b-b'| of two samples [n,d] and [m,d]; 0-d, may be below 0."""
+    return 2 * _distances(a, b).mean() - _mean_pairwise(a) - _mean_pairwise(b)
+
+
+def _distances(a: Tensor, b: Tensor) -> Tensor:
+    return torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist")
+
+
+def _mean_pairwise(a: Tensor) -> Tensor:
+    """Mean distance of two different rows of [..., n, d]."""
+    n = a.shape[-2]
+    return _distances(a, a).sum(dim=(-2, -1)).mean() / (n * (n - 1))
+
+
+# -- the ruler -------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Seen:
+    """What is kept of pictures."""
+
+    features: Tensor
+    """[B,d]."""
+    sketch: Tensor
+    """[B,G,G]."""
+
+
+@dataclass
+class Ruler:
+    """A built ruler; `measure` is a pure function of the model."""
+
+    features: Features
+    eye: _Eye
+    scale: float
+    """Of the latents that networks see, to unscaled ones."""
+    domains: tuple[str, ...]
+    sources: Tensor
+    """[N,n,C,H,W] scaled contents of each domain."""
+    source_features: Tensor
+    """[N,n,d]."""
+    source_sketches: Tensor
+    """[N,n,G,G]."""
+    targets: list[Tensor]
+    """Scaled held-out latents of each domain [m,C,H,W]: the references."""
+    target_features: list[Tensor]
+    """[m,d] of each domain."""
+    reference: Tensor
+    """[P,n] which row of the target domain's `targets` is the reference."""
+    noise: Tensor
+    """[styles,P,n,Z]."""
+    target_spread: Tensor
+    """[N] mean distance of two real pictures of a domain."""
+    do_nothing: Tensor
+    """[P] energy distance between sources and targets."""
+    unrelated: Tensor
+    """[P] the content that other pictures of the target domain lose."""
+    references: dict[str, dict[str, float]] = field(default_factory=dict)
+    """The metrics, as `eval/NAME`, of two things that no model is needed for: `NOTHING`, the untouched sources, and
+    `TRANSFER`, the sources with the channel means and deviations of their references (AdaIN on latents, Huang and
+    Belongie 2017). Diversity and what it does to the score are left out of both."""
+
+    @classmethod
+    def build(cls, bank: Bank, config: Config, cache_dir: str | Path | None = None) -> Ruler:
+        """Looks at the bank's pictures (seconds), or reads from `cache_dir` what was seen of them.
+
+        Raises:
+            RaystarError: a domain with too few held-out latents, latents that no SD1.5 decoder takes, or a feature
+                file that is none.
+        """
+        check(bank, config)
+        if cache_dir is None:
+            return _fresh(cls, bank, config)
+        path = ruler_file(bank, config, cache_dir)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # One process of the node makes it, the others wait for the file.
+        with path.with_suffix(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            found = _read(path, bank, config)
+            if found is None:
+                found = _fresh(cls, bank, config)
+                _write(found, path)
+        return found
+
+    def to(self, device: torch.device) -> Ruler:
+        """Moves everything that `measure` reads to `device`; returns itself."""
+        self.features.to(device)
+        self.eye.to(device)
+        for name in (f.name for f in fields(self)):
+            value = getattr(self, name)
+            if isinstance(value, Tensor):
+                setattr(self, name, value.to(device))
+        self.targets = [t.to(device) for t in self.targets]
+        self.target_features = [t.to(device) for t in self.target_features]
+        return self
+
+    def measure(self, nets: Nets, config: Config) -> dict[str, float]:
+        """The metrics `METRICS` of a model, in the precision it trains in."""
+        return self.measure_subject(_NetsSubject(nets, config))
+
+    @torch.inference_mode()
+    def measure_subject(self, subject: Subject) -> dict[str, float]:
+        """The metrics `METRICS` of anything that translates.
+
+        Of each pair's n sources one half is translated by reference, the other by noise: two translations of one
+        source would lie closer together than two pictures of a domain do, and the unbiased distance relies on that.
+        """
+        n, by_reference = self.sources.shape[1], self.sources.shape[1] // 2
+        codes = [  # [m,S] a domain: each reference is encoded once, however many pairs use it
+            torch.cat([subject.encode(x, torch.full((len(x),), y, device=x.device)) for x in t.split(_CHUNK)])
+            for y, t in enumerate(self.targets)
+        ]
+        fakes = []
+        for pair, (source, target) in enumerate(self.pairs):
+            s_ref = codes[target][self.reference[pair, :by_reference]]
+            s_noise = self._sampled(subject, self.noise[0, pair, by_reference:], target)
+            styles = torch.cat([s_ref, s_noise])
+            x = self.sources[source]
+            fakes.append(torch.cat([subject.translate(x[r], styles[r]) for r in torch.arange(n).split(_CHUNK)]))
+        seen = self._look(torch.cat(fakes))
+        values = self._judge(seen, self._diversity(subject, seen)) | {"outlook": self._outlook(fakes)}
+        return {name: values[name].item() for name in METRICS}
+
+    @torch.inference_mode()
+    def measure_pictures(self, translations: Tensor) -> dict[str, float]:
+        """The metrics of pictures made in any way, but for diversity and what it does to the score, and for outlook.
+
+        Args:
+            translations: [P*n,3,4H,4W] in [0,1], of the sources (`source_pictures`) in the order of `pairs`.
+        """
+        raw, sketches = zip(*map(self.eye.see, translations.split(_CHUNK)), strict=True)
+        values = self._judge(_Seen(self.features(torch.cat(raw)), torch.cat(sketches)), None)
+        return {name: values[name].item() for name in METRICS if name in values}
+
+    @torch.inference_mode()
+    def source_pictures(self) -> Tensor:
+        """[P*n,3,4H,4W] in [0,1]: each pair's sources as they are."""
+        each = [torch.cat(list(self.eye.pictures(x / self.scale))) for x in self.sources]
+        return torch.cat([each[source] for source, _ in self.pairs])
+
+    @property
+    def pairs(self) -> list[tuple[int, int]]:
+        """Source and target domain of each ordered pair."""
+        N = len(self.domains)
+        return [(i, j) for i in range(N) for j in range(N) if i != j]
+
+    def _sampled(self, subject: Subject, noise: Tensor, target: int) -> Tensor:
+        return subject.sample(noise, torch.full((len(noise),), target, device=noise.device))
+
+    def _look(self, scaled: Tensor) -> _Seen:
+        """Features and sketches of the pictures of scaled latents [B,C,H,W]."""
+        raw, sketches = zip(*self.eye.look(scaled / self.scale), strict=True)
+        return _Seen(self.features(torch.cat(raw)), torch.cat(sketches))
+
+    def _judge(self, seen: _Seen, diversity: Tensor | None) -> dict[str, Tensor]:
+        """The metrics, each 0-d, of the translations of all pairs; without `outlook`."""
+        P, n = self.reference.shape
+        features, sketches = seen.features.unflatten(0, (P, n)), seen.sketch.unflatten(0, (P, n))
+        source, target = (torch.tensor(side, device=features.device) for side in zip(*self.pairs, strict=True))
+        S = torch.stack([self._style(features[pair], pair) for pair in range(P)]).clamp_min(0)  # [P]
+        C = content_lost(sketches, self.source_sketches[source])  # [P]
+        ignored = ((C / self.unrelated - _IGNORED_FROM) / (_IGNORED_AT - _IGNORED_FROM)).clamp(0, 1)
+        per_pair = (_PERFECT + S) * (1 + C) + ignored
+        score = per_pair.mean()
+        moved = (features - self.source_features[source]).norm(dim=2).mean(dim=1) / self.target_spread[source]  # [P]
+        right = self.features.classify(seen.features).argmax(dim=1) == target.repeat_interleave(n)
+        found = {"style": S.mean(), "content": C.mean(), "worst_pair": per_pair.max()}
+        found |= {"accuracy": right.float().mean(), "movement": moved.mean()}
+        if diversity is not None:
+            found["diversity"] = diversity
+            score = score + (_DIVERSITY_WANTED - diversity).clamp_min(0) * (1 - S.mean()).clamp_min(0)
+            score = score + (diversity - 1).clamp_min(0)
+        return found | {"score": score}
+
+    def _outlook(self, fakes: list[Tensor]) -> Tensor:
+        """1 - how far scaled translations [n,C,H,W], one tensor a pair, have come; 0-d."""
+        gone = [
+            _progress(fake, self.sources[source], self.targets[target])
+            for fake, (source, target) in zip(fakes, self.pairs, strict=True)
+        ]
+        return 1 - torch.stack(gone).mean()
+
+    def _diversity(self, subject: Subject, first: _Seen) -> Tensor:
+        """V: some contents of each pair under several noises; the first noise's are among what was seen."""
+        P, n = self.reference.shape
+        contents = min(n - n // 2, -(-_LEAST_CONTENTS // P))
+        kept = first.features.unflatten(0, (P, n))[:, -contents:]  # [P,k,d]: by noise
+        fakes = []
+        for pair, (source, target) in enumerate(self.pairs):
+            x = self.sources[source, -contents:]
+            fakes += [subject.translate(x, self._sampled(subject, z, target)) for z in self.noise[1:, pair, -contents:]]
+        others = self._look(torch.cat(fakes)).features.unflatten(0, (P, len(self.noise) - 1, contents))
+        features = torch.cat([kept[:, None], others], dim=1).transpose(1, 2)  # [P,k,styles,d]
+        K = features.shape[2]
+        each = _distances(features, features).sum(dim=(2, 3)) / (K * (K - 1))  # [P,k]
+        targets = torch.tensor([target for _, target in self.pairs], device=each.device)
+        return (each / self.target_spread[targets][:, None]).mean()
+
+    @torch.inference_mode()
+    def style(self, translated: Tensor, source_domain: int, target_domain: int) -> float:
+        """S of any scaled latents [n,C,H,W] for one ordered pair, not clamped; for tests and reports."""
+        pair = self.pairs.index((source_domain, target_domain))
+        return float(self._style(self._look(translated).features, pair))
+
+    def _style(self, found: Tensor, pair: int) -> Tensor:
+        """S of the features [n,d] of translations, 0-d, not clamped."""
+        target = self.pairs[pair][1]
+        nothing = self.do_nothing[pair]
+        # Domains that look the same would divide by nothing, or less; a twentieth of the spread is the floor.
+        unit = nothing.maximum(0.05 * self.target_spread[target])
+        return 1 + (energy_distance(found, self.target_features[target]) - nothing) / unit
+
+
+def channel_transfer(x: Tensor, reference: Tensor) -> Tensor:
+    """Latents [B,C,H,W] with the channel means and deviations of references [B,C,H,W] (AdaIN, Huang and Belongie)."""
+    (deviation, mean), (wanted, shift) = (
+        torch.std_mean(latents, dim=(2, 3), keepdim=True) for latents in (x, reference)
+    )
+    return (x - mean) / deviation.clamp_min(1e-6) * wanted + shift
+
+
+def check(bank: Bank, config: Config) -> None:
+    """Refuses data and settings that the ruler cannot measure with.
+
+    Raises:
+        RaystarError: a domain with too few held-out latents, latents that are not of four channels, or a feature file
+            that is none.
+    """
+    if config.ruler.features is not None:
+        load_features(config.ruler.features)
+    if bank.shape[0] != 4 or min(bank.shape[1:]) < 4:
+        raise RaystarError(
+            f"{bank.root}: the ruler looks at decoded pictures, and SD1.5's decoder takes latents [4,H,W] of 4 cells "
+            f"or more; found {list(bank.shape)}"
+        )
+    for domain, rows in zip(bank.domains, bank.held, strict=True):
+        if len(rows) < MIN_HELD_OUT:
+            raise RaystarError(
+                f"data.holdout: the ruler needs {MIN_HELD_OUT} held-out latents of every domain, '{domain}' has "
+                f"{len(rows)}; raise data.holdout or name data.eval_data_root"
+            )
+
+
+def measured_by(bank: Bank, config: Config) -> str:
+    """A key of what is measured on what, by which sources and noises: scores under one key can be compared."""
+    facts = [_VERSION, _decoder_digest(), bank.digest, list(bank.domains), config.training.latent_scale]
+    facts += [config.model.latent_dim, config.ruler.sources, config.ruler.targets, config.ruler.styles]
+    facts += [] if config.ruler.features is None else [file_digest(config.ruler.features)]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+
+
+@functools.cache
+def _decoder_digest() -> str:
+    return hashlib.sha256(decoders.PACKAGED.read_bytes()).hexdigest()[:16]
+
+
+# -- building --------------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def _fresh(cls: type[Ruler], bank: Bank, config: Config) -> Ruler:
+    with _one_thread():
+        eye, scale = _Eye(config.ruler.features), config.training.latent_scale
+        rng = np.random.default_rng(_SEED)
+        train = [bank.rows(np.sort(rng.permutation(rows)[:_MAX_TRAIN])) for rows in bank.train]
+        raw = [torch.cat([found for found, _ in eye.look(x)]) for x in train]
+        features = Features.fit(raw, _own_statistics(bank))
+        chosen = _choose(bank, config)
+        pairs = [(i, j) for i in range(len(bank.domains)) for j in range(len(bank.domains)) if i != j]
+        looks = [list(zip(*eye.look(x / scale), strict=True)) for x in chosen.targets]
+        seen = [_Seen(features(torch.cat(raw)), torch.cat(sketches)) for raw, sketches in looks]
+        n = chosen.sources.shape[1]
+        spread = torch.stack([_mean_pairwise(s.features) for s in seen])
+        nothing = torch.stack([energy_distance(seen[i].features[:n], seen[j].features) for i, j in pairs])
+        sketches = torch.stack([s.sketch[:n] for s in seen])
+        # Of each pair what other pictures lose, over all ways to put the two domains' pictures side by side in a ring.
+        rings = ([content_lost(sketches[j].roll(k, 0), sketches[i]) for k in range(n)] for i, j in pairs)
+        unrelated = torch.stack([torch.stack(ring).mean() for ring in rings])
+        ruler = cls(
+            features, eye, scale, bank.domains, chosen.sources, torch.stack([s.features[:n] for s in seen]),
+            sketches, chosen.targets, [s.features for s in seen], chosen.reference, chosen.noise, spread, nothing,
+            unrelated,
+        )  # fmt: skip
+        ruler.references = _references(ruler)
+    return ruler
+
+
+def _own_statistics(bank: Bank) -> int:
+    """How many `statistics` a picture of this size has."""
+    return statistics(torch.zeros(1, 3, 4 * bank.shape[1], 4 * bank.shape[2])).shape[1]
+
+
+def _references(ruler: Ruler) -> dict[str, dict[str, float]]:
+    untouched, transferred = [], []
+    for pair, (source, target) in enumerate(ruler.pairs):
+        untouched.append(ruler.sources[source])
+        transferred.append(channel_transfer(ruler.sources[source], ruler.targets[target][ruler.reference[pair]]))
+    found = {}
+    for name, fakes in ((NOTHING, untouched), (TRANSFER, transferred)):
+        measured = ruler._judge(ruler._look(torch.cat(fakes)), None) | {"outlook": ruler._outlook(fakes)}
+        found[name] = {f"eval/{key}": measured[key].item() for key in METRICS if key in measured}
+    return found
+
+
+@dataclass
+class _Chosen:
+    """What is drawn of the held-out latents: the same in every process."""
+
+    targets: list[Tensor]
+    sources: Tensor
+    reference: Tensor
+    noise: Tensor
+
+
+def _choose(bank: Bank, config: Config) -> _Chosen:
+    settings, scale = config.ruler, config.training.latent_scale
+    rng = np.random.default_rng(_SEED)
+    N = len(bank.domains)
+    targets = [bank.rows(rng.permutation(rows)[: settings.targets]) * scale for rows in bank.held]
+    n = min(settings.sources, *map(len, targets))
+    sources = torch.stack([t[:n] for t in targets])
+    drawn = [rng.permutation(len(targets[j]))[:n] for i in range(N) for j in range(N) if i != j]
+    noise = rng.standard_normal((settings.styles, N * (N - 1), n, config.model.latent_dim), dtype=np.float32)
+    return _Chosen(targets, sources, torch.from_numpy(np.stack(drawn)), torch.from_numpy(noise))
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Sums in one order, so that a ruler is the same bits on any number of cores; and no cores taken from others."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+# -- the cache -------------------------------------------------------------------------------------
+
+_KEPT = ("source_features", "source_sketches", "target_spread", "do_nothing", "unrelated")
+
+
+def ruler_file(bank: Bank, config: Config, cache_dir: str | Path) -> Path:
+    """Where `Ruler.build` keeps what it has seen."""
+    return Path(cache_dir) / f"ruler-{measured_by(bank, config)}.safetensors"
+
+
+def _write(ruler: Ruler, path: Path) -> None:
+    state = {name: getattr(ruler, name) for name in _KEPT}
+    state |= {f"features.{name}": value for name, value in ruler.features.state_dict().items()}
+    state |= {f"target_features.{y}": value for y, value in enumerate(ruler.target_features)}
+    state = {name: value.contiguous() for name, value in sorted(state.items())}
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    references = json.dumps(ruler.references)
+    facts = {"digest": digest(state | {"references": references}), "references": references}
+    save_file(state, temporary, metadata=facts)
+    os.replace(temporary, path)
+
+
+def _read(path: Path, bank: Bank, config: Config) -> Ruler | None:
+    """A cached ruler; None if it is not there, or damaged and to be made again."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            state = {name: file.get_tensor(name) for name in sorted(file.keys())}
+            facts = file.metadata() or {}
+        if (
+            digest(state | {"references": facts["references"]}) != facts["digest"]
+        ):  # one bit, and trials would be measured with another ruler
+            return None
+        features = Features(len(bank.domains), _own_statistics(bank), len(state["features.mean"]))
+        features.load_state_dict({name.partition(".")[2]: v for name, v in state.items() if name[:9] == "features."})
+        chosen = _choose(bank, config)
+        return Ruler(
+            features=features.eval().requires_grad_(False),
+            eye=_Eye(config.ruler.features),
+            scale=config.training.latent_scale,
+            domains=bank.domains,
+            sources=chosen.sources,
+            targets=chosen.targets,
+            target_features=[state[f"target_features.{y}"] for y in range(len(bank.domains))],
+            reference=chosen.reference,
+            noise=chosen.noise,
+            references=json.loads(facts["references"]),
+            **{name: state[name] for name in _KEPT},
+        )
+    # Whatever a damaged file makes its reader raise, it is made again.
+    except Exception:
+        return None

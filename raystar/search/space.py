@@ -1,0 +1,463 @@
+"""A space file: what is searched, how, for how long and on what; checked whole before Ray starts."""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from raystar.base.errors import RaystarError, key_text, misspelt, show
+from raystar.config.load import MAX_WHOLE, Config, check_value, get_value, key_field, override, read_mapping
+from raystar.record.finals import SEED
+from raystar.record.state import Collapse
+from raystar.ruler.ruler import HIGHER
+from raystar.ruler.ruler import METRICS as RULER_METRICS
+from raystar.training.compile import SPEED_KEYS, canonical
+from raystar.training.speed import METRICS as SPEED_METRICS
+from raystar.training.trainer import METRICS
+
+KINDS = ("uniform", "loguniform", "randint", "choice")
+_SIGNIFICANT = 4  # digits of a drawn number: enough to search with, short enough to read
+
+# What must stay as it is for trials to be compared, or to be trials at all.
+_FIXED_SECTIONS = ("ruler", "data", "visualization", "checkpoint")
+_FIXED_KEYS = ("training.epochs", "training.device", "model.num_domains", "model.latent_channels")
+
+_KNOWN = (
+    "description", "purpose", "metric", "mode", "trials", "baseline", "search", "seed", "scheduler", "resources",
+    "space", "collapse", "keep", "finalists", "abort_after",
+)  # fmt: skip
+_PURPOSES = {"quality": ("score", "min"), "speed": ("speedup", "max")}  # with their metric and mode
+_SCORE, _OUTLOOK = "eval/score", "eval/outlook"
+_MOST = 10_000  # trials, or combinations of a grid: more would never be run, and hardly be listed
+_DRAWS = 200  # for each trial, before a space is taken to hold no further combination
+_SEARCHES = ("random", "grid", "tpe")
+
+
+@dataclass(frozen=True)
+class Distribution:
+    """How the values of one key are drawn."""
+
+    kind: str
+    values: tuple[Any, ...]
+    """(low, high) of a range, high excluded for `randint`; or the choices."""
+
+    def draw(self, rng: np.random.Generator) -> Any:
+        """One value."""
+        if self.kind == "choice":
+            return self.values[int(rng.integers(len(self.values)))]
+        low, high = self.values
+        if self.kind == "randint":
+            return int(rng.integers(low, high))
+        if self.kind == "uniform":
+            return _rounded(float(rng.uniform(low, high)), low, high)
+        return _rounded(math.exp(rng.uniform(math.log(low), math.log(high))), low, high)
+
+    @property
+    def size(self) -> float:
+        """How many values there are to draw; infinitely many in a range of numbers."""
+        if self.kind == "choice":
+            return len(set(self.values))
+        return self.values[1] - self.values[0] if self.kind == "randint" else math.inf
+
+    def to_ray(self) -> Any:
+        """The same distribution as Ray Tune's."""
+        from ray import tune
+
+        if self.kind == "choice":
+            return tune.choice(list(self.values))
+        make = {"randint": tune.randint, "uniform": tune.uniform, "loguniform": tune.loguniform}[self.kind]
+        return make(*self.values)
+
+
+@dataclass(frozen=True)
+class Scheduler:
+    """When trials are stopped: ASHA on epochs, or never (`none`)."""
+
+    type: str = "asha"
+    max_epochs: int | None = None
+    """Epochs of a trial that is never stopped; by default `training.epochs`."""
+    grace_epochs: int | None = None
+    """The first rung; see `grace`."""
+    reduction_factor: float = 2
+    metric: str | None = None
+    """What ranks trials at rungs, in full; None where the file leaves that open (`ranking`)."""
+
+    def grace(self, epochs: int) -> int:
+        """Epochs before a trial may be stopped: by default a fifth of its run.
+
+        By then the outlook's rank correlation with the final score is above 0.8 (benchmarks/RESULTS.md).
+        """
+        return self.grace_epochs if self.grace_epochs is not None else -(-epochs // 5)
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What one trial occupies: `workers` processes that share its batches, each on a device of its own."""
+
+    gpus: float | str = "auto"
+    """Of a worker: a number, a fraction to share one, or `auto`: half a GPU (with several workers a whole one) where
+    there is one, else none."""
+    cpus: int | str = 1
+    """Of a worker: a number, or `auto`: all of the machine's for a speed sweep without a GPU, else 1."""
+    workers: int = 1
+
+
+@dataclass(frozen=True)
+class Finalists:
+    """The best configurations, and how often they are trained again."""
+
+    top: int = 3
+    """Configurations that are compared by means over seeds, and whose models go into the MLflow store; 0 for none."""
+    seeds: int = 2
+    """Further seeds that each of them and the baseline are trained from; 0 compares trials by their own scores."""
+
+
+@dataclass(frozen=True)
+class Space:
+    """A checked space file."""
+
+    source: str
+    metric: str
+    """One of `trainer.METRICS`; for a speed sweep one of `speed.METRICS`."""
+    mode: str
+    trials: int
+    space: Mapping[str, Distribution]
+    description: str = ""
+    purpose: str = "quality"
+    """`quality`, or `speed`: settings that must not change results, measured one trial at a time on a device."""
+    baseline: bool = True
+    search: str = "random"
+    seed: int = 0
+    scheduler: Scheduler = field(default_factory=Scheduler)
+    resources: Resources = field(default_factory=Resources)
+    collapse: Collapse = field(default_factory=Collapse)
+    keep: int = 5
+    """Trials whose best checkpoints stay when all have ended."""
+    finalists: Finalists = field(default_factory=Finalists)
+    abort_after: int = 5
+    """Trials that go wrong one after the other before the sweep gives up; 0 never."""
+
+    @property
+    def ranking(self) -> tuple[str, str]:
+        """What ranks trials at rungs, and its mode."""
+        return ranking(self.scheduler, self.metric, self.mode, self.source)
+
+    def points(self, config: Config, device: torch.device) -> list[dict[str, Any]] | None:
+        """The swept keys' values of every trial, the baseline first; None where the search decides as it goes.
+
+        No combination comes twice; for a speed sweep neither do two that run the same code on `device`.
+
+        Raises:
+            RaystarError: a drawn combination that no configuration may have.
+        """
+        base = [{key: get_value(config, key) for key in self.space}] if self.baseline else []
+        if self.search == "tpe":
+            for key, value in base[0].items() if base else ():
+                if self.space[key].kind == "choice" and value not in self.space[key].values:
+                    raise RaystarError(
+                        f"{self.source}: space: {key}: search tpe begins with the baseline, whose value {value} is not "
+                        "among the choices; add it, or set baseline: false"
+                    )
+                if self.space[key].kind != "choice" and value is None:
+                    raise RaystarError(
+                        f"{self.source}: space: {key}: search tpe begins with the baseline, whose value null is not a "
+                        "number; set it, or baseline: false"
+                    )
+            return None
+        if self.search == "grid":
+            combinations: Iterable[tuple[Any, ...]] = itertools.product(*(d.values for d in self.space.values()))
+        else:
+            rng = np.random.default_rng(self.seed)
+            draws = _DRAWS * self.trials
+            combinations = (tuple(d.draw(rng) for d in self.space.values()) for _ in range(draws))
+        points: dict[tuple[Any, ...], dict[str, Any]] = {}
+        for values in (tuple(point.values()) for point in base):
+            self._add(points, values, config, device)
+        seen: set[tuple[Any, ...]] = set()
+        there_are = math.prod(d.size for d in self.space.values())
+        for values in combinations:
+            if self.search != "grid" and (len(points) == self.trials or len(seen) == there_are):
+                break
+            if values not in seen:
+                seen.add(values)
+                self._add(points, values, config, device)
+        return list(points.values())
+
+    def _add(
+        self, points: dict[tuple[Any, ...], Any], values: tuple[Any, ...], config: Config, device: torch.device
+    ) -> None:
+        drawn = override(config, dict(zip(self.space, values, strict=True)), self.source)
+        if self.purpose == "speed":
+            drawn = canonical(drawn, device)
+        point = {key: get_value(drawn, key) for key in self.space}
+        points.setdefault(tuple(point.values()), point)
+
+
+def load_space(path: str | Path, config: Config) -> Space:
+    """Reads and checks a space file against `config`.
+
+    Raises:
+        RaystarError: what is wrong, where, and what was expected.
+    """
+    return from_mapping(read_mapping(path), config, str(path))
+
+
+def from_mapping(content: Mapping[str, Any], config: Config, source: str) -> Space:
+    """A `Space` from a mapping read from `source`."""
+    for key in content:
+        if key not in _KNOWN:
+            raise RaystarError(f"{source}: unknown key {misspelt(key, _KNOWN)}; known: {', '.join(_KNOWN)}")
+    ranges = content.get("space")
+    if not isinstance(ranges, Mapping) or not ranges:
+        raise RaystarError(
+            f"{source}: space: expected the keys to search, for example loss.w_cyc: {{uniform: [0.5, 2]}}"
+        )
+    space = {key_text(key): _distribution(key_text(key), value, source) for key, value in ranges.items()}
+    search = _one_of(content.get("search", "random"), _SEARCHES, f"{source}: search")
+    if search == "grid" and (ranged := [key for key, d in space.items() if d.kind != "choice"]):
+        raise RaystarError(f"{source}: search grid needs choices, but {', '.join(ranged)} has a range")
+    if search == "tpe" and importlib.util.find_spec("optuna") is None:
+        raise RaystarError(f"{source}: search tpe needs the package optuna; install raystar[tpe]")
+    purpose = _one_of(content.get("purpose", "quality"), tuple(_PURPOSES), f"{source}: purpose")
+    resources = _resources(content.get("resources", {}), source)
+    if purpose == "speed":
+        _check_speed(space, search, resources, source)
+    metric, mode = _PURPOSES[purpose]
+    description = content.get("description", "")
+    baseline = _boolean(content.get("baseline", True), f"{source}: baseline")
+    trials = _whole(content.get("trials", 12), f"{source}: trials", 1, _MOST)
+    if search == "grid":
+        combinations = math.prod(len(d.values) for d in space.values())
+        if combinations > _MOST:
+            raise RaystarError(
+                f"{source}: search grid: expected at most {_MOST} combinations, found {combinations}; "
+                "leave out choices, or use search: random"
+            )
+        trials = combinations + (1 if baseline else 0)
+    metrics = SPEED_METRICS if purpose == "speed" else METRICS
+    space_file = Space(
+        source=source,
+        metric=_metric(content.get("metric", metric), metrics, f"{source}: metric"),
+        mode=_one_of(content.get("mode", mode), ("min", "max"), f"{source}: mode"),
+        trials=trials,
+        space=space,
+        description=description if isinstance(description, str) else show(description),
+        purpose=purpose,
+        baseline=baseline,
+        search=search,
+        seed=_whole(content.get("seed", 0), f"{source}: seed", 0, MAX_WHOLE),
+        scheduler=read_scheduler(content.get("scheduler", {}), metrics, source),
+        resources=resources,
+        collapse=_collapse(content.get("collapse", {}), source),
+        keep=_whole(content.get("keep", Space.keep), f"{source}: keep", 1, _MOST),
+        finalists=_finalists(content.get("finalists"), purpose, space, source),
+        abort_after=_whole(content.get("abort_after", Space.abort_after), f"{source}: abort_after", 0, _MOST),
+    )
+    _ = space_file.ranking  # refuses what has no known direction
+    return space_file
+
+
+def _check_speed(space: Mapping[str, Distribution], search: str, resources: Resources, source: str) -> None:
+    """A speed sweep's best is taken over into other runs, so it may change nothing but how fast they are."""
+    for key in space:
+        if key not in SPEED_KEYS:
+            raise RaystarError(
+                f"{source}: space: {key}: purpose speed searches only what leaves the results as they are: "
+                f"{', '.join(SPEED_KEYS)}"
+            )
+    if search == "tpe":
+        raise RaystarError(f"{source}: search: expected random or grid for purpose speed, found tpe")
+    if resources.workers != 1:
+        raise RaystarError(
+            f"{source}: resources.workers: purpose speed measures one worker on one device, found {resources.workers}"
+        )
+
+
+def _distribution(key: str, value: Any, source: str) -> Distribution:
+    where = f"{source}: space: {key}"
+    spec = key_field(key, f"{source}: space")
+    if key.partition(".")[0] in _FIXED_SECTIONS or key in _FIXED_KEYS or not spec.metadata["result"]:
+        raise RaystarError(f"{where}: cannot be searched: trials could not be compared, or would not differ")
+    if not isinstance(value, Mapping) or len(value) != 1:
+        raise RaystarError(
+            f"{where}: expected one of {', '.join(KINDS)}, as in {{uniform: [0.5, 2.0]}}; found {show(value)}"
+        )
+    ((kind, values),) = value.items()
+    if kind not in KINDS:
+        raise RaystarError(f"{where}: unknown distribution {misspelt(kind, KINDS)}; known: {', '.join(KINDS)}")
+    if not isinstance(values, list | tuple) or not values:
+        raise RaystarError(f"{where}: {kind}: expected a list, found {show(values)}")
+    if kind == "choice":
+        return Distribution(kind, tuple(check_value(key, v, f"{source}: space") for v in values))
+    if len(values) != 2:
+        raise RaystarError(f"{where}: {kind}: expected [low, high], found {show(list(values))}")
+    if kind == "randint":
+        low, high = (_whole(v, f"{where}: randint", -MAX_WHOLE) for v in values)
+        # The upper end is excluded, as in Python and Ray, so high - 1 is the largest value drawn.
+        for value_drawn in (low, high - 1):
+            check_value(key, value_drawn, f"{source}: space")
+    else:
+        low, high = (check_value(key, v, f"{source}: space") for v in values)
+        if key == "loss.ds_decay_epochs" and not isinstance(high, float):
+            raise RaystarError(
+                f"{where}: {kind}: takes shares of the run, both ends below 1, found [{low:g}, {high:g}]; "
+                "use randint or choice for epochs"
+            )
+        if not isinstance(low, float) or not isinstance(high, float):
+            raise RaystarError(f"{where}: takes whole numbers or names; use randint or choice instead of {kind}")
+    if not low < high:
+        raise RaystarError(f"{where}: {kind}: expected low < high, found [{low:g}, {high:g}]")
+    if kind == "loguniform" and low <= 0:
+        raise RaystarError(f"{where}: loguniform: expected low above 0, found [{low:g}, {high:g}]")
+    return Distribution(kind, (low, high))
+
+
+def ranking(scheduler: Scheduler, metric: str, mode: str, source: str) -> tuple[str, str]:
+    """What ranks trials at rungs, and which way, in a sweep for `metric`.
+
+    The score is for the end: whatever begins to move looks worse before it gets better, and the ruler's outlook allows
+    for that.
+
+    Raises:
+        RaystarError: a metric of which nobody knows which way is better.
+    """
+    found = scheduler.metric or (_OUTLOOK if metric == _SCORE else metric)
+    if found == metric:
+        return found, mode
+    group, _, name = found.partition("/")
+    if group != "eval":
+        raise RaystarError(
+            f"{source}: scheduler.metric: {found}: whether more of it is better is not known; expected a metric of the "
+            f"ruler's ({', '.join(RULER_METRICS)}) or the sweep's own, {metric}"
+        )
+    return found, "max" if name in HIGHER else "min"
+
+
+def read_scheduler(content: Any, metrics: Sequence[str], source: str) -> Scheduler:
+    """The scheduler of a space file, whose sweep can report `metrics`."""
+    where = f"{source}: scheduler"
+    _section(content, ("type", "max_epochs", "grace_epochs", "reduction_factor", "metric"), where)
+    most, grace, metric = (content.get(key) for key in ("max_epochs", "grace_epochs", "metric"))
+    found = Scheduler(
+        type=_one_of(content.get("type", "asha"), ("asha", "none"), f"{where}.type"),
+        max_epochs=None if most is None else _whole(most, f"{where}.max_epochs", 1),
+        grace_epochs=None if grace is None else _whole(grace, f"{where}.grace_epochs", 1),
+        reduction_factor=_number(content.get("reduction_factor", 2), f"{where}.reduction_factor"),
+        metric=None if metric is None else _metric(metric, metrics, f"{where}.metric"),
+    )
+    if found.reduction_factor <= 1:
+        raise RaystarError(f"{where}.reduction_factor: expected more than 1, found {found.reduction_factor:g}")
+    if found.max_epochs is not None and (found.grace_epochs or 0) > found.max_epochs:
+        raise RaystarError(
+            f"{where}.grace_epochs: expected at most max_epochs {found.max_epochs}, found {found.grace_epochs}"
+        )
+    return found
+
+
+def _finalists(content: Any, purpose: str, space: Mapping[str, Distribution], source: str) -> Finalists:
+    where = f"{source}: finalists"
+    if purpose == "speed":
+        if content is not None:
+            raise RaystarError(f"{where}: purpose speed has none, since speed does not depend on a seed; leave it out")
+        return Finalists(0, 0)
+    if content is None:  # where seeds are searched, there is no other seed to train from
+        return Finalists(seeds=0) if SEED in space else Finalists()
+    if not isinstance(content, Mapping):
+        return Finalists(_whole(content, where, 0, _MOST), 0)
+    _section(content, ("top", "seeds"), where)
+    found = Finalists(
+        _whole(content.get("top", Finalists.top), f"{where}.top", 0, _MOST),
+        _whole(content.get("seeds", Finalists.seeds), f"{where}.seeds", 0, _MOST),
+    )
+    if found.seeds and SEED in space:
+        raise RaystarError(
+            f"{where}.seeds: the best are trained again from other seeds, but the space searches {SEED} itself; "
+            "leave that out, or set seeds: 0"
+        )
+    return found
+
+
+def _collapse(content: Any, source: str) -> Collapse:
+    where = f"{source}: collapse"
+    _section(content, ("diversity", "epochs"), where)
+    diversity = _number(content.get("diversity", Collapse.diversity), f"{where}.diversity")
+    if not 0 <= diversity <= 1:
+        raise RaystarError(f"{where}.diversity: expected between 0 and 1, found {diversity:g}")
+    return Collapse(diversity, _whole(content.get("epochs", Collapse.epochs), f"{where}.epochs", 0))
+
+
+def _resources(content: Any, source: str) -> Resources:
+    where = f"{source}: resources"
+    _section(content, ("gpus", "cpus", "workers"), where)
+    gpus = content.get("gpus", "auto")
+    if gpus != "auto":
+        gpus = _number(gpus, f"{where}.gpus")
+        if not 0 <= gpus <= 1:
+            raise RaystarError(
+                f"{where}.gpus: expected auto, 0, 1 or a fraction: a worker trains on one device; found {gpus:g} "
+                f"(for a trial on several, set resources.workers)"
+            )
+    workers = _whole(content.get("workers", 1), f"{where}.workers", 1)
+    if workers > 1 and gpus not in ("auto", 0, 1):
+        raise RaystarError(f"{where}.gpus: {workers} workers take a whole GPU each, auto, 0 or 1; found {gpus:g}")
+    cpus = content.get("cpus", 1)
+    cpus = cpus if cpus == "auto" else _whole(cpus, f"{where}.cpus", 1)
+    return Resources(gpus=gpus, cpus=cpus, workers=workers)
+
+
+def _section(content: Any, known: tuple[str, ...], where: str) -> None:
+    if not isinstance(content, Mapping):
+        raise RaystarError(f"{where}: expected keys {', '.join(known)}, found {show(content)}")
+    for key in content:
+        if key not in known:
+            raise RaystarError(f"{where}: unknown key {misspelt(key, known)}; known: {', '.join(known)}")
+
+
+def _metric(name: Any, metrics: Sequence[str], where: str) -> str:
+    """The full name of a metric given in full or by its last part."""
+    for metric in metrics:
+        if name in (metric, metric.partition("/")[2]):
+            return metric
+    tails = [metric.partition("/")[2] for metric in metrics]
+    raise RaystarError(f"{where}: unknown {misspelt(name, tails)}; known: {', '.join(tails)}")
+
+
+def _one_of(value: Any, choices: tuple[str, ...], where: str) -> str:
+    if not isinstance(value, str) or value not in choices:
+        raise RaystarError(f"{where}: expected one of {', '.join(choices)}, found {show(value)}")
+    return value
+
+
+def _boolean(value: Any, where: str) -> bool:
+    if not isinstance(value, bool):
+        raise RaystarError(f"{where}: expected true or false, found {show(value)}")
+    return value
+
+
+def _whole(value: Any, where: str, at_least: int, at_most: int = MAX_WHOLE) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise RaystarError(f"{where}: expected a whole number, found {show(value)}")
+    if value < at_least:
+        raise RaystarError(f"{where}: expected at least {at_least}, found {show(value)}")
+    if value > at_most:
+        raise RaystarError(f"{where}: expected at most {at_most}, found {show(value)}")
+    return value
+
+
+def _number(value: Any, where: str) -> float:
+    # A whole number that is no float is beyond every limit here, and beyond isfinite.
+    if isinstance(value, bool) or not isinstance(value, int | float) or not -1e300 < value < 1e300:
+        raise RaystarError(f"{where}: expected a number, found {show(value)}")
+    return float(value)
+
+
+def _rounded(value: float, low: float, high: float) -> float:
+    return min(max(float(f"{value:.{_SIGNIFICANT}g}"), low), high)

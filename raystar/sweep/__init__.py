@@ -1,0 +1,1 @@
+"""A sweep from the request to its last line."""

@@ -1,0 +1,358 @@
+"""A request for a sweep, checked in full before Ray starts."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import re
+import shlex
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from raystar.base.errors import RaystarError, redact
+from raystar.base.storage import Storage
+from raystar.config.load import Config, find_shipped, override, read_mapping, request_config, signature, to_mapping
+from raystar.config.load import from_mapping as config_from_mapping
+from raystar.data.bank import Bank, open_bank
+from raystar.pictures.codec import check_codec
+from raystar.record.finals import SEED
+from raystar.record.retention import check_space, checkpoint_bytes, needed_bytes
+from raystar.record.summary import cache_dir, check_name
+from raystar.record.sweep_file import RECORD, code, differences, read_record
+from raystar.ruler.ruler import check as check_ruler
+from raystar.ruler.ruler import measured_by
+from raystar.search.space import Space
+from raystar.search.space import from_mapping as space_from_mapping
+from raystar.tracking.mlflow.writer import check_uri, default_uri, provenance
+from raystar.training.speed import check_steps
+from raystar.training.step import resolve_device
+
+DEFAULT_CONFIG = "configs/demo.yaml"
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A request that has passed every check that can be made before Ray starts."""
+
+    name: str
+    out: Path
+    config: Config
+    space: Space
+    points: list[dict[str, Any]] | None
+    """The swept values of every trial; None where the search chooses as it goes."""
+    trials: int
+    width: int
+    """Digits of a trial's number."""
+    gpu_share: float
+    """GPUs of each of a trial's workers."""
+    cpus: int
+    """Processors of each."""
+    max_concurrent: int | None
+    time_budget_s: float | None
+    tracking_uri: str
+    bank: Bank
+    record: Mapping[str, Any]
+    """What `sweep.json` says."""
+    resumed: bool = False
+    address: str | None = None
+    """Of a running Ray cluster."""
+    storage: Storage = dataclasses.field(kw_only=True)
+    """The sweep's folder for what trials save."""
+
+    @property
+    def folder(self) -> Path:
+        """The sweep's folder on this machine."""
+        return self.out / self.name
+
+    @property
+    def speed(self) -> bool:
+        """Whether this sweep measures speed alone."""
+        return self.space.purpose == "speed"
+
+    @property
+    def at_a_time(self) -> int:
+        """Trials that run side by side: as many as fit on this machine, and no more than asked for."""
+        workers = self.space.resources.workers
+        fit = usable_cpus() // (self.cpus * workers)
+        if self.gpu_share:
+            fit = min(fit, int(torch.cuda.device_count() / (self.gpu_share * workers)))
+        elif self.speed:
+            fit = 1  # two trials on one device would measure each other
+        return max(1, min(fit, self.max_concurrent or fit, self.trials + self.repeats))
+
+    @property
+    def seeds(self) -> list[int]:
+        """From which the finalists are trained again; none where they are not."""
+        first, wanted = self.config.training.seed + 1, self.space.finalists
+        return list(range(first, first + wanted.seeds)) if wanted.top else []
+
+    @property
+    def repeats(self) -> int:
+        """How many trials the finals will have, at most."""
+        return len(self.seeds) * min(self.space.finalists.top + (1 if self.space.baseline else 0), self.trials)
+
+    @property
+    def cache_dir(self) -> Path:
+        """Packed latents, the ruler and compiled code, shared by all sweeps below `out`."""
+        return cache_dir(self.config, self.out)
+
+    def trial_name(self, number: int) -> str:
+        """`t00`, `t01`, ...; a sweep that is made longer keeps the names it has."""
+        return f"t{number:0{self.width}d}"
+
+
+def make_plan(args: argparse.Namespace) -> Plan:
+    """Checks the whole request.
+
+    Raises:
+        RaystarError: the first thing that is wrong.
+    """
+    for flag, value in (
+        ("--trials", args.trials),
+        ("--epochs", args.epochs),
+        ("--max-concurrent", args.max_concurrent),
+    ):
+        if value is not None and value < 1:
+            raise RaystarError(f"{flag}: expected at least 1, found {value}")
+    budget = _time_budget(args.time_budget) if args.time_budget else None
+    if args.resume is not None:
+        return _resumed(args, budget)
+    if args.space is None:
+        raise RaystarError("--space: expected a space file, for example search_spaces/loss.yaml, or --resume NAME")
+    name = args.name if args.name is not None else f"{Path(args.space).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+    check_name(name)
+    folder = args.out / name
+    if folder.exists():
+        goes_on = f"go on with --resume {name}, " if (folder / RECORD).exists() else ""
+        raise RaystarError(f"--name {name}: {folder} is there already; {goes_on}choose another name or remove it")
+    asked = {
+        "space": str(args.space),
+        "config": str(args.config),
+        "overlay": list(args.overlay),
+        "set": list(args.set),
+        "epochs": args.epochs,
+        "trials": args.trials,
+    }
+    config, content = _read(asked)
+    config, space = _settle(asked, config, content)
+    return _check(args, budget, name, asked, config, content, space)
+
+
+def _read(asked: Mapping[str, Any]) -> tuple[Config, dict[str, Any]]:
+    """The configuration and the content of the space file that a command names."""
+    config = request_config(asked["config"], asked["overlay"], asked["set"])
+    return config, dict(read_mapping(find_shipped(asked["space"])))
+
+
+def _settle(asked: Mapping[str, Any], config: Config, content: Mapping[str, Any]) -> tuple[Config, Space]:
+    """What the command's flags make of a configuration and a space."""
+    space = space_from_mapping(content, config, str(asked["space"]))
+    if asked["trials"] is not None:
+        if space.search == "grid":
+            raise RaystarError("--trials: a grid search runs every combination; use search: random to choose a number")
+        space = dataclasses.replace(space, trials=asked["trials"])
+    epochs = asked["epochs"] or space.scheduler.max_epochs
+    if epochs is not None:
+        config = override(config, {"training.epochs": epochs}, "--epochs")
+    if space.scheduler.type == "asha" and (space.scheduler.grace_epochs or 0) > config.training.epochs:
+        raise RaystarError(
+            f"{space.source}: scheduler.grace_epochs {space.scheduler.grace_epochs} is more than the "
+            f"{config.training.epochs} epochs of a trial"
+        )
+    # In a sweep the terminal belongs to the table.
+    return override(config, {"training.progress_style": "off", "training.log_json": False}, "sweep"), space
+
+
+def _check(
+    args: argparse.Namespace,
+    budget: float | None,
+    name: str,
+    asked: Mapping[str, Any],
+    config: Config,
+    content: Mapping[str, Any],
+    space: Space,
+    *,
+    before: Mapping[str, Any] | None = None,
+) -> Plan:
+    """Everything that must hold before Ray starts. `before`: the record of the sweep that goes on."""
+    gpu_share, cpus = _resources(config, space, args.address)
+    points = space.points(config, resolve_device(config) if args.address is None else torch.device("cpu"))
+    trials = len(points) if points is not None else space.trials
+    uri = _tracking_uri(args, before)
+    check_uri(uri)
+    storage = Storage(args.storage or (before or {}).get("storage") or str(args.out)).child(name)
+    bank = open_bank(config, cache_dir(config, args.out))
+    if space.purpose == "speed":
+        check_steps(config, bank)
+    else:
+        check_ruler(bank, config)
+        check_codec(config)
+        at_a_time = max(1, usable_cpus() // (cpus * space.resources.workers))
+        top, seeds = space.finalists.top, space.finalists.seeds
+        final = top + 1 if top and seeds else 0  # with the baseline
+        if final:
+            override(config, {SEED: config.training.seed + seeds}, f"{space.source}: finalists")
+        needed = needed_bytes(checkpoint_bytes(config), at_a_time, space.keep + final, trials + final * seeds)
+        check_space(storage, needed)
+    record: dict[str, Any] = {
+        "name": name,
+        "request": dict(asked),
+        "config": to_mapping(config),
+        "space": dict(content),
+        "trials": trials,
+        "points": points,
+        "signature": signature(config),
+        "data": {"root": bank.root, "digest": bank.digest, "latents": len(bank.names)},
+        **({"ruler": measured_by(bank, config)} if space.purpose == "quality" else {}),
+        "storage": args.storage or (before or {}).get("storage"),
+        "tracking_uri": redact(uri),
+        "code": code(),
+        "command": (before or {}).get("command") or redact(shlex.join(["python", *sys.orig_argv[1:]])),
+        "git_commit": (before or {}).get("git_commit") or provenance().get("mlflow.source.git.commit"),
+    }
+    width = max(2, len(str((before or record)["trials"] - 1)))
+    return Plan(
+        name, args.out, config, space, points, trials, width, gpu_share, cpus, args.max_concurrent, budget, uri, bank,
+        record, before is not None, args.address, storage=storage,
+    )  # fmt: skip
+
+
+def _tracking_uri(args: argparse.Namespace, before: Mapping[str, Any] | None) -> str:
+    """Where records go; a sweep that goes on stays with its store."""
+    given = args.tracking_uri or default_uri(args.out)
+    if before is None:
+        return given
+    then = str(before["tracking_uri"])
+    if redact(given) == then:
+        return given
+    if args.tracking_uri is not None or redact(then + "x") != then + "x":
+        raise RaystarError(
+            f"--tracking-uri: this sweep's runs are in {then}"
+            + (f", not in {redact(given)}" if args.tracking_uri else "; give it again, with its password")
+        )
+    return then
+
+
+def _resumed(args: argparse.Namespace, budget: float | None) -> Plan:
+    """The plan of a sweep that goes on: its record's, unless what it was made from has changed and `--force` is given.
+
+    Raises:
+        RaystarError: what has changed; or anything that `make_plan` refuses.
+    """
+    name = args.resume
+    check_name(name, "--resume")
+    for flag, given in (
+        ("--name", args.name), ("--space", args.space), ("--overlay", args.overlay), ("--set", args.set),
+        ("--epochs", args.epochs), ("--storage", args.storage), ("--config", args.config != DEFAULT_CONFIG),
+    ):  # fmt: skip
+        if given:
+            raise RaystarError(f"--resume {name} goes on as the sweep was asked for; leave out {flag}")
+    before = read_record(args.out, name)
+    asked = {**before["request"], **({"trials": args.trials} if args.trials is not None else {})}
+    config, content = config_from_mapping(before["config"], RECORD), before["space"]
+    changed = differences(before["code"], code(), "code")
+    gone = [file for file in (asked["space"], asked["config"], *asked["overlay"]) if not find_shipped(file).is_file()]
+    if gone:
+        print(f"note: {' and '.join(gone)} not there any more; the sweep's record counts", file=sys.stderr)
+    else:
+        config_now, content_now = _read(asked)
+        config_now, _ = _settle(asked, config_now, content_now)
+        changed += differences(to_mapping(config), to_mapping(config_now), "configuration")
+        changed += differences(content, content_now, "space")
+        if args.force:
+            config, content = config_now, content_now
+    config, space = _settle(asked, config, content)
+    plan = _check(args, budget, name, asked, config, content, space, before=before)
+    changed += differences(before["data"], plan.record["data"], "data")
+    if plan.trials < before["trials"]:
+        raise RaystarError(f"--trials: sweep {name} has {before['trials']} trials; expected at least as many")
+    if plan.record.get("ruler") != before.get("ruler"):
+        listed = "".join(f"\n  {line}" for line in changed)
+        raise RaystarError(
+            f"--resume {name}: its scores are those of another ruler, {before.get('ruler', 'of an earlier version')}, "
+            f"and cannot be compared with those of {plan.record.get('ruler', 'none')} now, not even with --force; "
+            + (f"put back what has changed, or start a new sweep:{listed}" if changed else "start a new sweep")
+        )
+    if changed and not args.force:
+        listed = "".join(f"\n  {line}" for line in changed)
+        raise RaystarError(
+            f"--resume {name}: not what the sweep began with:{listed}\n"
+            "put it back, or go on with what is there now with --force"
+        )
+    if changed:
+        print(f"note: {len(changed)} things have changed since sweep {name} began; --force goes on", file=sys.stderr)
+    return plan
+
+
+def share_of_gpu(config: Config, space: Space, there: int) -> float:
+    """GPUs of each worker of a trial, where there are so many."""
+    gpus = space.resources.gpus
+    if gpus == "auto":
+        whole = space.purpose == "speed" or space.resources.workers > 1
+        gpus = (1.0 if whole else 0.5) if there and config.training.device != "cpu" else 0.0
+    return float(gpus)
+
+
+def _resources(config: Config, space: Space, address: str | None) -> tuple[float, int]:
+    """GPUs and processors that each worker of a trial gets; checked against this machine, if trials run here."""
+    there = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    speed, workers = space.purpose == "speed", space.resources.workers
+    trial = "a trial wants" if workers == 1 else f"{workers} workers want"
+    gpus, cpus = share_of_gpu(config, space, there), space.resources.cpus
+    if address is not None:
+        if speed:
+            raise RaystarError("--address: a speed sweep measures one machine; run it there, without --address")
+        _check_shares(config, space)
+        return gpus, 1 if cpus == "auto" else int(cpus)
+    if cpus == "auto":
+        cpus = usable_cpus() // workers if speed and not gpus else 1
+    cpus = max(1, int(cpus))
+    if cpus * workers > usable_cpus():
+        raise RaystarError(
+            f"{space.source}: resources.cpus: {trial} {cpus * workers}, this machine has {usable_cpus()}"
+        )
+    _check_shares(config, space)
+    if gpus * workers > there:
+        raise RaystarError(
+            f"{space.source}: resources.gpus: {trial} {gpus * workers:g}, this machine has {there}; "
+            + ("use auto or 0" if workers == 1 else "lower resources.workers, or set gpus: 0")
+        )
+    if speed and 0 < gpus < 1:
+        raise RaystarError(f"{space.source}: resources.gpus: speed is measured on a whole GPU; found {gpus:g}")
+    if gpus == 0 and config.training.device == "cuda":
+        raise RaystarError(
+            "training.device: cuda was asked for, but resources.gpus gives trials no GPU; set it to auto"
+        )
+    resolve_device(config)
+    return gpus, cpus
+
+
+def _check_shares(config: Config, space: Space) -> None:
+    """Every batch size that a trial may have leaves each worker something to do."""
+    workers = space.resources.workers
+    swept = space.space.get("training.batch_size")
+    sizes = [config.training.batch_size] if swept is None or space.baseline else []
+    smallest = min([*sizes, *(swept.values if swept is not None else ())])
+    if smallest < workers:
+        raise RaystarError(
+            f"{space.source}: resources.workers: {workers} workers share every batch, and training.batch_size can be "
+            f"{smallest}; lower workers or raise it"
+        )
+
+
+def usable_cpus() -> int:
+    """Processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _time_budget(text: str) -> float:
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd])", text.strip())
+    if not found or float(found[1]) <= 0:
+        raise RaystarError(f"--time-budget {text}: expected a number and a unit, for example 90s, 30m, 4h or 2d")
+    return float(found[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400}[found[2]]

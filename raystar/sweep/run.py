@@ -1,0 +1,232 @@
+"""A sweep from its checked request to its exit status: prepares what a session needs, and runs it."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import os
+import shutil
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from raystar.backend import nodes as cluster
+from raystar.base.errors import RaystarError
+from raystar.base.journal import Journal
+from raystar.config.load import Config, override, to_mapping
+from raystar.pictures.codec import open_codec, say
+from raystar.record import finals
+from raystar.record.state import Ledger
+from raystar.record.summary import UNFINISHED, Summary
+from raystar.record.sweep_file import JOURNAL, locked, write_record
+from raystar.ruler.ruler import Ruler, ruler_file
+from raystar.search.asha import Rungs
+from raystar.sweep.live_table import announce
+from raystar.sweep.plan import Plan, share_of_gpu, usable_cpus
+from raystar.sweep.session import Session
+from raystar.tracking.mlflow import writer as tracking
+from raystar.tracking.mlflow.writer import SPOOL, MlflowTracker, provenance
+
+_PLACING_S = 3600.0  # for nodes to fetch latents from a distant storage
+
+# Read by Ray while it is imported; why each is needed is written down in the design's facts.
+_RAY_ENVIRONMENT = {
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    "RAY_TRAIN_V2_ENABLED": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_worker_niceness": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    # Tune gives a stopped trial's thread two seconds to leave before it reuses the process, and on a busy machine
+    # drops the next trial without a word when that is too short (LOG.md). It leaves by itself: wait for it.
+    "TUNE_FUNCTION_THREAD_TIMEOUT_S": "600",
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",
+    # The sweep's own journal is what goes on; writing Tune's state costs more with every trial.
+    "TUNE_GLOBAL_CHECKPOINT_S": "1000000000",
+    # For trials of several workers: reports are passed on five times a second, a group waits as long as it must for
+    # its processors, and nobody watches for a cloud that takes machines back (one more process a trial).
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "86400",
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
+}
+
+
+def run(plan: Plan) -> int:
+    """Runs a checked sweep, or the rest of one, to its end; returns the exit status of `python -m raystar.tune`.
+
+    Raises:
+        RaystarError: Ray, the ruler or the tracking store cannot be started, or the sweep is running already.
+    """
+    plan.folder.mkdir(parents=True, exist_ok=plan.resumed)
+    with locked(plan.folder):
+        try:
+            return _run(plan)
+        except BaseException as ended:
+            if not plan.resumed and not (plan.folder / "summary.json").exists():  # no result: the name stays free
+                shutil.rmtree(plan.folder)
+            if isinstance(ended, SystemExit):  # what Ray makes of SIGTERM while it starts
+                raise KeyboardInterrupt from None
+            raise
+
+
+def _run(plan: Plan) -> int:
+    write_record(plan.folder, plan.record)
+    ledger = _ledger(plan)
+    left = _left(plan, ledger)
+    again = f", the best {plan.space.finalists.top} again from other seeds" if plan.seeds else ""
+    announce(
+        f"sweep {plan.name}{' goes on' if plan.resumed else ''}: {plan.trials} trials of up to "
+        f"{plan.config.training.epochs} epochs{again}{f', {left} to go' if plan.resumed else ''}, "
+        f"{len(plan.bank.domains)} domains, {sum(map(len, plan.bank.train))} latents"
+        + (f"; starting Ray, MLflow{'' if plan.speed else ', the ruler'}" if left else "")
+    )
+    if not left:
+        return _tracked(plan, ledger, None, dict)
+    _set_environment(plan)
+    # Made while Ray starts and the trials' processes import; a trial that comes first waits for its file.
+    ruler = _Background(lambda: {} if plan.speed else Ruler.build(plan.bank, plan.config, plan.cache_dir).references)
+    try:
+        _start_ray(plan)
+        placed = None
+        if plan.address is not None:
+            plan, placed = _on_the_cluster(plan, ruler)
+        if not plan.speed:
+            config, note = _settle_codec(plan.config)
+            say(note)
+            plan = dataclasses.replace(plan, config=config)
+        return _tracked(plan, ledger, placed, ruler.result)
+    finally:
+        cluster.stop()
+
+
+def _tracked(plan: Plan, ledger: Ledger, placed: cluster.Placed | None, ruler_ready: Callable[[], Any]) -> int:
+    tracker = MlflowTracker(
+        plan.tracking_uri,
+        plan.out / "artifacts",
+        {"name": Path(plan.bank.root).name or "latents", "digest": plan.bank.digest, "source": plan.bank.root},
+        {**provenance(), "raystar.sweep": plan.name},
+        plan.space.metric,
+        plan.space.mode == "min",
+        columns=list(plan.space.space),
+        spool=plan.folder / SPOOL,
+    )
+    try:
+        return Session(plan, tracker, ledger, placed, ruler_ready).run()
+    except RaystarError:
+        tracker.close()
+        raise
+
+
+def _ledger(plan: Plan) -> Ledger:
+    """What is known of the sweep: the trials that are planned, and what its journal says of them."""
+    space, epochs = plan.space, plan.config.training.epochs
+    baseline = plan.trial_name(0) if space.baseline else None
+    summary = Summary(plan.name, space.metric, space.mode, plan.trials, baseline)
+    rungs = None
+    if space.scheduler.type == "asha":
+        scheduler, (_, mode) = space.scheduler, space.ranking
+        rungs = Rungs(mode, scheduler.grace(epochs), scheduler.reduction_factor, epochs, baseline)
+    ledger = Ledger(summary, rungs, epochs, space.collapse, space.ranking[0])
+    for number, point in enumerate(plan.points or []):
+        summary.add(plan.trial_name(number), dict(point))
+    if plan.resumed:
+        ledger.replay(Journal(plan.folder / JOURNAL))
+    return ledger
+
+
+def _left(plan: Plan, ledger: Ledger) -> int:
+    """Trials that are still to be run, or run on."""
+    trials = ledger.summary.trials
+
+    def over(name: str) -> bool:
+        return name in trials and (trials[name].status not in UNFINISHED or name in ledger.due)
+
+    search = plan.trials - sum(over(name) for name, record in trials.items() if record.parent is None)
+    if search:
+        return search + plan.repeats
+    settled = (
+        dataclasses.replace(record, status=str(ledger.due[name].ends)) if name in ledger.due else record
+        for name, record in trials.items()
+    )
+    chosen = finals.choose(settled, plan.space.mode, plan.space.finalists.top, ledger.summary.baseline_trial)
+    return sum(not over(name) for name in finals.repeats(chosen, plan.seeds))
+
+
+class _Background:
+    """Runs a function in a thread; `result` waits for it and raises what it raised."""
+
+    def __init__(self, function: Callable[[], Any]) -> None:
+        self._value: Any = None
+        self._error: BaseException | None = None
+        # Not a daemon: one that is inside PyTorch while the interpreter ends makes Ray abort the process.
+        self._thread = threading.Thread(target=self._run, args=(function,))
+        self._thread.start()
+
+    def _run(self, function: Callable[[], Any]) -> None:
+        try:
+            self._value = function()
+        except BaseException as error:
+            self._error = error
+
+    def result(self) -> Any:
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+        return self._value
+
+
+def _set_environment(plan: Plan) -> None:
+    """Before any thread begins: where one sets a variable while another's C library reads one, the process crashes."""
+    if plan.address is None:
+        # Trials compile once a sweep, not once each; the cache is shared by every sweep below --out.
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(plan.cache_dir / "inductor"))
+    os.environ.update(_RAY_ENVIRONMENT)
+    tracking.set_environment()
+    # Before anything imports Ray, which reads once whether there is a token; its servers would want one all the same.
+    cluster.settle_token(create=plan.address is None)
+
+
+def _start_ray(plan: Plan) -> None:
+    # Tune's imports take two seconds, most of which Ray spends waiting for its processes.
+    imports = _Background(
+        lambda: [importlib.import_module(f"raystar.backend.{name}") for name in ("trial", "tune_hooks")]
+    )
+    # What steers a group of workers takes a hundredth beside them; how many groups fit, Plan.at_a_time says.
+    cpus = usable_cpus() + (1 if plan.space.resources.workers > 1 else 0)
+    cluster.start(plan.address, cpus=cpus, environment=_RAY_ENVIRONMENT)
+    imports.result()
+
+
+def _on_the_cluster(plan: Plan, ruler: _Background) -> tuple[Plan, cluster.Placed]:
+    """Checks that the cluster's nodes can run the sweep, and gives them what trials need."""
+    space = plan.space
+    where = f"{space.source}: resources"
+    cluster.check_tracking(plan.tracking_uri)
+    gpus = share_of_gpu(plan.config, space, int(sum(node.gpus for node in cluster.nodes())))
+    fit = cluster.check_resources(plan.cpus, gpus, space.resources.workers, where)
+    cluster.probe_storage(plan.storage.uri)
+    ruler.result()
+    placed = cluster.place_data(
+        to_mapping(plan.config),
+        plan.bank,
+        plan.cache_dir,
+        [] if plan.speed else [ruler_file(plan.bank, plan.config, plan.cache_dir)],
+        plan.storage.child("shared"),
+        timeout_s=_PLACING_S,
+    )
+    there = cluster.nodes()
+    announce(f"{len(there)} node{'s' if len(there) > 1 else ''}, {fit} trials at a time; nodes that join are used")
+    return dataclasses.replace(plan, gpu_share=gpus), placed
+
+
+def _settle_codec(config: Config) -> tuple[Config, str | None]:
+    """Tries the codec once for all trials: one that cannot be had is looked for, and told of, a single time."""
+    if config.visualization.vae_model_name_or_path is None or not config.grid_every:
+        return config, None
+    _, note = open_codec(config)
+    if note is None:
+        return config, None
+    return override(config, {"visualization.vae_model_name_or_path": None}, "codec"), note

@@ -1,0 +1,174 @@
+"""Records on their way to a store that may be away: a file holds them, in order, until the store has taken them."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from raystar.base.journal import Journal, sync_folder
+
+
+@dataclass
+class Told:
+    """What was said of a trial so far, by this process and by those before it."""
+
+    started: bool = False
+    open: bool = False
+    epoch: int = 0
+    """The highest epoch."""
+    pictured: int = 0
+    """The highest epoch with pictures."""
+    untrained: bool = False
+    """Whether epoch 0 is there, which may come after others."""
+    final: dict[str, float] = field(default_factory=dict)
+    """Metrics without an epoch."""
+    model: int = 0
+    """The epoch whose model came last."""
+    registered: int = 0
+    """The epoch whose model was to be registered last."""
+
+
+class Spool:
+    """A queue in a file that outlives its process; one thread adds, another takes.
+
+    `NAME.jsonl` holds the records. `NAME.done.jsonl`, beside it, says how far the store has taken them and in which
+    runs, and what was told of the trials whose records are gone. A record is a mapping with `do` and `trial`; `add`
+    gives it a number `n` and the time `at` in milliseconds.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.trials: dict[str, Told] = {}
+        self.runs: dict[str, str] = {}
+        """Where the store keeps a trial."""
+        self._records = Journal(path)
+        self._done = Journal(path.with_suffix(".done.jsonl"))
+        self._taken = self._last = self._start = self._end = 0
+        gone = 0
+        for line in self._done:
+            self._taken = max(self._taken, line["n"])
+            self.runs |= line.get("runs", {})
+            if "trials" in line:
+                gone = line["n"]
+                self.trials = {trial: Told(**told) for trial, told in line["trials"].items()}
+        self._last = self._taken
+        for record, end in self._records.read():
+            self._last, self._end = max(self._last, record["n"]), end
+            if record["n"] <= self._taken:
+                self._start = end
+            if record["n"] > gone:
+                self._remember(record)
+        self.inherited = self._last
+        """The last record of earlier processes. The store may have one of them that is not marked as taken."""
+        self._adding = threading.Lock()
+        self._news = threading.Condition()
+        self._finished = False
+
+    @property
+    def waiting(self) -> int:
+        """How many records the store has not taken."""
+        return self._last - self._taken
+
+    def told(self, trial: str) -> Told:
+        """What was said of `trial` so far."""
+        return self.trials.get(trial, Told())
+
+    def add(self, do: str, trial: str, **values: Any) -> None:
+        """Puts a record at the end. It is safe from this process's death at once, from a power cut after `sync`."""
+        with self._adding:
+            record = {"n": self._last + 1, "at": int(time.time() * 1000), "do": do, "trial": trial, **values}
+            end = self._records.append(record)
+            self._remember(record)
+            with self._news:
+                self._last, self._end = record["n"], end
+                self._news.notify_all()
+
+    def _remember(self, record: dict[str, Any]) -> None:
+        told = self.trials.setdefault(record["trial"], Told())
+        if record["do"] in ("start", "reopen"):
+            told.started = told.open = True
+        elif record["do"] == "end":
+            told.open = False
+        elif record["do"] == "attach":
+            told.final |= record["metrics"]
+        elif record["do"] == "model":
+            told.model = record["epoch"]
+        elif record["do"] == "register":
+            told.registered = record["epoch"]
+        elif record["do"] == "view":
+            return
+        elif record["epoch"]:
+            told.epoch = max(told.epoch, record["epoch"])
+            if record.get("images"):
+                told.pictured = max(told.pictured, record["epoch"])
+        else:
+            told.untrained = True
+
+    def sync(self) -> None:
+        """Returns once every record survives a power cut."""
+        self._records.sync()
+
+    def take(self) -> Iterator[dict[str, Any]]:
+        """What the store has not taken, oldest first; waits for more until `finish` is called.
+
+        A record is on the disk before it is handed out, so that the store never knows one that the file does not.
+        """
+        position = self._start
+        while True:
+            with self._news:
+                while self._end == position and not self._finished:
+                    self._news.wait()
+                end = self._end
+            if position == end:
+                return
+            self.sync()
+            for record, behind in self._records.read(position):
+                if record["n"] > self._taken:
+                    yield record
+                if behind >= end:
+                    break
+            position = end
+
+    def taken(self, record: dict[str, Any], run: str | None = None) -> None:
+        """Marks a record as taken by the store, where `run` is the trial's from now on."""
+        done: dict[str, Any] = {"n": record["n"]}
+        if run is not None:
+            done["runs"] = {record["trial"]: run}
+            self.runs[record["trial"]] = run
+        self._done.append(done)
+        if run is not None:  # a record taken twice does no harm, a trial without its run would
+            self._done.sync()
+        self._taken = record["n"]
+
+    def finish(self) -> None:
+        """Lets `take` end once nothing is left."""
+        with self._news:
+            self._finished = True
+            self._news.notify_all()
+
+    def close(self) -> None:
+        """Gives the files back. Once everything is taken, they keep only what a later process must know."""
+        if self._end and not self.waiting:
+            self._compact()
+            self._start = self._end = 0
+        self._records.close()
+        self._done.close()
+
+    def _compact(self) -> None:
+        whole = self._done.path
+        part = Journal(whole.with_suffix(".part"))
+        part.path.unlink(missing_ok=True)
+        trials = {trial: asdict(told) for trial, told in self.trials.items()}
+        part.append({"n": self._taken, "runs": self.runs, "trials": trials})
+        part.sync()
+        part.close()
+        self._done.close()
+        os.replace(part.path, whole)
+        sync_folder(whole.parent)
+        if self.path.exists():
+            os.truncate(self.path, 0)

@@ -1,0 +1,102 @@
+"""The parity gate: settings that are to change speed must leave losses and gradients what eager float32 gives.
+
+How much rounding may change them depends on sizes and data, so it is measured: eager bf16 runs the same steps.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor
+
+from raystar.base.errors import WrongResults
+from raystar.config.load import Config, override
+from raystar.data.bank import LatentDataset
+from raystar.model.networks import NAMES
+from raystar.training.step import LOGGED, TrainState, train_step
+
+_TIMES_BF16 = 3.0  # the limit, in differences of eager bf16 from eager float32 ...
+_LOSS_AT_LEAST, _GRADIENT_AT_LEAST = 0.02, 0.05  # ... but not below these: some of them are small by chance,
+_AT_MOST = 0.5  # ... nor above this, where results are wrong in any precision
+_FLOOR = 0.03
+"""Share of its network's gradient that is added to a parameter's: some gradients (of a bias before a
+normalisation) are exactly zero but for rounding."""
+_EAGER = {"training.use_compile": False, "training.channels_last": False, "training.ema_epochs": 0}
+
+
+def check_parity(state: TrainState, data: LatentDataset) -> None:
+    """Compares the first steps of `state`, as it would train, with eager float32, and leaves it as it was.
+
+    Every step starts from the same weights and sees a real batch; one of them computes R1.
+
+    Raises:
+        WrongResults: which loss, or the gradient of which parameter, differs and by how much.
+    """
+    reference = _eager(state, {"training.use_amp": False})
+    rounded = _eager(state, {"training.use_amp": True, "training.amp_dtype": "bf16"})
+    weights = copy.deepcopy(state.nets.state_dict())
+    _wake(reference)
+    try:
+        for number, step in enumerate((1, state.config.loss.r1_interval), start=1):
+            batch = data.batch(min(number, data.steps)).to(state.device)
+            for other in (state, rounded):
+                other.nets.load_state_dict(reference.nets.state_dict(), "parity")
+            wanted, usual, found = (
+                train_step(each, batch, epoch=1, step=step) for each in (reference, rounded, state)
+            )  # fmt: skip
+            for name in LOGGED:
+                _compare_losses(name, step, float(wanted[name]), float(usual[name]), float(found[name]))
+            for net in NAMES:
+                _compare_gradients(net, step, *(getattr(s.nets, net) for s in (reference, rounded, state)))
+    finally:
+        state.nets.load_state_dict(weights, "parity")
+        for optimizer in (state.opt_g, state.opt_d):
+            optimizer.zero_grad(set_to_none=True)
+            optimizer.state.clear()
+
+
+def _eager(state: TrainState, settings: dict[str, object]) -> TrainState:
+    config: Config = override(state.config, {**_EAGER, **settings}, "parity")
+    return TrainState.create(config, state.device)
+
+
+def _wake(state: TrainState) -> None:
+    """Gives parameters that start at zero (AdaIN's) values: what they multiply, the style, would go unseen."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for _, net in state.nets.items():
+            for parameter in net.parameters():
+                if not parameter.any():
+                    parameter.copy_(torch.randn(parameter.shape, generator=generator))
+
+
+def _compare_losses(name: str, step: int, wanted: float, usual: float, found: float) -> None:
+    # Losses near zero are all rounding, hence the 1.
+    scale = 1 + abs(wanted)
+    if not abs(found - wanted) / scale <= _limit(abs(usual - wanted) / scale, _LOSS_AT_LEAST):
+        raise WrongResults(f"wrong results: {name} of step {step} is {found:.5g}, eager float32 gives {wanted:.5g}")
+
+
+def _compare_gradients(
+    net: str, step: int, wanted: torch.nn.Module, usual: torch.nn.Module, found: torch.nn.Module
+) -> None:
+    gradients = [_gradient(parameter) for parameter in wanted.parameters()]
+    floor = _FLOOR * torch.cat([gradient.flatten() for gradient in gradients]).norm().clamp_min(1e-12)
+    named = zip(found.named_parameters(), usual.parameters(), gradients, strict=True)
+    for (name, parameter), rounded, gradient in named:
+        scale = gradient.norm() + floor
+        difference, rounding = (float((_gradient(p) - gradient).norm() / scale) for p in (parameter, rounded))
+        if not difference <= _limit(rounding, _GRADIENT_AT_LEAST):
+            raise WrongResults(
+                f"wrong results: the gradient of {net}.{name} in step {step} differs from eager float32 by "
+                f"{difference:.0%}; bf16 alone makes {rounding:.0%}"
+            )
+
+
+def _limit(rounding: float, at_least: float) -> float:
+    return min(max(_TIMES_BF16 * rounding, at_least), _AT_MOST)
+
+
+def _gradient(parameter: torch.nn.Parameter) -> Tensor:
+    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad

@@ -1,0 +1,331 @@
+"""The training loop: `Trainer.run()` yields one `Progress` an epoch, and knows neither Ray nor MLflow."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import json
+import resource
+import sys
+import time
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from raystar.base.errors import RaystarError, TrialDiverged, TrialOutOfMemory
+from raystar.config.load import Config
+from raystar.data.bank import Bank, LatentDataset
+from raystar.model.checkpoint import restore, snapshot
+from raystar.model.networks import Nets
+from raystar.pictures import grid
+from raystar.pictures.codec import Codec
+from raystar.ruler.ruler import METRICS as RULER_METRICS
+from raystar.ruler.ruler import Ruler
+from raystar.training.compile import compile_networks, graphs, labels
+from raystar.training.losses import lambda_ds
+from raystar.training.step import LOGGED, TrainState, resolve_device, set_backends, train_step
+from raystar.training.system_metrics import Usage
+from raystar.training.workers import ALONE, Group
+
+METRICS = (
+    *(f"train/{name}" for name in LOGGED),
+    "train/lambda_ds",
+    "train/lr_g",
+    "train/lr_d",
+    "train/lr_mapping",
+    *(f"eval/{name}" for name in RULER_METRICS),
+    "perf/samples_per_s",
+    "perf/train_s",
+    "perf/eval_s",
+    "perf/peak_memory_gib",
+    "perf/skipped_batches",
+    "perf/compile_s",
+    "perf/compiled_modules",
+    "perf/recompilations",
+)
+"""Every metric that a run can report, but for `usage.Usage`'s, which nobody searches for."""
+
+EXPLODED = 1e6
+"""A loss that is further from 0 has exploded: terms of a GAN that trains stay below some hundreds, R1's included."""
+
+MAX_SKIPPED = 0.1
+"""Share of an epoch's batches that may be left out for want of memory before the run fails."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What one epoch gave."""
+
+    epoch: int
+    metrics: dict[str, float]
+    """Some of `METRICS`, and how busy the machine was."""
+    images: dict[str, Image.Image]
+    """`grid_ref` and `grid_noise`, in epochs that draw them."""
+    first_images: dict[str, Image.Image]
+    """The same of the untrained networks, to be recorded as epoch 0; with a fresh run's first pictures."""
+    labels: dict[str, str]
+    """Facts about the run in words, for the record's tags: what runs compiled, and why something does not."""
+    checkpoint: dict[str, Any] = field(repr=False)
+    """For `checkpoint.save`; its tensors are live, so save it before the next epoch is asked for."""
+
+
+class Trainer:
+    """Trains one configuration, alone or as one of several workers that share every batch.
+
+    All workers train, report the same losses and stop together; only the first measures, draws and shows anything.
+
+    Args:
+        config: the whole configuration.
+        bank: the latents (`dataset.open_bank`).
+        ruler: measures the networks as they are shown, in epochs that `measure_at` says; None measures nothing.
+        codec: decodes the grids; None draws none.
+        state: networks and optimisers; fresh ones from `training.seed` by default.
+        checkpoint: goes on after this checkpoint's epoch, bitwise as if never stopped.
+        source: where the checkpoint comes from, for errors.
+        name: shown in the terminal.
+        group: the workers of this run; of `state`, where one is given.
+        measure_at: epochs that the ruler measures, such as a sweep's rungs, besides every `ruler.every_epochs` and the
+            last. Where neither is given, epochs with grids are measured.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        bank: Bank,
+        ruler: Ruler | None = None,
+        codec: Codec | None = None,
+        state: TrainState | None = None,
+        *,
+        checkpoint: Mapping[str, Any] | None = None,
+        source: str = "checkpoint",
+        name: str = "",
+        group: Group = ALONE,
+        measure_at: Collection[int] | None = None,
+    ) -> None:
+        self.config = config
+        self.device = state.device if state is not None else resolve_device(config)
+        self.state = state if state is not None else TrainState.create(config, self.device, group)
+        self.group = self.state.group
+        first = self.group.rank == 0
+        set_backends(config, self.device)
+        self.data = LatentDataset(bank, config, self.device, self.group.rank, self.group.size)
+        if self.data.steps < 1:
+            raise RaystarError(
+                f"training.batch_size {config.training.batch_size} is more than an epoch's {len(self.data)} samples; "
+                "lower it or set training.drop_last=false"
+            )
+        self.ruler = ruler.to(self.device) if ruler is not None and first else None
+        self.codec = codec if first else None
+        self.measure_at = measure_at
+        self._grid_set: grid.GridSet | None = None
+        self.first_epoch = 1
+        if checkpoint is not None:
+            self.first_epoch = restore(self.state, checkpoint, source) + 1
+        self.display = Display(config, name, self.data.steps)
+        self._usage = Usage(self.device)
+        self.first_step_at: float | None = None
+        """Unix time at which the first step was done; None before."""
+
+    def run(self) -> Iterator[Progress]:
+        """Trains epoch by epoch.
+
+        Raises:
+            TrialDiverged: a loss became NaN or infinite, and the weights have not moved on it; or it exploded.
+            TrialOutOfMemory: more than `MAX_SKIPPED` of an epoch's batches did not fit; with several workers, one.
+        """
+        if self.config.training.use_compile and self.config.progress != "off":
+            print("compiling the networks; minutes the first time, seconds from the cache", file=sys.stderr, flush=True)
+        compiled = compile_networks(self.state, self.data.bank.shape[1:])
+        told = labels(self.config, compiled)
+        # Kept as they are before the first step, which need not wait for pictures: they are drawn with the first grids.
+        untrained = copy.deepcopy(self.state.nets) if self.first_epoch == 1 and self._draws else None
+        fixed = {"perf/compile_s": compiled.seconds, "perf/compiled_modules": float(len(compiled.modules))}
+        for epoch in range(self.first_epoch, self.config.training.epochs + 1):
+            self._usage.begin()
+            graphs_before = graphs()
+            metrics = self._train_epoch(epoch) | fixed | self._usage.read()
+            metrics["perf/recompilations"] = float(graphs() - graphs_before)
+            started = time.perf_counter()
+            if self.ruler is not None and self._measures_in(epoch):
+                found = self.ruler.measure(self.state.shown, self.config)
+                metrics |= {f"eval/{name}": value for name, value in found.items()}
+            metrics["perf/eval_s"] = time.perf_counter() - started
+            images, first_images = {}, {}
+            if self._draws_in(epoch):
+                images = self._draw(self.state.shown)
+                if untrained is not None:
+                    first_images = self._draw(untrained)
+                    untrained = None
+            if self.group.rank == 0:
+                self.display.epoch_done(epoch, metrics)
+            yield Progress(epoch, metrics, images, first_images, told, snapshot(self.state, epoch, metrics))
+
+    def _measures_in(self, epoch: int) -> bool:
+        every = self.config.ruler.every_epochs
+        if every is None and self.measure_at is None:
+            every = self.config.grid_every
+        return epoch in (self.measure_at or ()) or self._falls_on(epoch, every or 0)
+
+    def _draws_in(self, epoch: int) -> bool:
+        # What a sweep measures it shows as well: a trial that ends at a rung would else have no picture.
+        return self._draws and (epoch in (self.measure_at or ()) or self._falls_on(epoch, self.config.grid_every))
+
+    def _falls_on(self, epoch: int, every: int) -> bool:
+        """Whether `epoch` is the last or one of every so many; 0 for none of these."""
+        return epoch == self.config.training.epochs or (every > 0 and epoch % every == 0)
+
+    @property
+    def _draws(self) -> bool:
+        return self.codec is not None and self.config.grid_every > 0
+
+    def _draw(self, nets: Nets) -> dict[str, Image.Image]:
+        assert self.codec is not None
+        if self._grid_set is None:
+            self._grid_set = grid.choose(self.data.bank, self.config, self.codec)
+        return grid.draw(nets, self.config, self._grid_set, self.codec)
+
+    def _train_epoch(self, epoch: int) -> dict[str, float]:
+        training = self.config.training
+        self.data.set_epoch(epoch)
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        # Sums stay on the device: reading one would make the host wait for every step before the next is queued.
+        sums = torch.zeros(len(LOGGED), dtype=torch.float64, device=self.device)
+        done, samples, skipped = 0, 0, 0
+        now: dict[str, float] = {
+            "lambda_ds": lambda_ds(epoch, self.config.loss.w_ds, self.config.ds_decay),
+            "lr_g": training.lr_g,
+            "lr_d": training.lr_d,
+            "lr_mapping": training.lr_mapping,
+        }
+        started = time.perf_counter()
+        for step, batch in enumerate(self.data.batches(), start=1):
+            if training.compile_cudagraphs and training.use_compile:
+                torch.compiler.cudagraph_mark_step_begin()
+            logs: dict[str, Tensor] | None = None
+            try:
+                logs = train_step(self.state, batch, epoch=epoch, step=step)
+                self.state.average(self.data.steps)
+            except RuntimeError as error:
+                if not _out_of_memory(error):
+                    raise
+                logs = None
+            if logs is None and self.group.size > 1:
+                # The others wait for this worker's gradients, of which it has none; only its end can free them.
+                raise TrialOutOfMemory(
+                    f"worker {self.group.rank} was out of memory in step {step} of epoch {epoch} (peak "
+                    f"{self._peak_memory_gib():.1f} GiB), and several workers cannot skip a batch; "
+                    "lower training.batch_size or model.base_dim"
+                )
+            if logs is None:  # only here, where the exception no longer holds the step's activations
+                skipped += 1
+                self._recover_memory(epoch, skipped)
+                continue
+            values = torch.stack([logs[name].double() for name in LOGGED])
+            weight = self.data.weight(step)
+            sums.add_(values, alpha=weight)
+            done += 1
+            samples += self.data.rows(step)
+            if self.first_step_at is None:
+                self.first_step_at = time.time()
+            shown = step % training.display_interval == 0
+            logged = training.log_json and step % training.log_interval == 0
+            if shown or logged:
+                everywhere = self.group.sum(torch.stack([values * weight, sums])).tolist()
+                current = dict(zip(LOGGED, everywhere[0], strict=True))
+                _check_losses(current, everywhere[1], epoch, step)
+                if shown and self.group.rank == 0:
+                    self.display.step(epoch, step, current)
+                if logged and self.group.rank == 0:
+                    line = {"epoch": epoch, "step": step, **current, **now}
+                    print(json.dumps(line), flush=True)
+        sums = self.group.sum(sums)
+        means = dict(zip(LOGGED, (sums / max(done, 1)).tolist(), strict=True))
+        _check_losses(means, means.values(), epoch, self.data.steps)
+        seconds = time.perf_counter() - started  # after the sums were read, so all steps are done
+        metrics = {f"train/{name}": value for name, value in (means | now).items()}
+        metrics |= {
+            "perf/samples_per_s": samples / seconds,
+            "perf/train_s": seconds,
+            "perf/peak_memory_gib": self._peak_memory_gib(),
+            "perf/skipped_batches": float(skipped),
+        }
+        return metrics
+
+    def _recover_memory(self, epoch: int, skipped: int) -> None:
+        self.state.opt_g.zero_grad(set_to_none=True)
+        self.state.opt_d.zero_grad(set_to_none=True)
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        if skipped > MAX_SKIPPED * self.data.steps:
+            raise TrialOutOfMemory(
+                f"out of memory in {skipped} of {self.data.steps} batches of epoch {epoch} "
+                f"(peak {self._peak_memory_gib():.1f} GiB); lower training.batch_size or model.base_dim"
+            )
+
+    def _peak_memory_gib(self) -> float:
+        """Of this worker: this epoch's GPU memory; on a CPU of the whole process since its start."""
+        if self.device.type == "cuda":
+            return float(torch.cuda.max_memory_allocated(self.device)) / 2**30
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def _out_of_memory(error: RuntimeError) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error).lower()
+
+
+def _check_losses(named: Mapping[str, float], sums: Any, epoch: int, step: int) -> None:
+    if not all(map(_finite, sums)):
+        bad = [name for name, value in named.items() if not _finite(value)]
+        raise TrialDiverged(f"{' and '.join(bad) or 'a loss'} became NaN or infinite in epoch {epoch}, by step {step}")
+    large = [f"{name} {value:.3g}" for name, value in named.items() if abs(value) > EXPLODED]
+    if large:
+        raise TrialDiverged(f"losses exploded in epoch {epoch}, by step {step}: {', '.join(large)}")
+
+
+def _finite(value: float | Tensor) -> bool:
+    return float("-inf") < float(value) < float("inf")
+
+
+class Display:
+    """Terminal progress: `bar`, `percent` (one line, rewritten) or `off`."""
+
+    def __init__(self, config: Config, name: str, steps: int) -> None:
+        self.style = config.progress
+        self.epochs = config.training.epochs
+        self.name = f"{name} " if name else ""
+        self.steps = steps
+        self.bar: tqdm[Any] | None = None
+
+    def step(self, epoch: int, step: int, values: Mapping[str, float]) -> None:
+        """Shows the losses of one step."""
+        shown = " ".join(f"{key}={values[key]:.3f}" for key in ("d_loss", "g_loss", "cyc", "sty", "ds"))
+        if self.style == "percent" and sys.stderr.isatty():
+            line = f"{self.name}epoch {epoch}/{self.epochs} {100 * step / self.steps:5.1f}% {shown}"
+            print(f"\r{line:<100}", end="", file=sys.stderr, flush=True)
+        elif self.style == "bar":
+            if self.bar is None:
+                description = f"{self.name}epoch {epoch}/{self.epochs}"
+                self.bar = tqdm(total=self.steps, desc=description, file=sys.stderr, leave=False)
+            self.bar.update(step - self.bar.n)
+            self.bar.set_postfix_str(shown)
+
+    def epoch_done(self, epoch: int, metrics: Mapping[str, float]) -> None:
+        """Leaves one line for a finished epoch."""
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+        if self.style == "off":
+            return
+        score = f"score {metrics['eval/score']:.4f}  " if "eval/score" in metrics else ""
+        line = (
+            f"{self.name}epoch {epoch}/{self.epochs}  {score}d_loss {metrics['train/d_loss']:.3f}  "
+            f"g_loss {metrics['train/g_loss']:.3f}  {metrics['perf/samples_per_s']:.1f} samples/s"
+        )
+        print(f"\r{line:<100}" if sys.stderr.isatty() else line, file=sys.stderr, flush=True)
