@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from raystar.base.errors import run_cli
+from raystar.base.console import run_cli
 from raystar.config.load import Config, override, request_config
 from raystar.data.bank import Bank, open_bank
 from raystar.record.finals import rank_correlation

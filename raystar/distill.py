@@ -27,7 +27,9 @@ from torch.nn import functional
 from tqdm import tqdm
 
 from raystar.base import torch_file as pt
-from raystar.base.errors import RaystarError, is_folder, run_cli
+from raystar.base.console import run_cli
+from raystar.base.errors import RaystarError
+from raystar.base.files import is_folder
 from raystar.config.load import Config, override
 from raystar.data.bank import DEMO_ROOT, Bank, data_root, open_bank
 from raystar.pictures import decoder as decoders

@@ -31,11 +31,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from raystar import __version__
-from raystar.base.errors import RaystarError, is_folder, run_cli
-from raystar.base.journal import Journal, wait_for_space
+from raystar.base.console import duration, run_cli
+from raystar.base.errors import RaystarError
+from raystar.base.files import is_folder, wait_for_space, write_whole
+from raystar.base.journal import Journal
 from raystar.pictures import reading as pictures
 from raystar.pictures.codec import DEFAULT_VAE, VaeCodec, open_vae
-from raystar.record.summary import duration, write_whole
 
 MANIFEST = "manifest.json"
 _JOURNAL = ".manifest.jsonl"

@@ -20,7 +20,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from raystar.base import torch_file as pt
-from raystar.base.errors import RaystarError, is_file, nearest, run_cli
+from raystar.base.console import run_cli
+from raystar.base.errors import RaystarError, nearest
+from raystar.base.files import is_file
 from raystar.base.storage import Storage
 from raystar.config.load import Config, from_mapping, load_config, read_mapping, to_yaml
 from raystar.exported import onnx as graphs

@@ -22,7 +22,10 @@ import yaml
 from PIL import Image
 from plotly.offline import get_plotlyjs
 
-from raystar.base.errors import RaystarError, redact, run_cli
+from raystar.base.console import duration, run_cli
+from raystar.base.errors import RaystarError
+from raystar.base.files import write_whole
+from raystar.base.secrets import redact
 from raystar.base.storage import Storage
 from raystar.config.load import Config, overlay_yaml, to_mapping
 from raystar.page import charts
@@ -30,7 +33,7 @@ from raystar.page import contact_sheet as contact
 from raystar.page.importance import FEWEST, RESAMPLES, Importance, importance
 from raystar.record import finals, results
 from raystar.record.results import CONTACT_SHEET, REPORT, Results
-from raystar.record.summary import BROKEN, REFERENCES, RUNNING, STOPPED, UNFINISHED, TrialRecord, duration, write_whole
+from raystar.record.summary import BROKEN, REFERENCES, RUNNING, STOPPED, UNFINISHED, TrialRecord
 from raystar.record.sweep_file import leaves
 from raystar.ruler.ruler import HIGHER
 

@@ -9,12 +9,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-from raystar.base.errors import RaystarError, TrialDiverged, TrialOutOfMemory, run_cli
+from raystar.base.console import run_cli, say
+from raystar.base.errors import RaystarError, TrialDiverged, TrialOutOfMemory
 from raystar.config.load import Config, override, request_config, signature, to_yaml
 from raystar.data.bank import open_bank
 from raystar.model import checkpoint as checkpoints
 from raystar.model.networks import NAMES
-from raystar.pictures.codec import check_codec, open_codec, say
+from raystar.pictures.codec import check_codec, open_codec
 from raystar.record.summary import DIVERGED, FAILED, FINISHED, INTERRUPTED, cache_dir, check_name
 from raystar.ruler.ruler import NOTHING, TRANSFER, Ruler
 from raystar.ruler.ruler import check as check_ruler

@@ -19,10 +19,12 @@ from torch import Tensor
 from torch.nn import functional
 from tqdm import tqdm
 
-from raystar.base.errors import RaystarError, is_file, is_folder, nearest, run_cli
+from raystar.base.console import run_cli, say
+from raystar.base.errors import RaystarError, nearest
+from raystar.base.files import is_file, is_folder
 from raystar.data.bank import read_latent
 from raystar.export import Translator, load
-from raystar.pictures.codec import DEFAULT_VAE, Codec, VaeCodec, open_codec, open_vae, say
+from raystar.pictures.codec import DEFAULT_VAE, Codec, VaeCodec, open_codec, open_vae
 from raystar.pictures.grid import side_by_side
 from raystar.pictures.reading import SUFFIXES, find, flat, read, scaled, square, upright
 

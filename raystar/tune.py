@@ -7,7 +7,8 @@ import itertools
 import sys
 from pathlib import Path
 
-from raystar.base.errors import redact, run_cli
+from raystar.base.console import run_cli
+from raystar.base.secrets import redact
 from raystar.config.load import override
 from raystar.sweep.plan import DEFAULT_CONFIG, Plan, make_plan
 from raystar.training.losses import outlasting

@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from safetensors import safe_open
 
+from raystar.base import console
 from raystar.base.errors import RaystarError
 from raystar.config.load import Config, override
 from raystar.demo import DOMAINS, latents_path, thumbnails_path
@@ -316,7 +317,7 @@ def test_a_hub_name_without_a_network_falls_back_at_once(
     with within(3):
         note = assert_fell_back(config_of("raystar-tests/no-such-model"), "raystar-tests/no-such-model")
     assert capfd.readouterr().err == ""
-    codec_module.say(note)
+    console.say(note)
     assert capfd.readouterr().err == f"note: {note}\n"
 
 

@@ -15,10 +15,10 @@ from torch import multiprocessing
 
 from raystar import export
 from raystar.base.errors import TrialDiverged, TrialOutOfMemory, WorkerLost
+from raystar.base.machine import usable_cpus
 from raystar.config.load import Config, from_mapping, override
 from raystar.data.bank import Bank, Batch, LatentDataset, open_bank, share
 from raystar.model import checkpoint as checkpoints
-from raystar.sweep.plan import usable_cpus
 from raystar.training import trainer as trainer_module
 from raystar.training.step import LOGGED, TrainState, train_step
 from raystar.training.trainer import Trainer

@@ -7,7 +7,9 @@ import json
 import pytest
 import yaml
 
-from raystar.base.errors import RaystarError, redact, redact_value, run_cli
+from raystar.base.console import run_cli
+from raystar.base.errors import RaystarError
+from raystar.base.secrets import redact, redact_value
 from raystar.config.load import Config, to_yaml
 
 HIDDEN = {

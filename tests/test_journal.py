@@ -15,8 +15,9 @@ from pathlib import Path
 
 import pytest
 
-from raystar.base import journal
-from raystar.base.journal import Journal, wait_for_space
+from raystar.base import files
+from raystar.base.files import wait_for_space
+from raystar.base.journal import Journal
 from tests.support import ROOT
 
 
@@ -109,7 +110,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def test_a_full_disk_is_waited_for_and_told_once(
     small_disk: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(journal, "_FULL_S", 0.05)
+    monkeypatch.setattr(files, "_FULL_S", 0.05)
     ballast = small_disk / "ballast"
     ballast.write_bytes(b"x" * 40_000)
     threading.Timer(0.4, ballast.unlink).start()
@@ -141,7 +142,7 @@ def test_a_line_that_was_written_in_part_leaves_no_trace(tmp_path: Path, monkeyp
             raise KeyboardInterrupt
         return real(file, data)
 
-    monkeypatch.setattr(journal, "_FULL_S", 0.01)
+    monkeypatch.setattr(files, "_FULL_S", 0.01)
     monkeypatch.setattr(os, "write", write)
     written = Journal(tmp_path / "j.jsonl")
     with pytest.raises(KeyboardInterrupt):

@@ -23,10 +23,11 @@ import yaml
 
 from raystar import export, tune
 from raystar.base.errors import RaystarError
+from raystar.base.files import locked
+from raystar.base.machine import usable_cpus
 from raystar.model import checkpoint as checkpoints
-from raystar.record.sweep_file import locked
 from raystar.sweep import run as sweep
-from raystar.sweep.plan import make_plan, usable_cpus
+from raystar.sweep.plan import make_plan
 from tests.cluster import cluster
 from tests.support import ROOT, write_latents
 from tests.test_sweep import Store, request, run, start, summary_of, trial_processes

@@ -460,7 +460,7 @@ def test_a_full_disk_is_waited_for(
     if made.returncode:
         pytest.skip("a small file system cannot be mounted here")
     try:
-        monkeypatch.setattr("raystar.base.journal._FULL_S", 0.05)
+        monkeypatch.setattr("raystar.base.files._FULL_S", 0.05)
         monkeypatch.setattr(tracking, "_LAST_S", 20.0)
         copy_store(empty_store, tmp_path)
         tracker = opened(tmp_path)

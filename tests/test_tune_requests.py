@@ -14,7 +14,8 @@ import pytest
 import yaml
 
 from raystar import train, tune
-from raystar.base.errors import RaystarError, run_cli
+from raystar.base.console import run_cli
+from raystar.base.errors import RaystarError
 from raystar.config.load import to_mapping
 from raystar.export import main as export_main
 from raystar.sweep import plan

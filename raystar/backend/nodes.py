@@ -27,11 +27,12 @@ from pathlib import Path
 from typing import Any
 
 import raystar
-from raystar.base.errors import RaystarError, redact
+from raystar.base.errors import RaystarError
+from raystar.base.files import cache_dir as own_cache
+from raystar.base.secrets import redact
 from raystar.base.storage import Storage
 from raystar.config.load import Config, from_mapping
 from raystar.data.bank import Bank, data_root, open_bank
-from raystar.model.native.kernels import cache_dir as own_cache
 
 _OBJECT_STORE_BYTES = 128 * 2**20  # trials exchange nothing but small results
 _NAMESPACE = "raystar"

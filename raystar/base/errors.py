@@ -3,25 +3,9 @@
 from __future__ import annotations
 
 import difflib
-import re
 import reprlib
-import sys
-from collections.abc import Callable, Iterable
-from pathlib import Path
+from collections.abc import Iterable
 from typing import Any
-
-# Up to the last @ before the path; or, after a user's name, up to the next @, since some passwords hold a slash.
-_IN_URI = re.compile(r"""((?<![\w+.-])[\w+.-]+://)(?:[^\s/?#"'<>]*|[^\s/?#:@"'<>]*:(?!\d+/)[^\s@"'<>]*)@""")
-_NAMES_SECRET = (
-    r"(?<![\w.-])[\w.-]*(?:token|passw(?:or)?d|passphrase|pwd|secret|credentials?|(?:api|access|account|private)[_-]?key)"
-    r"(?:[_-](?:key|id|value))*"
-)
-_VALUE = r"""("(?:[^"\\\n]|\\.)*"|'[^'\n]*'|[^\s&;,"')\]}]+)"""
-_NAMED = re.compile(rf"""(?i)({_NAMES_SECRET}["']?[ \t]*[:=][ \t]*){_VALUE}""")
-_SIGNATURE = re.compile(rf"(?i)((?<![\w.-])[\w.-]*(?:signature|sig)=){_VALUE}")
-_AUTHORIZATION = re.compile(r"(?i)(authorization[\"']?[ \t]*[:=][ \t]*[\"']?(?:basic|bearer)?[ \t]*)[^\s,\"']+")
-_SECRET = re.compile(_NAMES_SECRET, re.IGNORECASE)
-_HIDDEN = "***"
 
 
 class RaystarError(Exception):
@@ -42,25 +26,6 @@ class WrongResults(RaystarError):  # noqa: N818
 
 class WorkerLost(RaystarError):  # noqa: N818
     """Another worker of the same model is gone, so this one cannot go on."""
-
-
-def redact(text: str) -> str:
-    """`text` without credentials: those of a URI, and values that are named token, password, api_key and the like."""
-    text = _IN_URI.sub(rf"\1{_HIDDEN}@", text)
-    text = _AUTHORIZATION.sub(rf"\1{_HIDDEN}", text)
-    return _SIGNATURE.sub(_hide, _NAMED.sub(_hide, text))
-
-
-def redact_value(name: str, value: str) -> str:
-    """The value of a parameter or tag called `name`, without credentials."""
-    return _HIDDEN if value and _SECRET.fullmatch(name) else redact(value)
-
-
-def _hide(found: re.Match[str]) -> str:
-    name, value = found.groups()
-    # YAML takes a bare *** for a mistake.
-    quote = value[0] if value[0] in "\"'" else '"' if ":" in name else ""
-    return f"{name}{quote}{_HIDDEN}{quote}"
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -103,33 +68,3 @@ def key_text(key: Any) -> str:
 def misspelt(key: Any, known: Iterable[str]) -> str:
     """`"'w_cycl' (did you mean 'w_cyc'?)"`: a key that is not known, and the nearest that is."""
     return f"'{key_text(key)}'{nearest(key_text(key), known)}"
-
-
-def is_file(path: Path) -> bool:
-    """`Path.is_file`, False also for a name that no file system takes or a place that may not be looked into."""
-    try:
-        return path.is_file()
-    except (OSError, ValueError):
-        return False
-
-
-def is_folder(path: Path) -> bool:
-    """`Path.is_dir`, False also for a name that no file system takes or a place that may not be looked into."""
-    try:
-        return path.is_dir()
-    except (OSError, ValueError):
-        return False
-
-
-def run_cli(main: Callable[[], int]) -> None:
-    """Runs a command line's `main` and exits with its status; a `RaystarError` is one line and status 2."""
-    try:
-        status = main()
-    except RaystarError as error:
-        print(f"error: {redact(str(error))}", file=sys.stderr)
-        status = 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        status = 130
-    sys.stdout.flush()
-    sys.exit(status)

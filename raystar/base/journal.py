@@ -3,22 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import os
-import sys
 import threading
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-T = TypeVar("T")
+from raystar.base.files import _tell, sync_folder, wait_for_space
 
-_FULL = (errno.ENOSPC, errno.EDQUOT)
-_FULL_S = 1.0  # between two attempts on a full disk
 _BLOCK = 1 << 16
-_waited_for: set[str] = set()  # folders on full disks
 
 
 class Journal:
@@ -117,44 +111,3 @@ def _end_of_lines(file: int) -> int:
             return start + newline + 1
         end = start
     return 0
-
-
-def sync_folder(folder: Path) -> None:
-    """Makes names that were created or replaced in `folder` survive a power cut."""
-    opened = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(opened)
-    finally:
-        os.close(opened)
-
-
-def wait_for_space(path: Path | str, operation: Callable[[], T]) -> T:
-    """Runs `operation` until the disk that holds `path` has space for it.
-
-    Tells once when it begins to wait and when it goes on, however many threads wait for the same folder.
-    """
-    tells, folder = False, str(path).rpartition("/")[0]
-    try:
-        while True:
-            try:
-                done = operation()
-            except OSError as error:
-                if error.errno not in _FULL:
-                    raise
-                if folder not in _waited_for:
-                    tells = True
-                    _waited_for.add(folder)
-                    _tell(f"note: the disk that holds {path} is full; waiting: free some space and it goes on")
-                time.sleep(_FULL_S)
-            else:
-                if tells:
-                    _tell(f"note: the disk that holds {path} has space again; going on")
-                return done
-    finally:
-        if tells:
-            _waited_for.discard(folder)
-
-
-def _tell(line: str) -> None:
-    with contextlib.suppress(OSError):  # stderr may go to a file on the same disk
-        print(line, file=sys.stderr, flush=True)

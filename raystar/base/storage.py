@@ -17,7 +17,8 @@ from typing import Any
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from raystar.base.errors import RaystarError, redact
+from raystar.base.errors import RaystarError
+from raystar.base.secrets import redact
 
 
 class Storage:

@@ -21,7 +21,8 @@ from typing import Any, Literal
 import yaml
 
 import raystar
-from raystar.base.errors import RaystarError, is_file, is_folder, key_text, misspelt, nearest, show
+from raystar.base.errors import RaystarError, key_text, misspelt, nearest, show
+from raystar.base.files import is_file, is_folder
 
 MAX_FILE_BYTES = 1_000_000
 """A configuration or space file is text written by hand; anything larger is the wrong file."""

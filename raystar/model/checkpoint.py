@@ -20,7 +20,8 @@ from torch import Tensor
 
 from raystar import __version__
 from raystar.base import torch_file as pt
-from raystar.base.errors import RaystarError, is_file, is_folder, show
+from raystar.base.errors import RaystarError, show
+from raystar.base.files import is_file, is_folder
 from raystar.config.load import Config, to_mapping
 from raystar.model.networks import AVERAGED, NAMES
 from raystar.training.step import TrainState

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +16,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from raystar.base.errors import RaystarError, is_file
+from raystar.base.errors import RaystarError
+from raystar.base.files import is_file
 from raystar.config.load import Config, read_mapping
 from raystar.pictures import decoder as decoders
 from raystar.pictures.decoder import Decoder
@@ -323,9 +323,3 @@ def _quiet(suppress: bool) -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
-
-
-def say(note: str | None) -> None:
-    """Prints `open_codec`'s line, if there is one."""
-    if note is not None:
-        print(f"note: {note}", file=sys.stderr)

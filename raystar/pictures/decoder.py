@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from raystar.base import torch_file as pt
-from raystar.base.errors import RaystarError, is_file
+from raystar.base.errors import RaystarError
+from raystar.base.files import is_file
 
 PACKAGED = Path(__file__).with_name("decoder.safetensors")
 """The decoder that ships with the package, distilled from TAESD (MIT)."""

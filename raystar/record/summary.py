@@ -6,7 +6,6 @@ import csv
 import io
 import json
 import math
-import os
 import re
 import time
 from collections import Counter
@@ -17,6 +16,7 @@ from typing import Any
 
 from raystar import __version__
 from raystar.base.errors import RaystarError
+from raystar.base.files import write_whole
 from raystar.config.load import Config
 from raystar.ruler.ruler import NOTHING, TRANSFER, UNMOVED
 
@@ -406,13 +406,6 @@ class Summary:
         write_whole(folder / "summary.csv", self.to_csv())
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Writes a text file under a temporary name and renames it, so that a reader never sees half of it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
-
-
 def cache_dir(config: Config, out: Path) -> Path:
     """`data.cache_dir`, by default `cache/` below the output folder."""
     return Path(config.data.cache_dir).expanduser() if config.data.cache_dir else (out / "cache").resolve()
@@ -426,13 +419,3 @@ def check_name(name: str, flag: str = "--name") -> None:
         )
     if name in _RESERVED:
         raise RaystarError(f"{flag} {name}: raystar keeps its own files under that name; choose another")
-
-
-def duration(seconds: float) -> str:
-    """`42 s`, `3:07` or `1:02:03`."""
-    whole = max(0, round(seconds))
-    if whole < 60:
-        return f"{whole} s"
-    hours, rest = divmod(whole, 3600)
-    minutes, seconds_left = divmod(rest, 60)
-    return f"{hours}:{minutes:02d}:{seconds_left:02d}" if hours else f"{minutes}:{seconds_left:02d}"

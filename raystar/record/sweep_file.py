@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
 import platform
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,9 +15,9 @@ from typing import Any
 import raystar
 from raystar import __version__
 from raystar.base.errors import RaystarError, nearest
-from raystar.record.summary import write_whole
+from raystar.base.files import write_whole
 
-RECORD, JOURNAL, LOCK = "sweep.json", "journal.jsonl", "lock"
+RECORD, JOURNAL = "sweep.json", "journal.jsonl"
 """Files of a sweep's folder."""
 
 _KEYS = {"request", "config", "space", "trials", "data", "code", "tracking_uri"}
@@ -64,27 +62,6 @@ def read_record(out: Path, name: str) -> dict[str, Any]:
     if not isinstance(content, dict) or not content.keys() >= _KEYS:
         raise RaystarError(f"--resume {name}: {path}: expected the record of a sweep of raystar {__version__}")
     return content
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Holds a sweep's folder for this process, however it ends.
-
-    Raises:
-        RaystarError: another process runs the sweep.
-    """
-    with (folder / LOCK).open("a+", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            file.seek(0)
-            raise RaystarError(
-                f"{folder}: this sweep is running already, in process {file.read().strip() or 'of another machine'}"
-            ) from None
-        file.truncate(0)
-        file.write(f"{os.getpid()}\n")
-        file.flush()
-        yield
 
 
 def code() -> dict[str, str]:

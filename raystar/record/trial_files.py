@@ -17,7 +17,7 @@ from typing import Any
 from PIL import Image
 
 from raystar.base.errors import RaystarError
-from raystar.base.journal import wait_for_space
+from raystar.base.files import wait_for_space
 from raystar.base.storage import Storage
 from raystar.model import checkpoint as checkpoints
 

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from raystar.base import torch_file as pt
-from raystar.base.errors import RaystarError, is_file, show
+from raystar.base.errors import RaystarError, show
+from raystar.base.files import is_file
 
 KEY = "ruler.features"
 _PARAMETER = re.compile(r"features\.(\d+)\.(weight|bias)")

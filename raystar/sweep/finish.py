@@ -15,8 +15,10 @@ import torch
 from PIL import Image
 
 from raystar import export
-from raystar.base.errors import RaystarError, redact
-from raystar.base.journal import wait_for_space
+from raystar.base.console import announce, duration
+from raystar.base.errors import RaystarError
+from raystar.base.files import wait_for_space, write_whole
+from raystar.base.secrets import redact
 from raystar.config.load import from_mapping, overlay_yaml
 from raystar.exported.model_card import versions
 from raystar.model import checkpoint as checkpoints
@@ -25,9 +27,9 @@ from raystar.pictures import grid
 from raystar.pictures.codec import open_codec
 from raystar.record import finals, results
 from raystar.record.results import CONTACT_SHEET, REPORT
-from raystar.record.summary import BROKEN, FINISHED, UNFINISHED, Summary, TrialRecord, duration, write_whole
+from raystar.record.summary import BROKEN, FINISHED, UNFINISHED, Summary, TrialRecord
 from raystar.record.trial_files import checkpoint_name, picture_name, saved_epochs
-from raystar.sweep.live_table import announce, ranking, reference_lines
+from raystar.sweep.live_table import ranking, reference_lines
 from raystar.sweep.plan import Plan
 from raystar.tracking.mlflow import models as registry
 

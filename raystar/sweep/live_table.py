@@ -10,7 +10,8 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from raystar.record.summary import BROKEN, PENDING, REFERENCES, RUNNING, Summary, TrialRecord, duration
+from raystar.base.console import announce, duration
+from raystar.record.summary import BROKEN, PENDING, REFERENCES, RUNNING, Summary, TrialRecord
 
 _ROWS = 16
 _STYLES = {
@@ -159,8 +160,3 @@ def ranking(summary: Summary) -> list[str]:
 
 def _values(params: dict[str, Any]) -> str:
     return "  ".join(f"{key.rpartition('.')[2]}={value}" for key, value in params.items())
-
-
-def announce(text: str) -> None:
-    """One line of what is going on, at once."""
-    print(text, flush=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import os
 import re
 import shlex
 import sys
@@ -15,7 +14,9 @@ from typing import Any
 
 import torch
 
-from raystar.base.errors import RaystarError, redact
+from raystar.base.errors import RaystarError
+from raystar.base.machine import usable_cpus
+from raystar.base.secrets import redact
 from raystar.base.storage import Storage
 from raystar.config.load import Config, find_shipped, override, read_mapping, request_config, signature, to_mapping
 from raystar.config.load import from_mapping as config_from_mapping
@@ -344,11 +345,6 @@ def _check_shares(config: Config, space: Space) -> None:
             f"{space.source}: resources.workers: {workers} workers share every batch, and training.batch_size can be "
             f"{smallest}; lower workers or raise it"
         )
-
-
-def usable_cpus() -> int:
-    """Processors that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _time_budget(text: str) -> float:

@@ -12,18 +12,20 @@ from pathlib import Path
 from typing import Any
 
 from raystar.backend import nodes as cluster
+from raystar.base.console import announce, say
 from raystar.base.errors import RaystarError
+from raystar.base.files import locked
 from raystar.base.journal import Journal
+from raystar.base.machine import usable_cpus
 from raystar.config.load import Config, override, to_mapping
-from raystar.pictures.codec import open_codec, say
+from raystar.pictures.codec import open_codec
 from raystar.record import finals
 from raystar.record.state import Ledger
 from raystar.record.summary import UNFINISHED, Summary
-from raystar.record.sweep_file import JOURNAL, locked, write_record
+from raystar.record.sweep_file import JOURNAL, write_record
 from raystar.ruler.ruler import Ruler, ruler_file
 from raystar.search.asha import Rungs
-from raystar.sweep.live_table import announce
-from raystar.sweep.plan import Plan, share_of_gpu, usable_cpus
+from raystar.sweep.plan import Plan, share_of_gpu
 from raystar.sweep.session import Session
 from raystar.tracking.mlflow import writer as tracking
 from raystar.tracking.mlflow.writer import SPOOL, MlflowTracker, provenance

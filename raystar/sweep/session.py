@@ -20,8 +20,10 @@ from types import FrameType
 from typing import Any
 
 from raystar.backend import nodes as cluster
+from raystar.base.console import announce
 from raystar.base.errors import RaystarError
-from raystar.base.journal import Journal, wait_for_space
+from raystar.base.files import wait_for_space
+from raystar.base.journal import Journal
 from raystar.config.load import get_value, override, signature, to_mapping, to_yaml
 from raystar.record import finals
 from raystar.record.retention import DiskWatch, Janitor, checkpoint_bytes
@@ -42,7 +44,7 @@ from raystar.record.summary import (
 from raystar.record.sweep_file import JOURNAL, RECORD
 from raystar.ruler.ruler import measured_by
 from raystar.sweep import finish as outcome
-from raystar.sweep.live_table import Board, announce
+from raystar.sweep.live_table import Board
 from raystar.sweep.plan import Plan
 from raystar.tracking.mlflow.writer import CHECKPOINT, PARENT, MlflowTracker
 

@@ -10,7 +10,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from raystar.base.journal import Journal, sync_folder
+from raystar.base.files import sync_folder
+from raystar.base.journal import Journal
 
 
 @dataclass

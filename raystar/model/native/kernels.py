@@ -24,6 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from raystar.base.files import cache_dir
+
 SWITCH = "RAYSTAR_NATIVE_KERNELS"
 """Environment variable; `0` leaves the work to PyTorch."""
 GROUP = 32
@@ -42,17 +44,6 @@ _COMPILER_SECONDS = 120
 
 class _NotHereError(Exception):
     """Why the kernels cannot be used."""
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Building and loading
-
-
-def cache_dir() -> Path:
-    """Folder of compiled kernels: `RAYSTAR_CACHE_DIR`, else `raystar` in `XDG_CACHE_HOME` or `~/.cache`."""
-    if found := os.environ.get("RAYSTAR_CACHE_DIR"):
-        return Path(found)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "raystar"
 
 
 def build(folder: Path, compiler: str) -> Path:

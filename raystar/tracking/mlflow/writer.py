@@ -31,7 +31,8 @@ from urllib.parse import urlsplit
 
 import raystar
 from raystar import __version__
-from raystar.base.errors import RaystarError, redact, redact_value
+from raystar.base.errors import RaystarError
+from raystar.base.secrets import redact, redact_value
 from raystar.tracking.mlflow import models as registry
 from raystar.tracking.spool import Spool
 

@@ -1,0 +1,120 @@
+"""Files and folders: asked for, written whole, locked, and waited for while the disk is full."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TypeVar
+
+from raystar.base.errors import RaystarError
+
+
+def is_file(path: Path) -> bool:
+    """`Path.is_file`, False also for a name that no file system takes or a place that may not be looked into."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
+
+
+def is_folder(path: Path) -> bool:
+    """`Path.is_dir`, False also for a name that no file system takes or a place that may not be looked into."""
+    try:
+        return path.is_dir()
+    except (OSError, ValueError):
+        return False
+
+
+def cache_dir() -> Path:
+    """Folder of compiled kernels: `RAYSTAR_CACHE_DIR`, else `raystar` in `XDG_CACHE_HOME` or `~/.cache`."""
+    if found := os.environ.get("RAYSTAR_CACHE_DIR"):
+        return Path(found)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "raystar"
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a text file under a temporary name and renames it, so that a reader never sees half of it."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+T = TypeVar("T")
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_FULL_S = 1.0  # between two attempts on a full disk
+
+_waited_for: set[str] = set()  # folders on full disks
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes names that were created or replaced in `folder` survive a power cut."""
+    opened = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
+
+
+def wait_for_space(path: Path | str, operation: Callable[[], T]) -> T:
+    """Runs `operation` until the disk that holds `path` has space for it.
+
+    Tells once when it begins to wait and when it goes on, however many threads wait for the same folder.
+    """
+    tells, folder = False, str(path).rpartition("/")[0]
+    try:
+        while True:
+            try:
+                done = operation()
+            except OSError as error:
+                if error.errno not in _FULL:
+                    raise
+                if folder not in _waited_for:
+                    tells = True
+                    _waited_for.add(folder)
+                    _tell(f"note: the disk that holds {path} is full; waiting: free some space and it goes on")
+                time.sleep(_FULL_S)
+            else:
+                if tells:
+                    _tell(f"note: the disk that holds {path} has space again; going on")
+                return done
+    finally:
+        if tells:
+            _waited_for.discard(folder)
+
+
+def _tell(line: str) -> None:
+    with contextlib.suppress(OSError):  # stderr may go to a file on the same disk
+        print(line, file=sys.stderr, flush=True)
+
+
+LOCK = "lock"
+"""A file that the process which runs a sweep holds."""
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Holds a sweep's folder for this process, however it ends.
+
+    Raises:
+        RaystarError: another process runs the sweep.
+    """
+    with (folder / LOCK).open("a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.seek(0)
+            raise RaystarError(
+                f"{folder}: this sweep is running already, in process {file.read().strip() or 'of another machine'}"
+            ) from None
+        file.truncate(0)
+        file.write(f"{os.getpid()}\n")
+        file.flush()
+        yield
