@@ -18,7 +18,8 @@ import time
 import torch
 
 from benchmarks import measure
-from raystar.config.load import Config, override
+from raystar.config.load import override
+from raystar.config.schema import Config
 from raystar.data.bank import open_bank
 from raystar.training.compile import graphs
 from raystar.training.step import synchronize

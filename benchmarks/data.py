@@ -18,7 +18,8 @@ import torch
 from torch.utils.data import DataLoader
 
 from benchmarks.measure import in_fresh_process, parser, resident_bytes, settle, table, take_turns
-from raystar.config.load import Config, from_mapping, override
+from raystar.config.load import from_mapping, override
+from raystar.config.schema import Config
 from raystar.data.bank import LatentDataset, open_bank, reopen_bank
 from raystar.training.step import TrainState, train_step
 

@@ -20,7 +20,8 @@ from torch import Tensor
 from benchmarks import measure
 from raystar import demo
 from raystar.base.errors import RaystarError
-from raystar.config.load import Config, override
+from raystar.config.load import override
+from raystar.config.schema import Config
 from raystar.data.bank import DEMO_ROOT, open_bank
 from raystar.distill import Lesson, psnr
 from raystar.pictures.codec import Codec, PreviewCodec, VaeCodec, open_codec

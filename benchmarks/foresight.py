@@ -23,7 +23,8 @@ import numpy as np
 import torch
 
 from raystar.base.console import run_cli
-from raystar.config.load import Config, override, request_config
+from raystar.config.load import override, request_config
+from raystar.config.schema import Config
 from raystar.data.bank import Bank, open_bank
 from raystar.record.finals import rank_correlation
 from raystar.ruler.ruler import HIGHER, UNMOVED, Ruler

@@ -20,7 +20,8 @@ from PIL import Image
 
 from benchmarks import measure
 from benchmarks.step import RaystarStep
-from raystar.config.load import Config, override, parse_assignment
+from raystar.config.load import override, parse_assignment
+from raystar.config.schema import Config
 from raystar.data.bank import Bank, open_bank
 from raystar.pictures import grid
 from raystar.pictures.codec import open_codec

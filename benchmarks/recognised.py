@@ -20,6 +20,7 @@ from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
+from raystar.config.folders import cache_dir
 from raystar.config.load import from_mapping
 from raystar.data.bank import Bank, open_bank
 from raystar.export import Translator
@@ -28,7 +29,6 @@ from raystar.model.checkpoint import shown_weights
 from raystar.model.networks import Nets
 from raystar.pictures import decoder as decoders
 from raystar.pictures.codec import BUILT_IN, BuiltInCodec
-from raystar.record.summary import cache_dir
 from raystar.ruler.ruler import channel_transfer
 
 _HUES, _CODES, _DIRECTIONS = 6, 59, 8

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from benchmarks.measure import in_fresh_process, parser, settle, table, take_turns
-from raystar.config.load import Config, from_mapping, override
+from raystar.config.load import from_mapping, override
+from raystar.config.schema import Config
 from raystar.data.bank import DEMO_ROOT, open_bank
 from raystar.demo import DOMAINS
 from raystar.model import checkpoint as checkpoints

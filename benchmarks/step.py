@@ -19,7 +19,8 @@ from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import measure
-from raystar.config.load import Config, load_config, override, parse_assignment
+from raystar.config.load import load_config, override, parse_assignment
+from raystar.config.schema import Config
 from raystar.data.bank import Bank, Batch, LatentDataset, open_bank
 from raystar.training.compile import compile_networks
 from raystar.training.step import TrainState, autocast, set_backends, train_step

@@ -30,7 +30,8 @@ from raystar.base import torch_file as pt
 from raystar.base.console import run_cli
 from raystar.base.errors import RaystarError
 from raystar.base.files import is_folder
-from raystar.config.load import Config, override
+from raystar.config.load import override
+from raystar.config.schema import Config
 from raystar.data.bank import DEMO_ROOT, Bank, data_root, open_bank
 from raystar.pictures import decoder as decoders
 from raystar.pictures.codec import SCALE, BuiltInCodec, Codec, PreviewCodec, VaeCodec, open_vae

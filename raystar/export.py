@@ -24,7 +24,9 @@ from raystar.base.console import run_cli
 from raystar.base.errors import RaystarError, nearest
 from raystar.base.files import is_file
 from raystar.base.storage import Storage
-from raystar.config.load import Config, from_mapping, load_config, read_mapping, to_yaml
+from raystar.config.load import from_mapping, load_config, to_yaml
+from raystar.config.schema import Config
+from raystar.config.strict_yaml import read_mapping
 from raystar.exported import onnx as graphs
 from raystar.exported.model_card import card, versions
 from raystar.model import checkpoint as checkpoints

@@ -27,13 +27,15 @@ from raystar.base.errors import RaystarError
 from raystar.base.files import write_whole
 from raystar.base.secrets import redact
 from raystar.base.storage import Storage
-from raystar.config.load import Config, overlay_yaml, to_mapping
+from raystar.config.load import overlay_yaml, to_mapping
+from raystar.config.schema import Config
 from raystar.page import charts
 from raystar.page import contact_sheet as contact
 from raystar.page.importance import FEWEST, RESAMPLES, Importance, importance
 from raystar.record import finals, results
 from raystar.record.results import CONTACT_SHEET, REPORT, Results
-from raystar.record.summary import BROKEN, REFERENCES, RUNNING, STOPPED, UNFINISHED, TrialRecord
+from raystar.record.statuses import BROKEN, RUNNING, STOPPED, UNFINISHED
+from raystar.record.summary import REFERENCES, TrialRecord
 from raystar.record.sweep_file import leaves
 from raystar.ruler.ruler import HIGHER
 

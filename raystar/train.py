@@ -11,12 +11,14 @@ from typing import Any
 
 from raystar.base.console import run_cli, say
 from raystar.base.errors import RaystarError, TrialDiverged, TrialOutOfMemory
-from raystar.config.load import Config, override, request_config, signature, to_yaml
+from raystar.config.folders import cache_dir, check_name
+from raystar.config.load import override, request_config, signature, to_yaml
+from raystar.config.schema import Config
 from raystar.data.bank import open_bank
 from raystar.model import checkpoint as checkpoints
 from raystar.model.networks import NAMES
 from raystar.pictures.codec import check_codec, open_codec
-from raystar.record.summary import DIVERGED, FAILED, FINISHED, INTERRUPTED, cache_dir, check_name
+from raystar.record.statuses import DIVERGED, FAILED, FINISHED, INTERRUPTED
 from raystar.ruler.ruler import NOTHING, TRANSFER, Ruler
 from raystar.ruler.ruler import check as check_ruler
 from raystar.tracking.mlflow.writer import (

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from raystar.config.load import Config, from_mapping, override
+from raystar.config.load import from_mapping, override
+from raystar.config.schema import Config
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"

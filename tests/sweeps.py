@@ -15,12 +15,16 @@ from PIL import Image
 
 from raystar.base.journal import Journal
 from raystar.base.storage import Storage
-from raystar.config.load import Config, override, to_mapping
+from raystar.config.load import override, to_mapping
+from raystar.config.schema import Config
 from raystar.record import finals
-from raystar.record.state import ENDED, EPOCH, FINALS, NOTE, REFERENCES, SESSION, STARTED, Collapse, Ledger
-from raystar.record.summary import FINISHED, Summary
+from raystar.record.events import ENDED, EPOCH, FINALS, NOTE, REFERENCES, SESSION, STARTED
+from raystar.record.state import Ledger
+from raystar.record.statuses import FINISHED
+from raystar.record.summary import Summary
 from raystar.record.sweep_file import JOURNAL, RECORD
 from raystar.search.asha import Rungs
+from raystar.search.space import Collapse
 
 SPACE: dict[str, Any] = {
     "loss.w_adv": {"loguniform": [0.1, 10.0]},

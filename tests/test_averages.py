@@ -15,16 +15,17 @@ from torch import Tensor
 
 from raystar import export
 from raystar.base.errors import RaystarError, TrialDiverged
-from raystar.config.load import Config, from_mapping, override
+from raystar.config.load import from_mapping, override
+from raystar.config.schema import Config
 from raystar.data.bank import Bank, Batch, LatentDataset, open_bank
 from raystar.model import checkpoint as checkpoints
 from raystar.model.networks import AVERAGED, NAMES, Nets
 from raystar.pictures import grid
 from raystar.pictures.codec import PreviewCodec
-from raystar.record.retention import checkpoint_bytes
 from raystar.ruler.ruler import Ruler
 from raystar.search import space
 from raystar.sweep import finish as outcome
+from raystar.sweep.disk import checkpoint_bytes
 from raystar.sweep.plan import Plan
 from raystar.train import _initial_state
 from raystar.training import trainer as trainer_module

@@ -28,7 +28,8 @@ from safetensors import safe_open
 
 from raystar.base import console
 from raystar.base.errors import RaystarError
-from raystar.config.load import Config, override
+from raystar.config.load import override
+from raystar.config.schema import Config
 from raystar.demo import DOMAINS, latents_path, thumbnails_path
 from raystar.pictures import codec as codec_module
 from raystar.pictures.codec import BuiltInCodec, PreviewCodec, VaeCodec, check_codec, open_codec

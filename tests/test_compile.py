@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from raystar.config.load import Config, override
+from raystar.config.load import override
+from raystar.config.schema import Config
 from raystar.data.bank import open_bank
 from raystar.training import compile as compile_module
 from raystar.training.compile import compile_networks, graphs

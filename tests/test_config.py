@@ -10,9 +10,7 @@ import pytest
 
 from raystar.base.errors import RaystarError
 from raystar.config.load import (
-    Config,
     from_mapping,
-    known_keys,
     load_config,
     overlay_yaml,
     override,
@@ -22,6 +20,7 @@ from raystar.config.load import (
     to_mapping,
     to_yaml,
 )
+from raystar.config.schema import Config, known_keys
 from tests.support import ROOT
 
 
@@ -224,7 +223,7 @@ def test_the_signature_follows_results_only() -> None:
 
 
 def test_every_key_says_what_it_means() -> None:
-    from raystar.config.load import key_field
+    from raystar.config.schema import key_field
 
     for key in known_keys():
         assert len(key_field(key, "").metadata["meaning"]) > 5, key

@@ -24,7 +24,8 @@ from safetensors.numpy import save_file
 from safetensors.torch import save_file as save_torch_file
 
 from raystar.base.errors import RaystarError
-from raystar.config.load import Config, override
+from raystar.config.load import override
+from raystar.config.schema import Config
 from raystar.data import bank as dataset
 from raystar.data.bank import DEMO_ROOT, Bank, LatentDataset, open_bank, reopen_bank
 from raystar.demo import DOMAINS as DEMO_DOMAINS

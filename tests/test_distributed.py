@@ -16,7 +16,8 @@ from torch import multiprocessing
 from raystar import export
 from raystar.base.errors import TrialDiverged, TrialOutOfMemory, WorkerLost
 from raystar.base.machine import usable_cpus
-from raystar.config.load import Config, from_mapping, override
+from raystar.config.load import from_mapping, override
+from raystar.config.schema import Config
 from raystar.data.bank import Bank, Batch, LatentDataset, open_bank, share
 from raystar.model import checkpoint as checkpoints
 from raystar.training import trainer as trainer_module

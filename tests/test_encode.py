@@ -19,7 +19,8 @@ from PIL import Image
 
 from raystar import encode
 from raystar.base.errors import RaystarError
-from raystar.config.load import Config, override
+from raystar.config.load import override
+from raystar.config.schema import Config
 from raystar.data.bank import open_bank, picture_of
 from raystar.demo.painter import paint
 from raystar.encode import latent_names, main

@@ -10,7 +10,8 @@ import yaml
 from raystar.base.console import run_cli
 from raystar.base.errors import RaystarError
 from raystar.base.secrets import redact, redact_value
-from raystar.config.load import Config, to_yaml
+from raystar.config.load import to_yaml
+from raystar.config.schema import Config
 
 HIDDEN = {
     "http://user:hunter2@host:5000/path": "http://***@host:5000/path",

@@ -13,15 +13,16 @@ from scipy import stats
 
 from raystar.base.errors import RaystarError
 from raystar.base.storage import Storage
-from raystar.config.load import Config
+from raystar.config.schema import Config
+from raystar.record import events as events_module
 from raystar.record import finals
-from raystar.record import state as events
 from raystar.record.retention import Janitor
-from raystar.record.state import Collapse, Ledger
-from raystar.record.summary import FINISHED, STOPPED, Summary, TrialRecord
+from raystar.record.state import Ledger
+from raystar.record.statuses import FINISHED, STOPPED
+from raystar.record.summary import Summary, TrialRecord
 from raystar.record.trial_files import checkpoint_name, saved_epochs
 from raystar.search.asha import Rungs
-from raystar.search.space import Finalists, from_mapping
+from raystar.search.space import Collapse, Finalists, from_mapping
 
 
 def record(trial: str, score: float | None, status: str = FINISHED, **facts: Any) -> TrialRecord:
@@ -68,18 +69,18 @@ class Story:
     def __init__(self, found: Ledger) -> None:
         self.found = found
         self.told: list[dict[str, Any]] = []
-        self(events.SESSION)
+        self(events_module.SESSION)
 
-    def __call__(self, event: str, **facts: Any) -> events.Verdict:
+    def __call__(self, event: str, **facts: Any) -> events_module.Verdict:
         self.told.append({"event": event, "at": 100.0 + len(self.told), **facts})
         return self.found.apply(self.told[-1])
 
     def trial(self, name: str, *scores: float, status: str = FINISHED) -> None:
         known = self.found.summary.trials[name]
-        self(events.STARTED, trial=name, params=known.params)
+        self(events_module.STARTED, trial=name, params=known.params)
         for epoch, score in enumerate(scores, start=1):
-            self(events.EPOCH, trial=name, epoch=epoch, metrics={"eval/score": score})
-        self(events.ENDED, trial=name, status=status, reason=None)
+            self(events_module.EPOCH, trial=name, epoch=epoch, metrics={"eval/score": score})
+        self(events_module.ENDED, trial=name, status=status, reason=None)
 
     def search(self) -> None:
         self.trial("t00", 3.0, 1.1)
@@ -94,7 +95,7 @@ def test_the_finals_decide() -> None:
     tell.search()
     assert summary.best is summary.trials["t03"]
     assert (summary.expected, summary.finals) == (4, None)
-    tell(events.FINALS, finalists=["t03", "t01", "t00"], seeds=[1, 2])
+    tell(events_module.FINALS, finalists=["t03", "t01", "t00"], seeds=[1, 2])
     assert summary.expected == 10
     assert summary.repeats == ["t03-s1", "t03-s2", "t01-s1", "t01-s2", "t00-s1", "t00-s2"]
     assert summary.trials["t01-s2"].params == {"loss.w_cyc": 1.0, "training.seed": 2}
@@ -141,9 +142,9 @@ def test_repeats_enter_no_rung_and_are_never_stopped() -> None:
     tell.search()
     assert tell.found.rungs is not None
     before = asdict(tell.found.rungs)
-    tell(events.FINALS, finalists=["t03"], seeds=[1])
-    tell(events.STARTED, trial="t03-s1", params={})
-    assert tell(events.EPOCH, trial="t03-s1", epoch=1, metrics={"eval/score": 99.0}).ends is None
+    tell(events_module.FINALS, finalists=["t03"], seeds=[1])
+    tell(events_module.STARTED, trial="t03-s1", params={})
+    assert tell(events_module.EPOCH, trial="t03-s1", epoch=1, metrics={"eval/score": 99.0}).ends is None
     assert asdict(tell.found.rungs) == before
 
 
@@ -151,7 +152,7 @@ def test_what_went_wrong_is_left_out_of_a_mean() -> None:
     tell = Story(ledger())
     summary = tell.found.summary
     tell.search()
-    tell(events.FINALS, finalists=["t03", "t02", "t00"], seeds=[1, 2])
+    tell(events_module.FINALS, finalists=["t03", "t02", "t00"], seeds=[1, 2])
     tell.trial("t03-s1", 1.0, status="diverged")
     tell.trial("t03-s2", 1.0, status="killed")
     tell.trial("t02-s1", 1.0, 2.0)
@@ -171,7 +172,7 @@ def test_what_went_wrong_is_left_out_of_a_mean() -> None:
 def test_one_run_each_says_nothing_of_how_far_seeds_differ() -> None:
     tell = Story(ledger())
     tell.search()
-    tell(events.FINALS, finalists=["t02", "t00"], seeds=[1])
+    tell(events_module.FINALS, finalists=["t02", "t00"], seeds=[1])
     tell.trial("t02-s1", 1.0, 0.5)
     tell.trial("t00-s1", 1.0, status="failed")
     assert tell.found.summary.finals is None or tell.found.summary.finals.spread is None
@@ -185,7 +186,7 @@ def test_one_run_each_says_nothing_of_how_far_seeds_differ() -> None:
 def test_every_score_alike() -> None:
     tell = Story(ledger(mode="max"))
     tell.search()
-    tell(events.FINALS, finalists=["t03", "t00"], seeds=[1])
+    tell(events_module.FINALS, finalists=["t03", "t00"], seeds=[1])
     tell.trial("t03-s1", 1.0, 0.7)
     tell.trial("t00-s1", 1.0, 1.1)
     found = tell.found.summary.finals
@@ -197,14 +198,14 @@ def finale() -> list[dict[str, Any]]:
     """What happens in a sweep with finals, and once more after it has been made longer."""
     tell = Story(ledger())
     tell.search()
-    tell(events.REFERENCES, values={"nothing": {"eval/score": 1.1}, "transfer": {"eval/score": 0.8}})
-    tell(events.FINALS, finalists=["t03", "t00"], seeds=[1])
+    tell(events_module.REFERENCES, values={"nothing": {"eval/score": 1.1}, "transfer": {"eval/score": 0.8}})
+    tell(events_module.FINALS, finalists=["t03", "t00"], seeds=[1])
     tell.trial("t03-s1", 1.0, 0.9)
     tell.trial("t00-s1", 1.0, 1.2)
-    tell(events.SESSION)
+    tell(events_module.SESSION)
     tell.found.summary.add("t04", {"loss.w_cyc": 4.0})
     tell.trial("t04", 0.5, 0.6)
-    tell(events.FINALS, finalists=["t04", "t00"], seeds=[1])
+    tell(events_module.FINALS, finalists=["t04", "t00"], seeds=[1])
     tell.trial("t04-s1", 1.0, 0.5)
     return tell.told
 
@@ -241,13 +242,13 @@ def test_a_choice_that_changes_before_its_trials_begin_leaves_none_behind() -> N
     tell = Story(ledger())
     summary = tell.found.summary
     tell.search()
-    tell(events.FINALS, finalists=["t03", "t00"], seeds=[1, 2])
-    tell(events.STARTED, trial="t03-s1", params={})
-    tell(events.ENDED, trial="t03-s1", status=STOPPED, reason="t03 is no finalist any more")
-    tell(events.FINALS, finalists=["t01", "t00"], seeds=[1])
+    tell(events_module.FINALS, finalists=["t03", "t00"], seeds=[1, 2])
+    tell(events_module.STARTED, trial="t03-s1", params={})
+    tell(events_module.ENDED, trial="t03-s1", status=STOPPED, reason="t03 is no finalist any more")
+    tell(events_module.FINALS, finalists=["t01", "t00"], seeds=[1])
     assert summary.repeats == ["t03-s1", "t00-s1", "t01-s1"]
     assert summary.counts()["pending"] == 2
-    tell(events.FINALS, finalists=["t03"], seeds=[1])
+    tell(events_module.FINALS, finalists=["t03"], seeds=[1])
     assert summary.trials["t03-s1"].status == "pending"  # wanted again
 
 
@@ -264,7 +265,7 @@ def test_what_a_model_has_to_beat(score: float, transfer: float, said: str) -> N
     tell = Story(ledger())
     tell.trial("t00", 3.0, score)
     assert tell.found.summary.standing is None
-    tell(events.REFERENCES, values={"nothing": {"eval/score": 1.1}, "transfer": {"eval/score": transfer}})
+    tell(events_module.REFERENCES, values={"nothing": {"eval/score": 1.1}, "transfer": {"eval/score": transfer}})
     summary = tell.found.summary
     assert summary.standing == said
     assert summary.good(summary.trials["t00"]) == ("and the" in said)

@@ -33,7 +33,9 @@ from raystar import export
 from raystar.base import torch_file as pt
 from raystar.base.errors import RaystarError
 from raystar.config import load as configs
-from raystar.config.load import Config, from_mapping, known_keys, load_config, override, signature, to_mapping, to_yaml
+from raystar.config import schema, strict_yaml
+from raystar.config.load import from_mapping, load_config, override, signature, to_mapping, to_yaml
+from raystar.config.schema import Config, known_keys
 from raystar.data import bank as dataset
 from raystar.data.bank import open_bank, read_latent, reopen_bank
 from raystar.model import checkpoint as checkpoints
@@ -251,8 +253,8 @@ def load_text(tmp_path_factory: pytest.TempPathFactory, text: str) -> Config:
     return load_config(path)
 
 
-sections = st.sampled_from([*configs.SECTIONS, "los"]) | plain
-names = st.sampled_from([f.name for cls in configs.SECTIONS.values() for f in fields(cls)]) | plain
+sections = st.sampled_from([*schema.SECTIONS, "los"]) | plain
+names = st.sampled_from([f.name for cls in schema.SECTIONS.values() for f in fields(cls)]) | plain
 
 
 @examples(400)
@@ -287,7 +289,7 @@ def test_names_of_files(name: str) -> None:
     """None of them is a configuration; none is created or breaks anything."""
     missing = f"no such folder/{name}"
     for attempt in (
-        lambda: load_config(configs.find_shipped(missing)),
+        lambda: load_config(strict_yaml.find_shipped(missing)),
         lambda: checkpoints.load(missing),
         lambda: export.load(missing),
         lambda: open_bank(override(Config(), {"data.data_root": missing}), "unused"),
@@ -868,7 +870,7 @@ def test_damaged_exports(exported: tuple[Path, dict[str, bytes]], data: st.DataO
         assert sum(p.numel() for _, net in model.nets.items() for p in net.parameters()) < 10**6
 
 
-model_sizes = st.sampled_from([f"model.{f.name}" for f in fields(configs.ModelConfig)])
+model_sizes = st.sampled_from([f"model.{f.name}" for f in fields(schema.ModelConfig)])
 some_sizes = st.integers(1, 9) | st.sampled_from([1000, 10**5, 10**6, 2**31 - 1])
 
 

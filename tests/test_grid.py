@@ -11,7 +11,8 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from raystar.config.load import Config, override
+from raystar.config.load import override
+from raystar.config.schema import Config
 from raystar.data.bank import Bank, open_bank
 from raystar.export import Translator
 from raystar.model.networks import Nets

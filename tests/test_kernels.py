@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from raystar.config.load import Config, override
+from raystar.config.load import override
+from raystar.config.schema import Config
 from raystar.model.native import kernels
 from raystar.model.networks import Generator
 from tests.support import ROOT

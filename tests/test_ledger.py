@@ -14,10 +14,12 @@ import numpy as np
 import pytest
 
 from raystar.base.journal import Journal
-from raystar.record import state as events
-from raystar.record.state import Collapse, Ledger
-from raystar.record.summary import COMPARABLE, Summary
+from raystar.record import events as events_module
+from raystar.record.state import Ledger
+from raystar.record.statuses import COMPARABLE
+from raystar.record.summary import Summary
 from raystar.search.asha import Rungs
+from raystar.search.space import Collapse
 
 
 @pytest.mark.parametrize("mode", ["min", "max"])
@@ -98,27 +100,27 @@ def story() -> list[dict[str, Any]]:
     """What happens to four trials, the journal of which is cut at every place."""
 
     def epoch(trial: str, number: int, score: float) -> dict[str, Any]:
-        return {"event": events.EPOCH, "trial": trial, "epoch": number, "metrics": {"eval/score": score}}
+        return {"event": events_module.EPOCH, "trial": trial, "epoch": number, "metrics": {"eval/score": score}}
 
     def ended(trial: str, status: str, reason: str | None = None) -> dict[str, Any]:
-        return {"event": events.ENDED, "trial": trial, "status": status, "reason": reason}
+        return {"event": events_module.ENDED, "trial": trial, "status": status, "reason": reason}
 
     def started(trial: str) -> dict[str, Any]:
-        return {"event": events.STARTED, "trial": trial, "params": {"loss.w_cyc": float(trial[1:])}}
+        return {"event": events_module.STARTED, "trial": trial, "params": {"loss.w_cyc": float(trial[1:])}}
 
     told = [
-        {"event": events.SESSION},
+        {"event": events_module.SESSION},
         started("t00"),
         started("t01"),
         epoch("t00", 1, 2.0),
         epoch("t01", 1, 1.5),
         epoch("t01", 2, 1.25),
-        {"event": events.ALONE, "trial": "t01", "reason": "out of memory"},
+        {"event": events_module.ALONE, "trial": "t01", "reason": "out of memory"},
         started("t02"),
         epoch("t02", 1, 3.0),
         ended("t02", "stopped", "stopped early after epoch 1"),
         epoch("t00", 2, 1.75),
-        {"event": events.SESSION},
+        {"event": events_module.SESSION},
         started("t03"),
         started("t00"),
         epoch("t00", 2, 1.75),
@@ -126,7 +128,7 @@ def story() -> list[dict[str, Any]]:
         ended("t03", "diverged", "NaN"),
         started("t01"),
         epoch("t01", 3, 1.0),
-        {"event": events.NOTE, "trial": "t01", "note": "went back"},
+        {"event": events_module.NOTE, "trial": "t01", "note": "went back"},
         epoch("t01", 4, 1.125),
         ended("t01", "finished"),
         ended("t00", "killed", "its process died"),
@@ -196,15 +198,15 @@ def test_a_stop_that_was_not_carried_out_is_due() -> None:
     assert {name: verdict.ends for name, verdict in found.due.items()} == {"t02": "stopped"}
 
 
-def told(found: Ledger, epoch: int, **metrics: float) -> events.Verdict:
+def told(found: Ledger, epoch: int, **metrics: float) -> events_module.Verdict:
     values = {f"eval/{key}": value for key, value in metrics.items()}
-    return found.apply({"event": events.EPOCH, "trial": "t01", "epoch": epoch, "metrics": values, "at": 0.0})
+    return found.apply({"event": events_module.EPOCH, "trial": "t01", "epoch": epoch, "metrics": values, "at": 0.0})
 
 
 def started(found: Ledger, *names: str) -> Ledger:
-    found.apply({"event": events.SESSION, "at": 0.0})
+    found.apply({"event": events_module.SESSION, "at": 0.0})
     for name in names:
-        found.apply({"event": events.STARTED, "trial": name, "params": {}, "at": 0.0})
+        found.apply({"event": events_module.STARTED, "trial": name, "params": {}, "at": 0.0})
     return found
 
 
@@ -226,18 +228,18 @@ def test_a_score_is_the_last_that_was_measured() -> None:
 def test_rungs_rank_by_their_own_metric_and_say_why() -> None:
     first = {"eval/score": 9.0, "eval/style": 0.5, "eval/movement": 0.9}
 
-    def second(**metrics: float) -> tuple[events.Verdict, bool]:
+    def second(**metrics: float) -> tuple[events_module.Verdict, bool]:
         """What becomes of a trial that comes to the first rung after another."""
         found = started(ledger(ranking="eval/style", rungs=Rungs("min", 1, 2, 4)), "t00", "t01")
-        found.apply({"event": events.EPOCH, "trial": "t00", "epoch": 1, "metrics": first, "at": 0.0})
+        found.apply({"event": events_module.EPOCH, "trial": "t00", "epoch": 1, "metrics": first, "at": 0.0})
         return told(found, 1, score=1.0, **metrics), found.summary.trials["t01"].unmoved
 
     stopped = "stopped early after epoch 1"
-    assert second() == (events.Verdict(), False)  # nothing to rank by
-    assert second(style=0.4, movement=0.9) == (events.Verdict(), False)
-    assert second(style=0.6, movement=0.9) == (events.Verdict("stopped", stopped), False)
+    assert second() == (events_module.Verdict(), False)  # nothing to rank by
+    assert second(style=0.4, movement=0.9) == (events_module.Verdict(), False)
+    assert second(style=0.6, movement=0.9) == (events_module.Verdict("stopped", stopped), False)
     reason = f"{stopped}: its translations cannot be told from their sources"
-    assert second(style=0.1, movement=0.001) == (events.Verdict("stopped", reason), True)
+    assert second(style=0.1, movement=0.001) == (events_module.Verdict("stopped", reason), True)
 
 
 def test_doing_nothing_is_no_collapse() -> None:
@@ -249,12 +251,12 @@ def test_doing_nothing_is_no_collapse() -> None:
 
 def test_collapse_is_seen_in_a_row_of_measurements() -> None:
     found = ledger(collapse=Collapse(0.1, 3), rungs=None)
-    found.apply({"event": events.SESSION, "at": 0.0})
-    found.apply({"event": events.STARTED, "trial": "t01", "params": {}, "at": 0.0})
+    found.apply({"event": events_module.SESSION, "at": 0.0})
+    found.apply({"event": events_module.STARTED, "trial": "t01", "params": {}, "at": 0.0})
     ends = []
     for epoch, diversity in enumerate([0.05, 0.05, 0.2, 0.05, None, 0.0, 0.09], start=1):
         metrics = {"eval/score": 2.0} | ({"eval/diversity": diversity} if diversity is not None else {})
-        event = {"event": events.EPOCH, "trial": "t01", "epoch": epoch, "metrics": metrics, "at": 0.0}
+        event = {"event": events_module.EPOCH, "trial": "t01", "epoch": epoch, "metrics": metrics, "at": 0.0}
         ends.append(found.apply(event).ends)
     assert ends == [None] * 6 + ["collapsed"]
     assert ledger(collapse=Collapse(0.1, 0)).apply(event | {"epoch": 1}).ends is None

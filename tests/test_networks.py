@@ -14,14 +14,15 @@ from torch.nn import functional
 
 from raystar import export
 from raystar.base.errors import RaystarError, WrongResults
-from raystar.config.load import Config, ModelConfig, from_mapping, override
+from raystar.config.load import from_mapping, override
+from raystar.config.schema import Config, ModelConfig
 from raystar.data.bank import Bank, Batch, LatentDataset, open_bank
 from raystar.exported import onnx as graphs
 from raystar.model import checkpoint as checkpoints
 from raystar.model.native import kernels
 from raystar.model.networks import NAMES, Discriminator, Generator, Nets
-from raystar.record.retention import checkpoint_bytes
 from raystar.search import space
+from raystar.sweep.disk import checkpoint_bytes
 from raystar.train import _initial_state
 from raystar.training import compile as compile_module
 from raystar.training.compile import compile_networks

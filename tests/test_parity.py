@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from raystar.base.errors import WrongResults
-from raystar.config.load import Config, override
+from raystar.config.load import override
+from raystar.config.schema import Config
 from raystar.data.bank import LatentDataset, open_bank
 from raystar.training import parity
 from raystar.training.parity import check_parity

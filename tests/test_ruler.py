@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from raystar.base.errors import RaystarError
-from raystar.config.load import Config, override
+from raystar.config.load import override
+from raystar.config.schema import Config
 from raystar.data.bank import Bank, open_bank
 from raystar.model.networks import Nets
 from raystar.ruler.picture_stats import content_lost, sketch, statistics

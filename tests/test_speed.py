@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from raystar.base.errors import RaystarError, WrongResults
-from raystar.config.load import Config, override
+from raystar.config.load import override
+from raystar.config.schema import Config
 from raystar.data.bank import Bank, open_bank
 from raystar.training import speed
 from raystar.training.speed import METRICS, measure

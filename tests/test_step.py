@@ -8,7 +8,8 @@ import itertools
 import pytest
 import torch
 
-from raystar.config.load import Config, override
+from raystar.config.load import override
+from raystar.config.schema import Config
 from raystar.data.bank import Batch
 from raystar.training import losses
 from raystar.training.step import LOGGED, TrainState, train_step

@@ -15,12 +15,13 @@ from PIL import Image
 
 from raystar.base.errors import RaystarError
 from raystar.base.storage import Storage
-from raystar.config.load import Config
+from raystar.config.schema import Config
 from raystar.model import checkpoint as checkpoints
 from raystar.model.networks import Nets
-from raystar.record.retention import Janitor, check_space, checkpoint_bytes, needed_bytes
+from raystar.record.retention import Janitor
 from raystar.record.summary import TrialRecord
 from raystar.record.trial_files import TrialFiles, checkpoint_name, saved_epochs
+from raystar.sweep.disk import check_space, checkpoint_bytes, needed_bytes
 from raystar.training.step import TrainState
 from tests.support import tiny_config
 

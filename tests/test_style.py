@@ -113,7 +113,7 @@ def _unsafe(source: str) -> list[str]:
 def test_nothing_runs_code_that_a_file_holds() -> None:
     found = {str(path): unsafe for path in PACKAGE.rglob("*.py") if (unsafe := _unsafe(path.read_text()))}
     assert not found
-    from raystar.config.load import _StrictLoader
+    from raystar.config.strict_yaml import _StrictLoader
 
     assert issubclass(_StrictLoader, yaml.SafeLoader)
 

@@ -16,7 +16,8 @@ import pytest
 import torch
 
 from raystar.base.errors import TrialDiverged, TrialOutOfMemory
-from raystar.config.load import Config, override, to_mapping
+from raystar.config.load import override, to_mapping
+from raystar.config.schema import Config
 from raystar.data.bank import Bank, open_bank
 from raystar.model import checkpoint as checkpoints
 from raystar.pictures.codec import PreviewCodec

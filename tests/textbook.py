@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import l1_loss, relu
 
-from raystar.config.load import Config
+from raystar.config.schema import Config
 from raystar.data.bank import Batch
 from raystar.model.networks import Nets
 

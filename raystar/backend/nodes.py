@@ -31,7 +31,8 @@ from raystar.base.errors import RaystarError
 from raystar.base.files import cache_dir as own_cache
 from raystar.base.secrets import redact
 from raystar.base.storage import Storage
-from raystar.config.load import Config, from_mapping
+from raystar.config.load import from_mapping
+from raystar.config.schema import Config
 from raystar.data.bank import Bank, data_root, open_bank
 
 _OBJECT_STORE_BYTES = 128 * 2**20  # trials exchange nothing but small results

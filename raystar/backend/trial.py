@@ -25,10 +25,11 @@ from ray.util.placement_group import get_current_placement_group
 from raystar.backend.nodes import Placed, ensure_local
 from raystar.base.errors import RaystarError, TrialDiverged, TrialOutOfMemory, WorkerLost
 from raystar.base.storage import Storage
-from raystar.config.load import Config, from_mapping, override
+from raystar.config.load import from_mapping, override
+from raystar.config.schema import Config
 from raystar.data.bank import Bank, reopen_bank
 from raystar.pictures.codec import Codec, open_codec
-from raystar.record.summary import DIVERGED, FAILED, OUT_OF_MEMORY, RUNNING, STARTING
+from raystar.record.statuses import DIVERGED, FAILED, OUT_OF_MEMORY, RUNNING, STARTING
 from raystar.record.trial_files import Restored, TrialFiles
 from raystar.ruler.ruler import Ruler
 from raystar.training.speed import measure

@@ -79,18 +79,18 @@ def wait_for_space(path: Path | str, operation: Callable[[], T]) -> T:
                 if folder not in _waited_for:
                     tells = True
                     _waited_for.add(folder)
-                    _tell(f"note: the disk that holds {path} is full; waiting: free some space and it goes on")
+                    notify(f"note: the disk that holds {path} is full; waiting: free some space and it goes on")
                 time.sleep(_FULL_S)
             else:
                 if tells:
-                    _tell(f"note: the disk that holds {path} has space again; going on")
+                    notify(f"note: the disk that holds {path} has space again; going on")
                 return done
     finally:
         if tells:
             _waited_for.discard(folder)
 
 
-def _tell(line: str) -> None:
+def notify(line: str) -> None:
     with contextlib.suppress(OSError):  # stderr may go to a file on the same disk
         print(line, file=sys.stderr, flush=True)
 

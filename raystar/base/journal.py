@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from raystar.base.files import _tell, sync_folder, wait_for_space
+from raystar.base.files import notify, sync_folder, wait_for_space
 
 _BLOCK = 1 << 16
 
@@ -75,7 +75,7 @@ class Journal:
                     if isinstance(record, dict):
                         yield record, start
                         continue
-                _tell(f"note: {self.path}: the line that ends at byte {start} is damaged and left out")
+                notify(f"note: {self.path}: the line that ends at byte {start} is damaged and left out")
 
     def _opened(self) -> int:
         if self._file is None:

@@ -35,7 +35,7 @@ from torch import Tensor
 
 from raystar.base import torch_file as pt
 from raystar.base.errors import RaystarError, nearest
-from raystar.config.load import Config, DataConfig
+from raystar.config.schema import Config, DataConfig
 
 _SUFFIXES = (b".npy", b".pt")
 _DOT = ord(".")

@@ -8,7 +8,7 @@ from importlib.metadata import version
 from typing import Any
 
 from raystar import __version__
-from raystar.config.load import Config
+from raystar.config.schema import Config
 
 # The ruler's metrics in a reader's words; what is best, and what doing nothing has.
 _MEANING = {

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from raystar.base.errors import RaystarError
-from raystar.config.load import Config
+from raystar.config.schema import Config
 from raystar.model.networks import Nets
 
 FILES = ("generator.onnx", "mapping.onnx", "style_encoder.onnx")

@@ -22,7 +22,8 @@ from raystar import __version__
 from raystar.base import torch_file as pt
 from raystar.base.errors import RaystarError, show
 from raystar.base.files import is_file, is_folder
-from raystar.config.load import Config, to_mapping
+from raystar.config.load import to_mapping
+from raystar.config.schema import Config
 from raystar.model.networks import AVERAGED, NAMES
 from raystar.training.step import TrainState
 

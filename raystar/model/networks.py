@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from raystar.base.errors import RaystarError
-from raystar.config.load import ModelConfig
+from raystar.config.schema import ModelConfig
 from raystar.model.native import kernels
 
 LEAK = 0.2

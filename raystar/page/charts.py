@@ -12,7 +12,8 @@ import plotly.graph_objects as go
 
 from raystar.page.importance import Importance
 from raystar.record.results import Results
-from raystar.record.summary import BROKEN, REFERENCES, STOPPED, TrialRecord
+from raystar.record.statuses import BROKEN, STOPPED
+from raystar.record.summary import REFERENCES, TrialRecord
 
 BEST, BASELINE, OTHER, BAD, INK, LINE, PAPER = (
     f"var(--{name})" for name in ("best", "baseline", "other", "bad", "ink", "line", "card")

@@ -18,7 +18,8 @@ from torch.nn import functional
 
 from raystar.base.errors import RaystarError
 from raystar.base.files import is_file
-from raystar.config.load import Config, read_mapping
+from raystar.config.schema import Config
+from raystar.config.strict_yaml import read_mapping
 from raystar.pictures import decoder as decoders
 from raystar.pictures.decoder import Decoder
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from raystar.config.load import Config
+from raystar.config.schema import Config
 from raystar.data.bank import Bank
 from raystar.model.networks import Nets, noise
 from raystar.pictures.codec import Codec

@@ -13,7 +13,8 @@ import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Sequence
 
-from raystar.record.summary import BROKEN, FINISHED, STOPPED, Finalist, Finals, Summary, TrialRecord
+from raystar.record.statuses import BROKEN, FINISHED, STOPPED
+from raystar.record.summary import Finalist, Finals, Summary, TrialRecord
 
 INTERVAL = 0.9
 """Probability that an interval stands for."""

@@ -11,9 +11,10 @@ from typing import Any
 
 from raystar.base.errors import RaystarError, nearest
 from raystar.base.journal import Journal
+from raystar.record.events import EPOCH
 from raystar.record.finals import rank_correlation
-from raystar.record.state import EPOCH
-from raystar.record.summary import FINISHED, Summary, TrialRecord
+from raystar.record.statuses import FINISHED
+from raystar.record.summary import Summary, TrialRecord
 from raystar.record.sweep_file import JOURNAL, RECORD
 from raystar.ruler.ruler import UNMOVED
 from raystar.search.asha import Rungs

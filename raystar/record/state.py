@@ -11,46 +11,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from raystar.record import finals
-from raystar.record.summary import (
-    BROKEN,
-    COLLAPSED,
-    FINISHED,
-    INTERRUPTED,
-    PENDING,
-    RUNNING,
-    STOPPED,
-    UNFINISHED,
-    Summary,
-)
+from raystar.record.events import ALONE, ENDED, EPOCH, FINALS, NOTE, REFERENCES, SESSION, STARTED, Verdict
+from raystar.record.statuses import BROKEN, COLLAPSED, FINISHED, INTERRUPTED, PENDING, RUNNING, STOPPED, UNFINISHED
+from raystar.record.summary import Summary
 from raystar.search.asha import Rungs
-
-SESSION, STARTED, EPOCH, NOTE, ENDED, ALONE = "session", "started", "epoch", "note", "ended", "alone"
-REFERENCES, FINALS = "references", "finals"
-"""Events: the sweep begins or goes on; a trial begins or goes on; an epoch; a remark; its end; its one retry; what
-doing nothing gets from the ruler; which trials are trained again, and from which seeds."""
-
+from raystar.search.space import Collapse
 
 UNTOLD = "its translations cannot be told from their sources"
 """What `unmoved` means, in words."""
-
-
-@dataclass(frozen=True)
-class Collapse:
-    """When a model is taken to have collapsed: it translates every noise alike for several measurements in a row."""
-
-    diversity: float = 0.01
-    """Of `eval/diversity`, 0 for the same picture and 1 for real diversity."""
-    epochs: int = 3
-    """Measured epochs in a row, of a model that has begun to move; 0 never."""
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What follows from a trial's epoch."""
-
-    ends: str | None = None
-    """The status with which the trial is to end now; None to go on."""
-    reason: str | None = None
 
 
 @dataclass

@@ -6,7 +6,6 @@ import csv
 import io
 import json
 import math
-import re
 import time
 from collections import Counter
 from collections.abc import Mapping
@@ -15,24 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from raystar import __version__
-from raystar.base.errors import RaystarError
 from raystar.base.files import write_whole
-from raystar.config.load import Config
+from raystar.record.statuses import COMPARABLE, PENDING, RUNNING
 from raystar.ruler.ruler import NOTHING, TRANSFER, UNMOVED
 
-PENDING, STARTING, RUNNING = "pending", "starting", "running"
-FINISHED, STOPPED, INTERRUPTED = "finished", "stopped", "interrupted"
-DIVERGED, COLLAPSED, OUT_OF_MEMORY, FAILED, KILLED = "diverged", "collapsed", "out_of_memory", "failed", "killed"
-"""Statuses of trials. `STARTING` is never recorded: a group of workers says so that it is there."""
 _MOVEMENT = "eval/movement"
-_NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
-_RESERVED = ("cache", "artifacts", "mlflow.db")
-COMPARABLE = (FINISHED, STOPPED, RUNNING, INTERRUPTED)
-"""Statuses whose trials may be best."""
-BROKEN = (DIVERGED, COLLAPSED, OUT_OF_MEMORY, FAILED, KILLED)
-"""Statuses of trials that went wrong, each with its reason; they are never best."""
-UNFINISHED = (PENDING, RUNNING, INTERRUPTED, FAILED, KILLED)
-"""Statuses of trials that a resumed sweep runs, from their last checkpoints: what failed may be mended by then."""
 
 REFERENCES = {NOTHING: "doing nothing", TRANSFER: "channel transfer"}
 """What a model has to beat (`ruler.Ruler.references`), in words."""
@@ -404,18 +390,3 @@ class Summary:
         """Writes `summary.json` and `summary.csv` into `folder`, each whole or not at all."""
         write_whole(folder / "summary.json", json.dumps(self.to_mapping(), indent=1) + "\n")
         write_whole(folder / "summary.csv", self.to_csv())
-
-
-def cache_dir(config: Config, out: Path) -> Path:
-    """`data.cache_dir`, by default `cache/` below the output folder."""
-    return Path(config.data.cache_dir).expanduser() if config.data.cache_dir else (out / "cache").resolve()
-
-
-def check_name(name: str, flag: str = "--name") -> None:
-    """Raises `RaystarError` for a name that is no plain file name, or one that raystar itself uses."""
-    if not _NAME.fullmatch(name) or set(name) == {"."}:
-        raise RaystarError(
-            f"{flag} {name!r}: expected up to 64 letters, digits, dots, dashes and underscores, and no path"
-        )
-    if name in _RESERVED:
-        raise RaystarError(f"{flag} {name}: raystar keeps its own files under that name; choose another")

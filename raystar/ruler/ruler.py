@@ -44,7 +44,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from raystar.base.errors import RaystarError
-from raystar.config.load import Config
+from raystar.config.schema import Config
 from raystar.data.bank import Bank
 from raystar.model.checkpoint import digest
 from raystar.model.networks import Nets

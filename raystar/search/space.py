@@ -14,9 +14,10 @@ import numpy as np
 import torch
 
 from raystar.base.errors import RaystarError, key_text, misspelt, show
-from raystar.config.load import MAX_WHOLE, Config, check_value, get_value, key_field, override, read_mapping
+from raystar.config.load import check_value, get_value, override
+from raystar.config.schema import MAX_WHOLE, Config, key_field
+from raystar.config.strict_yaml import read_mapping
 from raystar.record.finals import SEED
-from raystar.record.state import Collapse
 from raystar.ruler.ruler import HIGHER
 from raystar.ruler.ruler import METRICS as RULER_METRICS
 from raystar.training.compile import SPEED_KEYS, canonical
@@ -118,6 +119,16 @@ class Finalists:
     """Configurations that are compared by means over seeds, and whose models go into the MLflow store; 0 for none."""
     seeds: int = 2
     """Further seeds that each of them and the baseline are trained from; 0 compares trials by their own scores."""
+
+
+@dataclass(frozen=True)
+class Collapse:
+    """When a model is taken to have collapsed: it translates every noise alike for several measurements in a row."""
+
+    diversity: float = 0.01
+    """Of `eval/diversity`, 0 for the same picture and 1 for real diversity."""
+    epochs: int = 3
+    """Measured epochs in a row, of a model that has begun to move; 0 never."""
 
 
 @dataclass(frozen=True)

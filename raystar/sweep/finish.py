@@ -27,7 +27,8 @@ from raystar.pictures import grid
 from raystar.pictures.codec import open_codec
 from raystar.record import finals, results
 from raystar.record.results import CONTACT_SHEET, REPORT
-from raystar.record.summary import BROKEN, FINISHED, UNFINISHED, Summary, TrialRecord
+from raystar.record.statuses import BROKEN, FINISHED, UNFINISHED
+from raystar.record.summary import Summary, TrialRecord
 from raystar.record.trial_files import checkpoint_name, picture_name, saved_epochs
 from raystar.sweep.live_table import ranking, reference_lines
 from raystar.sweep.plan import Plan

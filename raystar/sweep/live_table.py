@@ -11,7 +11,8 @@ from rich.table import Table
 from rich.text import Text
 
 from raystar.base.console import announce, duration
-from raystar.record.summary import BROKEN, PENDING, REFERENCES, RUNNING, Summary, TrialRecord
+from raystar.record.statuses import BROKEN, PENDING, RUNNING
+from raystar.record.summary import REFERENCES, Summary, TrialRecord
 
 _ROWS = 16
 _STYLES = {

@@ -18,18 +18,20 @@ from raystar.base.errors import RaystarError
 from raystar.base.machine import usable_cpus
 from raystar.base.secrets import redact
 from raystar.base.storage import Storage
-from raystar.config.load import Config, find_shipped, override, read_mapping, request_config, signature, to_mapping
+from raystar.config.folders import cache_dir, check_name
 from raystar.config.load import from_mapping as config_from_mapping
+from raystar.config.load import override, request_config, signature, to_mapping
+from raystar.config.schema import Config
+from raystar.config.strict_yaml import find_shipped, read_mapping
 from raystar.data.bank import Bank, open_bank
 from raystar.pictures.codec import check_codec
 from raystar.record.finals import SEED
-from raystar.record.retention import check_space, checkpoint_bytes, needed_bytes
-from raystar.record.summary import cache_dir, check_name
 from raystar.record.sweep_file import RECORD, code, differences, read_record
 from raystar.ruler.ruler import check as check_ruler
 from raystar.ruler.ruler import measured_by
 from raystar.search.space import Space
 from raystar.search.space import from_mapping as space_from_mapping
+from raystar.sweep.disk import check_space, checkpoint_bytes, needed_bytes
 from raystar.tracking.mlflow.writer import check_uri, default_uri, provenance
 from raystar.training.speed import check_steps
 from raystar.training.step import resolve_device

@@ -17,11 +17,13 @@ from raystar.base.errors import RaystarError
 from raystar.base.files import locked
 from raystar.base.journal import Journal
 from raystar.base.machine import usable_cpus
-from raystar.config.load import Config, override, to_mapping
+from raystar.config.load import override, to_mapping
+from raystar.config.schema import Config
 from raystar.pictures.codec import open_codec
 from raystar.record import finals
 from raystar.record.state import Ledger
-from raystar.record.summary import UNFINISHED, Summary
+from raystar.record.statuses import UNFINISHED
+from raystar.record.summary import Summary
 from raystar.record.sweep_file import JOURNAL, write_record
 from raystar.ruler.ruler import Ruler, ruler_file
 from raystar.search.asha import Rungs

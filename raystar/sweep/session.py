@@ -26,9 +26,10 @@ from raystar.base.files import wait_for_space
 from raystar.base.journal import Journal
 from raystar.config.load import get_value, override, signature, to_mapping, to_yaml
 from raystar.record import finals
-from raystar.record.retention import DiskWatch, Janitor, checkpoint_bytes
-from raystar.record.state import ALONE, ENDED, EPOCH, FINALS, NOTE, REFERENCES, SESSION, STARTED, Ledger, Verdict
-from raystar.record.summary import (
+from raystar.record.events import ALONE, ENDED, EPOCH, FINALS, NOTE, REFERENCES, SESSION, STARTED, Verdict
+from raystar.record.retention import Janitor
+from raystar.record.state import Ledger
+from raystar.record.statuses import (
     BROKEN,
     FAILED,
     FINISHED,
@@ -39,11 +40,12 @@ from raystar.record.summary import (
     RUNNING,
     STARTING,
     STOPPED,
-    TrialRecord,
 )
+from raystar.record.summary import TrialRecord
 from raystar.record.sweep_file import JOURNAL, RECORD
 from raystar.ruler.ruler import measured_by
 from raystar.sweep import finish as outcome
+from raystar.sweep.disk import DiskWatch, checkpoint_bytes
 from raystar.sweep.live_table import Board
 from raystar.sweep.plan import Plan
 from raystar.tracking.mlflow.writer import CHECKPOINT, PARENT, MlflowTracker

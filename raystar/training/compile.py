@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from raystar.config.load import Config, get_value, override
+from raystar.config.load import get_value, override
+from raystar.config.schema import Config
 from raystar.data.bank import share
 from raystar.training.step import TrainState, autocast, layout
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from raystar.config.load import Config
+from raystar.config.schema import Config
 
 
 def _wide(x: Tensor) -> Tensor:

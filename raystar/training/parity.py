@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from raystar.base.errors import WrongResults
-from raystar.config.load import Config, override
+from raystar.config.load import override
+from raystar.config.schema import Config
 from raystar.data.bank import LatentDataset
 from raystar.model.networks import NAMES
 from raystar.training.step import LOGGED, TrainState, train_step

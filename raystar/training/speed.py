@@ -9,7 +9,8 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from raystar.base.errors import RaystarError
-from raystar.config.load import Config, override
+from raystar.config.load import override
+from raystar.config.schema import Config
 from raystar.data.bank import Bank, LatentDataset
 from raystar.training.compile import compile_networks, graphs, labels
 from raystar.training.parity import check_parity

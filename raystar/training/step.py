@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from raystar.base.errors import RaystarError
-from raystar.config.load import Config
+from raystar.config.schema import Config
 from raystar.data.bank import Batch
 from raystar.model.native import kernels
 from raystar.model.networks import AVERAGED, Nets

@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from raystar.base.errors import RaystarError, TrialDiverged, TrialOutOfMemory
-from raystar.config.load import Config
+from raystar.config.schema import Config
 from raystar.data.bank import Bank, LatentDataset
 from raystar.model.checkpoint import restore, snapshot
 from raystar.model.networks import Nets

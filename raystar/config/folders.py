@@ -1,0 +1,27 @@
+"""Names of runs, and the folder of caches."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from raystar.base.errors import RaystarError
+from raystar.config.schema import Config
+
+_NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
+_RESERVED = ("cache", "artifacts", "mlflow.db")
+
+
+def cache_dir(config: Config, out: Path) -> Path:
+    """`data.cache_dir`, by default `cache/` below the output folder."""
+    return Path(config.data.cache_dir).expanduser() if config.data.cache_dir else (out / "cache").resolve()
+
+
+def check_name(name: str, flag: str = "--name") -> None:
+    """Raises `RaystarError` for a name that is no plain file name, or one that raystar itself uses."""
+    if not _NAME.fullmatch(name) or set(name) == {"."}:
+        raise RaystarError(
+            f"{flag} {name!r}: expected up to 64 letters, digits, dots, dashes and underscores, and no path"
+        )
+    if name in _RESERVED:
+        raise RaystarError(f"{flag} {name}: raystar keeps its own files under that name; choose another")

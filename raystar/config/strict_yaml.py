@@ -1,0 +1,167 @@
+"""YAML and JSON read strictly: no key twice, nothing that grows beyond its file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+import raystar
+from raystar.base.errors import RaystarError, nearest, show
+from raystar.base.files import is_file, is_folder
+
+MAX_FILE_BYTES = 1_000_000
+"""A configuration or space file is text written by hand; anything larger is the wrong file."""
+
+MAX_NODES, MAX_DEPTH, MAX_SCALAR = 10_000, 32, 10_000
+"""Values in one file, aliases written out; levels of them; characters of one. A small file can claim much."""
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """Safe YAML that refuses a key written twice, since the second would silently win, and files without measure."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self._nodes = self._depth = 0
+        self._sizes: dict[int, int] = {}
+        """Nodes below a finished node, aliases written out, by the node's id."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        """The next node; counted, so that aliases of aliases end here and not in the memory."""
+        mark = self.peek_event().start_mark
+        if self.check_event(yaml.AliasEvent):
+            node = super().compose_node(parent, index)
+            if id(node) not in self._sizes:
+                raise yaml.constructor.ConstructorError(None, None, "an alias stands inside of what it means", mark)
+            self._count(self._sizes[id(node)], mark)
+            return node
+        before, self._depth = self._nodes, self._depth + 1
+        self._count(1, mark)
+        if self._depth > MAX_DEPTH:
+            raise yaml.constructor.ConstructorError(None, None, f"nested deeper than {MAX_DEPTH} levels", mark)
+        if self.check_event(yaml.ScalarEvent) and len(self.peek_event().value) > MAX_SCALAR:
+            raise yaml.constructor.ConstructorError(None, None, f"a value of over {MAX_SCALAR} characters", mark)
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        self._sizes[id(node)] = self._nodes - before
+        return node
+
+    def _count(self, nodes: int, mark: yaml.Mark) -> None:
+        self._nodes += nodes
+        if self._nodes > MAX_NODES:
+            words = f"more than {MAX_NODES} values (aliases written out)"
+            raise yaml.constructor.ConstructorError(None, None, words, mark)
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        """The value of a node; PyYAML raises nearly anything at a text that is not of its `!!type`."""
+        try:
+            return super().construct_object(node, deep)
+        except (ValueError, KeyError, IndexError, TypeError, AttributeError, OverflowError):
+            kind = node.tag.rpartition(":")[2]
+            raise yaml.constructor.ConstructorError(
+                None, None, f"no {kind} that can be read: {show(node.value)}", node.start_mark
+            ) from None
+
+
+def _mapping_without_duplicates(loader: _StrictLoader, node: yaml.MappingNode) -> dict[Any, Any]:
+    own: dict[Any, Any] = {}
+    merged: list[yaml.Node] = []
+    for key_node, value_node in node.value:
+        if key_node.tag == "tag:yaml.org,2002:merge":
+            merged.append(value_node)
+            continue
+        key = loader.construct_object(key_node, deep=True)
+        try:
+            repeated = key in own
+        except TypeError as error:
+            raise yaml.constructor.ConstructorError(
+                None, None, f"a key must be text, found {show(key)}", key_node.start_mark
+            ) from error
+        if repeated:
+            raise yaml.constructor.ConstructorError(
+                None, None, f"key {show(key)} is written twice", key_node.start_mark
+            )
+        own[key] = loader.construct_object(value_node, deep=True)
+    # What is merged (`<<`) gives way to what stands here, and of several mappings the first counts.
+    found: dict[Any, Any] = {}
+    for value_node in merged:
+        several = isinstance(value_node, yaml.SequenceNode)
+        content = loader.construct_object(value_node, deep=True)
+        for mapping in reversed(content if several else [content]):
+            if not isinstance(mapping, dict):
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"<< takes a mapping, found {show(mapping)}", value_node.start_mark
+                )
+            found |= mapping
+    return found | own
+
+
+_StrictLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping_without_duplicates)
+
+
+def parse_yaml(text: str) -> Any:
+    return yaml.load(text, Loader=_StrictLoader)
+
+
+def _pairs_without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"key {show(key)} is written twice")
+        found[key] = value
+    return found
+
+
+def _parse_json(text: str) -> Any:
+    """JSON is nearly YAML, but a YAML parser takes the two halves of an escaped emoji for two characters."""
+    return json.loads(text, object_pairs_hook=_pairs_without_duplicates)
+
+
+def read_mapping(path: str | Path) -> dict[str, Any]:
+    """Reads a YAML or JSON file that holds one mapping.
+
+    Raises:
+        RaystarError: missing, unreadable, over a megabyte, not YAML, a key twice, or not a mapping.
+    """
+    path = Path(path)
+    if not is_file(path):
+        found = "a folder" if is_folder(path) else "nothing"
+        near = nearest(path.name, _names_in(path.parent)) if is_folder(path.parent) else ""
+        raise RaystarError(f"{path}: expected a YAML or JSON file, found {found}{near}")
+    kind, parse = ("JSON", _parse_json) if path.suffix == ".json" else ("YAML", parse_yaml)
+    try:
+        if path.stat().st_size > MAX_FILE_BYTES:
+            raise RaystarError(f"{path}: {path.stat().st_size} bytes is no configuration (limit {MAX_FILE_BYTES})")
+        content = parse(path.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise RaystarError(f"{path}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise RaystarError(f"{path}: not readable as text: {error}") from None
+    except RecursionError:
+        raise RaystarError(f"{path}: not readable as {kind}: nested too deeply") from None
+    except (yaml.YAMLError, ValueError) as error:
+        raise RaystarError(f"{path}: not readable as {kind}: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise RaystarError(f"{path}: expected a mapping at the top, found {show(content)}")
+    return content
+
+
+def _names_in(folder: Path) -> list[str]:
+    try:
+        return [path.name for path in folder.iterdir() if is_file(path)]
+    except OSError:
+        return []
+
+
+def find_shipped(path: str | Path) -> Path:
+    """`path` itself, or the file of that name that ships with raystar when the working folder has none."""
+    path = Path(path)
+    if is_file(path) or is_folder(path) or path.is_absolute():
+        return path
+    package = Path(raystar.__file__).resolve().parent
+    for root in (package.parent, package):  # a clone; an installed wheel
+        if is_file(root / path):
+            return root / path
+    return path
