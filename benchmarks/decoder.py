@@ -23,8 +23,9 @@ from raystar.base.errors import RaystarError
 from raystar.config.load import override
 from raystar.config.schema import Config
 from raystar.data.bank import DEMO_ROOT, open_bank
-from raystar.distill import Lesson, psnr
-from raystar.pictures.codec import Codec, PreviewCodec, VaeCodec, open_codec
+from raystar.pictures.autoencoders import VaeCodec
+from raystar.pictures.codec import Codec, PreviewCodec, open_codec
+from raystar.pictures.distilling import Lesson, psnr
 
 
 def main() -> None:

@@ -23,7 +23,7 @@ from torch import Tensor
 from raystar.config.folders import cache_dir
 from raystar.config.load import from_mapping
 from raystar.data.bank import Bank, open_bank
-from raystar.export import Translator
+from raystar.exported.model import Translator
 from raystar.model import checkpoint as checkpoints
 from raystar.model.checkpoint import shown_weights
 from raystar.model.networks import Nets

@@ -18,6 +18,7 @@ from raystar.base.errors import RaystarError, TrialDiverged
 from raystar.config.load import from_mapping, override
 from raystar.config.schema import Config
 from raystar.data.bank import Bank, Batch, LatentDataset, open_bank
+from raystar.exported import model
 from raystar.model import checkpoint as checkpoints
 from raystar.model.networks import AVERAGED, NAMES, Nets
 from raystar.pictures import grid
@@ -405,7 +406,7 @@ def test_an_export_has_them_and_says_so(saved: Path, config: Config, tmp_path: P
 
 def test_an_export_without_them_says_nothing(config: Config, tmp_path: Path) -> None:
     state = TrainState.create(override(config, {"training.ema_epochs": 0}), "cpu")
-    export.write(tmp_path / "model", checkpoints.snapshot(state, 1, {}), {}, {})
+    model.write(tmp_path / "model", checkpoints.snapshot(state, 1, {}), {}, {})
     assert "averages" not in (tmp_path / "model/README.md").read_text()
 
 

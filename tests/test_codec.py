@@ -31,8 +31,9 @@ from raystar.base.errors import RaystarError
 from raystar.config.load import override
 from raystar.config.schema import Config
 from raystar.demo import DOMAINS, latents_path, thumbnails_path
-from raystar.pictures import codec as codec_module
-from raystar.pictures.codec import BuiltInCodec, PreviewCodec, VaeCodec, check_codec, open_codec
+from raystar.pictures import autoencoders
+from raystar.pictures.autoencoders import VaeCodec
+from raystar.pictures.codec import BuiltInCodec, PreviewCodec, check_codec, open_codec
 from tests.support import ROOT, SHARED, needs_shared
 
 SCALE = 0.18215
@@ -339,7 +340,7 @@ def test_a_hub_that_does_not_answer_costs_a_bounded_time(
 
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(codec_module, "_HUB_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(autoencoders, "_HUB_TIMEOUT_S", 0.3)
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         if answers == "never answers":

@@ -18,10 +18,11 @@ from raystar.config.schema import Config
 from raystar.data.bank import Bank, open_bank
 from raystar.demo import DOMAINS, latents_path
 from raystar.demo.painter import paint
-from raystar.distill import Lesson, psnr
 from raystar.pictures import decoder as decoders
-from raystar.pictures.codec import BuiltInCodec, Codec, PreviewCodec, VaeCodec, open_codec
+from raystar.pictures.autoencoders import VaeCodec
+from raystar.pictures.codec import BuiltInCodec, Codec, PreviewCodec, open_codec
 from raystar.pictures.decoder import PACKAGED, Decoder
+from raystar.pictures.distilling import Lesson, psnr
 from tests.support import SHARED, needs_shared
 from tests.test_codec import assert_same_pictures, config_of
 

@@ -11,7 +11,9 @@ import torch
 from raystar import distill
 from raystar.base.errors import RaystarError
 from raystar.pictures import decoder as decoders
-from raystar.pictures.codec import SCALE, PreviewCodec, VaeCodec, open_codec
+from raystar.pictures import distilling
+from raystar.pictures.autoencoders import SCALE, VaeCodec
+from raystar.pictures.codec import PreviewCodec, open_codec
 from raystar.pictures.decoder import Decoder
 from tests.support import write_latents
 from tests.test_codec import build, config_of
@@ -36,7 +38,7 @@ def codec_of(folder: Path) -> VaeCodec:
 
 def test_held_out_pictures_are_not_trained_on(teacher: Path, tmp_path: Path) -> None:
     roots = [str(write_latents(tmp_path / name, size=8, seed=seed)) for seed, name in enumerate(("one", "two"))]
-    lesson, held = distill.gather(roots, codec_of(teacher), tmp_path, 40, seed=0)
+    lesson, held = distilling.gather(roots, codec_of(teacher), tmp_path, 40, seed=0)
     assert list(held) == ["one", "two"]
     assert [len(some.latents) for some in held.values()] == [6, 6]  # a tenth of 20, in three domains, twice
     assert lesson.latents.shape == (40, 4, 8, 8)
@@ -65,15 +67,15 @@ def test_the_teacher_decodes_a_latent_once(teacher: Path, tmp_path: Path, monkey
 
     monkeypatch.setattr(codec, "decode", counted)
     with pytest.raises(KeyboardInterrupt):
-        distill.gather([root], codec, tmp_path, 40, seed=0)
+        distilling.gather([root], codec, tmp_path, 40, seed=0)
     assert asked == [1, 6, 1, 8, 8, 8]
     asked.clear()
-    lesson, _ = distill.gather([root], codec, tmp_path, 40, seed=0)
+    lesson, _ = distilling.gather([root], codec, tmp_path, 40, seed=0)
     assert asked == [1, 1, 8, 8]
     with torch.autocast("cpu", torch.bfloat16):
         assert np.abs(lesson.pictures - decode(lesson.latents).astype(int)).max() <= 1
     asked.clear()
-    distill.gather([root], codec, tmp_path, 40, seed=0)
+    distilling.gather([root], codec, tmp_path, 40, seed=0)
     assert asked == [1, 1]
 
 
@@ -81,10 +83,10 @@ def test_latents_that_no_picture_has() -> None:
     """Mixtures lie between two, noise leaves the mean, and the third kind has another one's statistics."""
     real = torch.stack([torch.full((4, 16, 16), float(value)) for value in (0, 1)])
     real += 0.1 * torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0))
-    made = distill.perturbed(real, 60, seed=1)
+    made = distilling.perturbed(real, 60, seed=1)
     assert made.shape == (60, 4, 16, 16)
-    assert torch.equal(made, distill.perturbed(real, 60, seed=1))
-    assert not torch.equal(made, distill.perturbed(real, 60, seed=2))
+    assert torch.equal(made, distilling.perturbed(real, 60, seed=1))
+    assert not torch.equal(made, distilling.perturbed(real, 60, seed=2))
     means = made.mean((1, 2, 3))
     assert ((means[0::3] > 0.1) & (means[0::3] < 0.9)).any()
     for others in (means[1::3], means[2::3]):
@@ -95,13 +97,13 @@ def test_latents_that_no_picture_has() -> None:
 def test_loss_by_hand() -> None:
     """0.1 off counts 0.1 * 0.1 / (2 * 0.2); 1 off counts 1 - 0.2 / 2."""
     zero = torch.zeros(1, 3, 4, 4)
-    assert float(distill.loss_of(zero + 0.1, zero)) == pytest.approx(0.025)
-    assert float(distill.loss_of(zero - 1, zero)) == pytest.approx(0.9)
+    assert float(distilling.loss_of(zero + 0.1, zero)) == pytest.approx(0.025)
+    assert float(distilling.loss_of(zero - 1, zero)) == pytest.approx(0.9)
 
 
 def test_the_rate_rises_and_falls() -> None:
-    rates = [distill.rate(share) for share in (0, 0.01, 0.02, 0.51, 1, 1.5)]
-    peak = distill.PEAK_RATE
+    rates = [distilling.rate(share) for share in (0, 0.01, 0.02, 0.51, 1, 1.5)]
+    peak = distilling.PEAK_RATE
     assert rates == pytest.approx([0.01 * peak, peak / 2, peak, peak * 0.5025, peak * 0.005, peak * 0.005])
 
 
@@ -120,11 +122,11 @@ def test_a_decoder_is_trained_saved_used_and_gone_on_with(
     codec, note = open_codec(config_of(out))
     assert (codec.name, note) == ("mine", None)
     # It has learned something: it is closer to its teacher than the preview, and than it was.
-    _, held = distill.gather([str(root)], codec_of(teacher), tmp_path / "mine.work", 40, seed=0)
+    _, held = distilling.gather([str(root)], codec_of(teacher), tmp_path / "mine.work", 40, seed=0)
     torch.manual_seed(0)
-    before = distill.measure(Decoder(), held)["data"]
-    after = distill.psnr(codec, held["data"])
-    assert after > max(before, distill.psnr(PreviewCodec(), held["data"])) + 1
+    before = distilling.measure(Decoder(), held)["data"]
+    after = distilling.psnr(codec, held["data"])
+    assert after > max(before, distilling.psnr(PreviewCodec(), held["data"])) + 1
     assert f"decoder:        data {after:.2f} dB" in said
 
     first = torch.load(tmp_path / "mine.work/training.pt", weights_only=True)

@@ -13,12 +13,12 @@ import pytest
 import torch
 from torch import multiprocessing
 
-from raystar import export
 from raystar.base.errors import TrialDiverged, TrialOutOfMemory, WorkerLost
 from raystar.base.machine import usable_cpus
 from raystar.config.load import from_mapping, override
 from raystar.config.schema import Config
 from raystar.data.bank import Bank, Batch, LatentDataset, open_bank, share
+from raystar.exported import model
 from raystar.model import checkpoint as checkpoints
 from raystar.training import trainer as trainer_module
 from raystar.training.step import LOGGED, TrainState, train_step
@@ -373,7 +373,7 @@ def test_a_sweep_whose_trials_have_two_workers_each(tmp_path: Path) -> None:
 
     best = summary["best"]
     assert (best["trial"], saved["config"]["loss"]["w_ds"]) == ("t04", 0.25)
-    assert export.load(tmp_path / "runs/s/best", "cpu").domains == ("a", "b", "c")
+    assert model.load(tmp_path / "runs/s/best", "cpu").domains == ("a", "b", "c")
     # What two workers trained is what one process trains, but for what float32 makes of it in three epochs.
     config = from_mapping(saved["config"], "saved")
     *_, alone = Trainer(config, open_bank(config, tmp_path / "cache")).run()

@@ -23,8 +23,10 @@ from raystar.config.load import override
 from raystar.config.schema import Config
 from raystar.data.bank import open_bank, picture_of
 from raystar.demo.painter import paint
-from raystar.encode import latent_names, main
-from raystar.pictures.codec import SCALE, VaeCodec, open_vae
+from raystar.encode import main
+from raystar.pictures import encoding
+from raystar.pictures.autoencoders import SCALE, VaeCodec, open_vae
+from raystar.pictures.encoding import latent_names
 from tests.support import ROOT, SHARED, needs_shared
 from tests.test_codec import KINDS, build
 from tests.test_pictures import gradient, png
@@ -346,7 +348,7 @@ def test_interrupted_it_says_so_and_goes_on(
     vae: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], encoded: list[int]
 ) -> None:
     images, out = fill(tmp_path / "pics", *(f"a/{i}.png" for i in range(6))), tmp_path / "out"
-    monkeypatch.setattr(encode, "_BATCH_PIXELS", 2 * 64 * 64)
+    monkeypatch.setattr(encode, "BATCH_PIXELS", 2 * 64 * 64)
     counting = VaeCodec.encode
 
     def interrupted(self: VaeCodec, pixels: Any) -> Any:
@@ -370,7 +372,7 @@ def test_interrupted_it_says_so_and_goes_on(
 
 def test_one_process_at_a_time(vae: Path, tmp_path: Path) -> None:
     images = fill(tmp_path / "pics", "a/1.png")
-    with encode._alone(tmp_path / "out"), pytest.raises(RaystarError, match="another process is encoding into it"):
+    with encoding._alone(tmp_path / "out"), pytest.raises(RaystarError, match="another process is encoding into it"):
         run(images, tmp_path / "out", vae)
     assert run(images, tmp_path / "out", vae) == 0
 
@@ -423,7 +425,7 @@ def test_the_gradient_is_not_turned(vae: Path, tmp_path: Path) -> None:
     """Rows are rows: the pixels that reach the codec, by hand."""
     (tmp_path / "a").mkdir()
     gradient(96, 64).save(tmp_path / "a/g.png")
-    pixels, enlarged = encode.prepare(tmp_path / "a/g.png", 64)
+    pixels, enlarged = encoding.prepare(tmp_path / "a/g.png", 64)
     assert not enlarged
     assert pixels.shape == (64, 64, 3)
     assert pixels[0, 0].tolist() == [16 * 255 // 95, 0, 40]

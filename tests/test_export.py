@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from raystar import export
 from raystar.base.errors import RaystarError
 from raystar.config.load import load_config, override, to_mapping, to_yaml
+from raystar.exported import model as model_module
 from raystar.model import checkpoint as checkpoints
 from raystar.model.networks import NAMES, Nets
 from raystar.training.step import TrainState
@@ -56,7 +57,7 @@ def nets() -> Nets:
 @pytest.fixture
 def folder(tmp_path: Path, nets: Nets) -> Path:
     Image.new("RGB", (4, 4), (1, 2, 3)).save(tmp_path / "drawn.png")
-    export.write(tmp_path / "runs/best", make_checkpoint(nets), FACTS, {"grid.png": tmp_path / "drawn.png"})
+    model_module.write(tmp_path / "runs/best", make_checkpoint(nets), FACTS, {"grid.png": tmp_path / "drawn.png"})
     return tmp_path / "runs/best"
 
 
@@ -94,17 +95,17 @@ def test_an_older_export_is_replaced_whole(folder: Path, nets: Nets) -> None:
     (folder / "stray.txt").write_text("of the older one")
     with torch.no_grad():
         nets.G.decoder[2].bias.add_(1)
-    export.write(folder, make_checkpoint(nets), FACTS, {})
+    model_module.write(folder, make_checkpoint(nets), FACTS, {})
     assert files(folder) == ["README.md", "config.yaml", "metrics.json", "model.safetensors"]
     assert "grid.png" not in (folder / "README.md").read_text()
     assert files(folder.parent) == ["best"]
-    assert torch.equal(export.load(folder, "cpu").nets.G.decoder[2].bias, nets.G.decoder[2].bias)
+    assert torch.equal(model_module.load(folder, "cpu").nets.G.decoder[2].bias, nets.G.decoder[2].bias)
 
 
 def test_a_failed_export_leaves_the_older_one_and_nothing_else(folder: Path, nets: Nets, tmp_path: Path) -> None:
     before = (folder / "model.safetensors").read_bytes()
     with pytest.raises(OSError, match=r"no such\.png"):
-        export.write(folder, make_checkpoint(nets), FACTS, {"grid.png": tmp_path / "no such.png"})
+        model_module.write(folder, make_checkpoint(nets), FACTS, {"grid.png": tmp_path / "no such.png"})
     assert (folder / "model.safetensors").read_bytes() == before
     assert files(folder.parent) == ["best"]
 
@@ -113,7 +114,7 @@ def test_a_failed_export_leaves_the_older_one_and_nothing_else(folder: Path, net
 
 
 def test_by_reference_is_the_networks_own_output(folder: Path, nets: Nets) -> None:
-    model = export.load(folder, "cpu")
+    model = model_module.load(folder, "cpu")
     latents, references = some_latents(3), some_latents(3, 1)
     seen = []
     for number, domain in enumerate(DOMAINS):
@@ -133,7 +134,7 @@ def test_by_reference_is_the_networks_own_output(folder: Path, nets: Nets) -> No
 
 
 def test_by_seed_is_the_networks_own_output(folder: Path, nets: Nets) -> None:
-    model = export.load(folder, "cpu")
+    model = model_module.load(folder, "cpu")
     latents = some_latents(2)
     z = torch.from_numpy(np.random.default_rng(11).standard_normal((1, 5), dtype=np.float32))
     assert torch.equal(export.noise(11, 5), z)
@@ -150,7 +151,7 @@ def test_by_seed_is_the_networks_own_output(folder: Path, nets: Nets) -> None:
 
 
 def test_one_seed_is_one_style_for_the_whole_batch(folder: Path) -> None:
-    model = export.load(folder, "cpu")
+    model = model_module.load(folder, "cpu")
     latents = some_latents(4)
     together = model.translate(latents, "photo", seed=3)
     alone = torch.cat([model.translate(latents[i : i + 1], "photo", seed=3) for i in range(4)])
@@ -158,7 +159,7 @@ def test_one_seed_is_one_style_for_the_whole_batch(folder: Path) -> None:
 
 
 def test_half_precision_latents_are_translated_in_float32(folder: Path) -> None:
-    model = export.load(folder, "cpu")
+    model = model_module.load(folder, "cpu")
     latents = some_latents(2).half()
     assert torch.equal(model.translate(latents, "photo", seed=1), model.translate(latents.float(), "photo", seed=1))
     assert not any(p.requires_grad for _, net in model.nets.items() for p in net.parameters())
@@ -184,16 +185,16 @@ def test_what_cannot_be_translated(
 ) -> None:
     options = {key: torch.zeros(value) if key == "reference" else value for key, value in options.items()}
     with pytest.raises(RaystarError, match=words):
-        export.load(folder, "cpu").translate(torch.zeros(latents), domain, **options)
+        model_module.load(folder, "cpu").translate(torch.zeros(latents), domain, **options)
 
 
 def test_whole_numbers_are_no_latents(folder: Path) -> None:
     with pytest.raises(RaystarError, match=r"latents: .*floating point.*int64"):
-        export.load(folder, "cpu").translate(torch.zeros(1, 4, 16, 16, dtype=torch.int64), "photo")
+        model_module.load(folder, "cpu").translate(torch.zeros(1, 4, 16, 16, dtype=torch.int64), "photo")
 
 
 def test_references_may_have_another_size(folder: Path) -> None:
-    model = export.load(folder, "cpu")
+    model = model_module.load(folder, "cpu")
     reference = 5 * torch.randn(4, 24, 8, generator=torch.Generator().manual_seed(1))
     assert model.translate(some_latents(2), "photo", reference=reference).shape == (2, 4, 16, 16)
 
@@ -235,14 +236,14 @@ def test_a_broken_export_is_refused_in_one_line(folder: Path, how: str) -> None:
     destroy, words = BREAK[how]
     destroy(folder)
     with pytest.raises(RaystarError, match=words) as caught:
-        export.load(folder, "cpu")
+        model_module.load(folder, "cpu")
     assert str(folder) in str(caught.value)
     assert len(str(caught.value).splitlines()) == 1
 
 
 def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(RaystarError, match="nowhere: expected an exported model"):
-        export.load(tmp_path / "nowhere")
+        model_module.load(tmp_path / "nowhere")
 
 
 # -- the command line ------------------------------------------------------------------------------
@@ -271,7 +272,7 @@ def test_a_checkpoint_becomes_an_export(
     assert files(out.parent) == ["out"]
     facts = json.loads((out / "metrics.json").read_text())
     assert (facts["trial"], facts["epoch"], facts["score"]) == ("epoch_0008", 8, 1.25)
-    model = export.load(out, "cpu")
+    model = model_module.load(out, "cpu")
     assert model.config == CONFIG
     for name, net in nets.items():
         for key, value in getattr(model.nets, name).state_dict().items():
@@ -287,7 +288,7 @@ def test_a_users_compiled_checkpoint_becomes_an_export(tmp_path: Path, nets: Net
     latents = some_latents(1)
     with torch.no_grad():
         wanted = nets.G(latents * 0.2, nets.F(export.noise(0, 5), torch.tensor([2]))) / 0.2
-    assert torch.equal(export.load(tmp_path / "out", "cpu").translate(latents, "vangogh"), wanted)
+    assert torch.equal(model_module.load(tmp_path / "out", "cpu").translate(latents, "vangogh"), wanted)
 
 
 def refused(arguments: list[str], words: str) -> None:

@@ -38,6 +38,7 @@ from raystar.config.load import from_mapping, load_config, override, signature, 
 from raystar.config.schema import Config, known_keys
 from raystar.data import bank as dataset
 from raystar.data.bank import open_bank, read_latent, reopen_bank
+from raystar.exported import model as model_module
 from raystar.model import checkpoint as checkpoints
 from raystar.model.networks import NAMES
 from raystar.ruler import ruler
@@ -291,7 +292,7 @@ def test_names_of_files(name: str) -> None:
     for attempt in (
         lambda: load_config(strict_yaml.find_shipped(missing)),
         lambda: checkpoints.load(missing),
-        lambda: export.load(missing),
+        lambda: model_module.load(missing),
         lambda: open_bank(override(Config(), {"data.data_root": missing}), "unused"),
     ):
         assert accepted(attempt) is None
@@ -833,7 +834,7 @@ def test_odd_checkpoints(
         accepted(lambda: checkpoints.restore(state, found, "c.pt"))
         out = path.parent / "out"
         if accepted(lambda: export.main(["--checkpoint", str(path), "--out", str(out)])) == 0:
-            assert export.load(out, "cpu").domains
+            assert model_module.load(out, "cpu").domains
         shutil.rmtree(out, ignore_errors=True)
 
 
@@ -842,17 +843,17 @@ def exported(
     tmp_path_factory: pytest.TempPathFactory, checkpoint: tuple[Path, bytes, dict[str, Any]]
 ) -> tuple[Path, dict[str, bytes]]:
     folder = tmp_path_factory.mktemp("export") / "best"
-    export.write(folder, checkpoint[2], {"trial": "t", "epoch": 1, "metrics": {}, "params": {}}, {})
+    model_module.write(folder, checkpoint[2], {"trial": "t", "epoch": 1, "metrics": {}, "params": {}}, {})
     return folder, {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def load_with(exported: tuple[Path, dict[str, bytes]], **changed: bytes) -> export.Translator | None:
+def load_with(exported: tuple[Path, dict[str, bytes]], **changed: bytes) -> model_module.Translator | None:
     """The export with some of its files changed, if it is accepted."""
     folder, whole = exported
-    names = {"weights": export.WEIGHTS, "config": export.CONFIG, "metrics": export.METRICS}
+    names = {"weights": model_module.WEIGHTS, "config": model_module.CONFIG, "metrics": model_module.METRICS}
     for name, content in (whole | {names[name]: content for name, content in changed.items()}).items():
         (folder / name).write_bytes(content)
-    return accepted(lambda: export.load(folder, "cpu"))
+    return accepted(lambda: model_module.load(folder, "cpu"))
 
 
 @examples(80)
@@ -861,9 +862,9 @@ def test_damaged_exports(exported: tuple[Path, dict[str, bytes]], data: st.DataO
     whole = exported[1]
     changed = {"metrics": data.draw(st.binary(max_size=9))}
     if data.draw(st.booleans()):
-        changed["weights"] = data.draw(damaged(whole[export.WEIGHTS], 4000))
+        changed["weights"] = data.draw(damaged(whole[model_module.WEIGHTS], 4000))
     if len(changed) == 1 or data.draw(st.booleans()):
-        changed["config"] = data.draw(damaged(whole[export.CONFIG]))
+        changed["config"] = data.draw(damaged(whole[model_module.CONFIG]))
     model = load_with(exported, **changed)
     if model is not None:
         assert model.config.num_domains == 3
@@ -878,7 +879,7 @@ some_sizes = st.integers(1, 9) | st.sampled_from([1000, 10**5, 10**6, 2**31 - 1]
 @given(values=st.dictionaries(model_sizes, some_sizes, min_size=1))
 def test_exports_of_other_sizes(exported: tuple[Path, dict[str, bytes]], values: dict[str, int]) -> None:
     """However large the networks that a configuration asks for, none is made for weights that do not fill it."""
-    before = from_mapping(yaml.safe_load(exported[1][export.CONFIG]), "before")
+    before = from_mapping(yaml.safe_load(exported[1][model_module.CONFIG]), "before")
     config = accepted(lambda: override(before, values))
     if config is not None:
         model = load_with(exported, config=to_yaml(config).encode())
@@ -892,7 +893,7 @@ def canonical_sizes(config: Config) -> Config:
 
 @pytest.mark.parametrize("count", [2, 4, 9_000])
 def test_exports_of_other_domains(exported: tuple[Path, dict[str, bytes]], count: int) -> None:
-    mapping = yaml.safe_load(exported[1][export.CONFIG])
+    mapping = yaml.safe_load(exported[1][model_module.CONFIG])
     mapping["data"]["domains"] = [f"d{i}" for i in range(count)]
     assert load_with(exported, config=yaml.safe_dump(mapping).encode()) is None
 

@@ -14,7 +14,7 @@ from PIL import Image
 from raystar.config.load import override
 from raystar.config.schema import Config
 from raystar.data.bank import Bank, open_bank
-from raystar.export import Translator
+from raystar.exported.model import Translator
 from raystar.model.networks import Nets
 from raystar.pictures import grid
 from raystar.pictures.codec import PreviewCodec

@@ -22,12 +22,13 @@ from PIL import Image
 from raystar import export
 from raystar.base.errors import RaystarError
 from raystar.config.load import override
+from raystar.exported import model as model_module
 from raystar.exported import onnx as graphs
+from raystar.exported.picture_translator import PictureTranslator
 from raystar.pictures.codec import open_codec
 from raystar.tracking.mlflow import models as registry
 from raystar.tracking.mlflow import writer as tracking
 from raystar.tracking.mlflow.writer import PARENT, MlflowTracker
-from raystar.translate import PictureTranslator
 from tests.support import ROOT, SHARED, needs_shared
 from tests.test_export import CONFIG, FACTS, make_checkpoint, make_nets, some_latents
 from tests.test_tracking import Flaky, Mute, Server, copy_store, opened, rows
@@ -46,8 +47,8 @@ TELLING = FACTS | {
 @pytest.fixture(scope="module")
 def onnx_export(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("onnx") / "model"
-    export.write(folder, make_checkpoint(make_nets()), TELLING, {})
-    assert export.add_onnx(folder) < 1e-5
+    model_module.write(folder, make_checkpoint(make_nets()), TELLING, {})
+    assert model_module.add_onnx(folder) < 1e-5
     return folder
 
 
@@ -60,7 +61,7 @@ def run_graph(folder: Path, name: str, **inputs: np.ndarray) -> torch.Tensor:
 
 def test_onnx_graphs_translate_as_pytorch_does(onnx_export: Path) -> None:
     """In sizes that the graphs were neither made from nor checked with."""
-    model = export.load(onnx_export, "cpu")
+    model = model_module.load(onnx_export, "cpu")
     latents = 5 * torch.randn(5, 4, 24, 72)
     reference = some_latents(1, seed=3)
     for number, domain in enumerate(model.domains):
@@ -89,7 +90,7 @@ def test_the_cards_onnx_lines_work_without_torch_and_raystar(onnx_export: Path, 
     finally:
         (tmp_path / "this_folder").rename(onnx_export)
     assert done.stdout == "[]\n"
-    wanted = export.load(onnx_export, "cpu").translate(latents, "vangogh", seed=0)
+    wanted = model_module.load(onnx_export, "cpu").translate(latents, "vangogh", seed=0)
     found = torch.from_numpy(np.load(tmp_path / "out.npy"))
     assert (found - wanted).abs().max() < 1e-4 * wanted.abs().max()
 
@@ -106,7 +107,7 @@ def test_an_onnx_file_knows_its_domains(onnx_export: Path) -> None:
 def test_a_graph_that_computes_something_else_is_refused(
     onnx_export: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    model = export.load(onnx_export, "cpu")
+    model = model_module.load(onnx_export, "cpu")
     names = ("noise", "domain")
     examples = [graphs._inputs(names, CONFIG, size) for size in graphs._SIZES]
     right = graphs._Mapping(model.nets)
@@ -141,7 +142,7 @@ def test_the_card_says_where_a_model_comes_from_and_how_good_it_is(onnx_export: 
 
 
 def test_the_card_of_a_foreign_checkpoint_claims_nothing(tmp_path: Path) -> None:
-    export.write(tmp_path / "m", make_checkpoint(make_nets()), {"trial": "latest", "epoch": None}, {})
+    model_module.write(tmp_path / "m", make_checkpoint(make_nets()), {"trial": "latest", "epoch": None}, {})
     card = (tmp_path / "m/README.md").read_text()
     assert "unknown number of epochs" in card
     for words in ("How good it is", "Sweep", "Data:", "None", "onnx", "varied"):
@@ -176,7 +177,7 @@ def store(tmp_path: Path, empty_store: Path) -> Path:
 def finalist(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("finalist") / "t00_0008" / registry.EXPORT
     folder.parent.mkdir()
-    export.write(folder, make_checkpoint(make_nets()), TELLING, {})
+    model_module.write(folder, make_checkpoint(make_nets()), TELLING, {})
     return folder
 
 
@@ -442,7 +443,7 @@ def encoded(picture: Image.Image, kind: str = "PNG") -> str:
 def test_a_served_model_translates_latents_as_the_command_line_does(served: Path, finalist: Path) -> None:
     import mlflow
 
-    model, translator = mlflow.pyfunc.load_model(str(served)), export.load(finalist, "cpu")
+    model, translator = mlflow.pyfunc.load_model(str(served)), model_module.load(finalist, "cpu")
     direct = PictureTranslator(translator, open_codec(translator.config)[0])
     latents, reference = some_latents(2), some_latents(1, seed=5)
     table = frame(
@@ -484,14 +485,14 @@ def test_a_served_model_says_what_is_wrong_and_where(served: Path) -> None:
 def test_a_served_model_translates_pictures_as_raystar_translate_does(served: Path, finalist: Path) -> None:
     import mlflow
 
-    from raystar.pictures.codec import open_vae
-    from raystar.translate import PictureTranslator
+    from raystar.exported.picture_translator import PictureTranslator
+    from raystar.pictures.autoencoders import open_vae
 
     vae = str(SHARED / "data/taesd")
     rng = np.random.default_rng(1)
     pictures = [Image.fromarray(rng.integers(0, 256, (80, 100 + 8 * i, 3), np.uint8)) for i in range(2)]
     reference = pictures[1].resize((90, 90))
-    direct = PictureTranslator(export.load(finalist, "cpu"), open_vae(vae))
+    direct = PictureTranslator(model_module.load(finalist, "cpu"), open_vae(vae))
     model = mlflow.pyfunc.load_model(str(served), model_config={"vae": vae})
     sent = frame(picture=[f"data:image/png;base64,{encoded(p)}" for p in pictures], domain=["monet", "monet"])
     for columns, params, how in (

@@ -17,6 +17,7 @@ from raystar.base.errors import RaystarError, WrongResults
 from raystar.config.load import from_mapping, override
 from raystar.config.schema import Config, ModelConfig
 from raystar.data.bank import Bank, Batch, LatentDataset, open_bank
+from raystar.exported import model as model_module
 from raystar.exported import onnx as graphs
 from raystar.model import checkpoint as checkpoints
 from raystar.model.native import kernels
@@ -235,7 +236,7 @@ def saved(config: Config, tmp_path: Path) -> Path:
 
 def test_an_export_translates_as_the_networks_do(saved: Path, config: Config, tmp_path: Path) -> None:
     assert export.main(["--checkpoint", str(saved), "--out", str(tmp_path / "model")]) == 0
-    model = export.load(tmp_path / "model", "cpu")
+    model = model_module.load(tmp_path / "model", "cpu")
     assert model.config.model == config.model
     weights = checkpoints.load(saved)
     G, F, scale = Generator(config.model), Nets.create(config.model, 3, 0).F, config.training.latent_scale

@@ -21,10 +21,11 @@ import pytest
 import torch
 import yaml
 
-from raystar import export, tune
+from raystar import tune
 from raystar.base.errors import RaystarError
 from raystar.base.files import locked
 from raystar.base.machine import usable_cpus
+from raystar.exported import model
 from raystar.model import checkpoint as checkpoints
 from raystar.sweep import run as sweep
 from raystar.sweep.plan import make_plan
@@ -144,7 +145,7 @@ def check(runs: Path, trials: int, artifacts: Path | None = None) -> dict[str, A
         drawn = sorted(int(re.search(r"step[^0-9]*(\d+)", name)[1]) for name in images)  # type: ignore[index]
         assert drawn == ([*range(trial["epochs"] + 1)] if trial["epochs"] else []), trial["trial"]
     if summary["best"] is not None:
-        assert export.load(runs / "s/best", "cpu").domains == ("a", "b", "c")
+        assert model.load(runs / "s/best", "cpu").domains == ("a", "b", "c")
     return summary
 
 

@@ -20,10 +20,11 @@ import yaml
 
 from raystar import export
 from raystar.config.load import from_mapping, load_config, to_mapping
+from raystar.exported import model as model_module
+from raystar.exported.picture_translator import PictureTranslator
 from raystar.model import checkpoint as checkpoints
 from raystar.model.networks import Nets
 from raystar.pictures.codec import open_codec
-from raystar.translate import PictureTranslator
 from tests.support import ROOT, tiny_config, write_latents
 
 pytestmark = pytest.mark.slow
@@ -193,7 +194,7 @@ def test_the_best_model_is_what_was_trained(sweep: tuple[Path, str]) -> None:
     z = export.noise(3, config.model.latent_dim)
     scale = config.training.latent_scale
     wanted = nets.translate(x * scale, nets.F(z.expand(2, -1), torch.tensor([1, 1]))) / scale
-    assert torch.equal(export.load(runs / "s/best", "cpu").translate(x, "b", seed=3), wanted)
+    assert torch.equal(model_module.load(runs / "s/best", "cpu").translate(x, "b", seed=3), wanted)
     assert {p.name for p in (runs / "s/best").iterdir()} == {
         "model.safetensors", "config.yaml", "metrics.json", "grid.png", "interpolation.png", "README.md",
     }  # fmt: skip
@@ -203,7 +204,7 @@ def test_export_by_name(sweep: tuple[Path, str], tmp_path: Path, capsys: pytest.
     runs, _ = sweep
     assert export.main(["--sweep", "s", "--runs", str(runs), "--out", str(tmp_path / "m")]) == 0
     x = torch.randn(1, 4, 16, 16)
-    ours, theirs = export.load(tmp_path / "m", "cpu"), export.load(runs / "s/best", "cpu")
+    ours, theirs = model_module.load(tmp_path / "m", "cpu"), model_module.load(runs / "s/best", "cpu")
     assert torch.equal(ours.translate(x, "c"), theirs.translate(x, "c"))
 
 
@@ -252,7 +253,7 @@ def test_mlflow_predicts_with_the_champion(sweep: tuple[Path, str], tmp_path: Pa
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     (answer,) = json.loads((tmp_path / "out.json").read_text())["predictions"]
-    best = export.load(runs / "s/best", "cpu")
+    best = model_module.load(runs / "s/best", "cpu")
     wanted = PictureTranslator(best, open_codec(best.config)[0]).restyle(latent[None], "b", None, 3)[0]
     assert torch.allclose(torch.tensor(answer["latent"]), wanted, rtol=1e-5, atol=1e-5)
     assert base64.b64decode(answer["picture"]).startswith(b"\x89PNG")
@@ -277,7 +278,7 @@ def test_export_from_the_store_alone(
         (tmp_path / "gone").rename(runs / "s")
     assert json.loads((tmp_path / "third/metrics.json").read_text())["trial"] == third["trial"]
     saved = checkpoints.load(runs / "s" / third["checkpoint"])
-    model = export.load(tmp_path / "third", "cpu")
+    model = model_module.load(tmp_path / "third", "cpu")
     assert torch.equal(model.nets.G.state_dict()["decoder.2.bias"], saved["G"]["decoder.2.bias"])
     fourth = sorted(summary["trials"], key=lambda t: t["score"])[3]  # no model there, but a checkpoint
     assert export.main(["--run", fourth["run_id"], "--runs", str(runs), "--out", str(tmp_path / "fourth")]) == 0

@@ -12,12 +12,15 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
-from raystar import export
 from raystar.base.errors import RaystarError
-from raystar.export import Translator
-from raystar.pictures.codec import PreviewCodec, VaeCodec, open_vae
+from raystar.exported import model as model_module
+from raystar.exported.model import Translator
+from raystar.exported.picture_translator import PictureTranslator
+from raystar.exported.tiles import blended
+from raystar.pictures.autoencoders import VaeCodec, open_vae
+from raystar.pictures.codec import PreviewCodec
 from raystar.pictures.grid import side_by_side
-from raystar.translate import PictureTranslator, blended, main
+from raystar.translate import main
 from tests.test_codec import build
 from tests.test_encode import noise
 from tests.test_export import FACTS, make_checkpoint, make_nets
@@ -33,7 +36,7 @@ def vae(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model") / "best"
-    export.write(folder, make_checkpoint(make_nets()), FACTS, {})
+    model_module.write(folder, make_checkpoint(make_nets()), FACTS, {})
     return folder
 
 
@@ -44,7 +47,7 @@ def codec(vae: Path) -> VaeCodec:
 
 @pytest.fixture(scope="module")
 def translator(model: Path) -> Translator:
-    return export.load(model, "cpu")
+    return model_module.load(model, "cpu")
 
 
 @pytest.fixture(scope="module")

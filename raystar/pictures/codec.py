@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import logging
-import os
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -19,21 +14,12 @@ from torch.nn import functional
 from raystar.base.errors import RaystarError
 from raystar.base.files import is_file
 from raystar.config.schema import Config
-from raystar.config.strict_yaml import read_mapping
 from raystar.pictures import decoder as decoders
+from raystar.pictures.autoencoders import SCALE, VAE_KEY, VaeCodec, check_vae, load_autoencoder, quiet, to_bytes
 from raystar.pictures.decoder import Decoder
-
-SCALE = 0.18215
-"""SD1.5's scaling factor: scaled latent = unscaled latent * SCALE. Fixed, unlike `training.latent_scale`."""
-
-DEFAULT_VAE = "stable-diffusion-v1-5/stable-diffusion-v1-5"
-"""Hub name of the model whose VAE the latents are meant for."""
 
 BUILT_IN = "raystar"
 """`Codec.name` of the decoder that ships with the package."""
-
-_KEY = "visualization.vae_model_name_or_path"
-_HUB_TIMEOUT_S = 10
 
 # RGB in [-1, 1] of a scaled latent's four channels: a least-squares fit over pictures and their SD1.5 latents.
 _PREVIEW_RGB = (
@@ -66,51 +52,7 @@ class PreviewCodec:
         matrix = torch.tensor(_PREVIEW_RGB, device=latents.device)
         rgb = torch.einsum("bchw,cr->brhw", latents.float() * SCALE, matrix)
         rgb = functional.interpolate(rgb, scale_factor=self.pixels, mode="bicubic", align_corners=False)
-        return _to_bytes(rgb)
-
-
-class VaeCodec:
-    """A diffusers autoencoder. AutoencoderTiny speaks scaled latents, AutoencoderKL unscaled ones."""
-
-    def __init__(
-        self,
-        model: Any,
-        name: str,
-        device: torch.device,
-        batch_size: int = 8,
-        dtype: torch.dtype = torch.float32,
-    ) -> None:
-        self.model = model.eval().requires_grad_(False).to(device)
-        if dtype != torch.float32:
-            with _quiet(True):  # diffusers warns of networks that must stay in float32, and these need not
-                self.model.to(dtype)
-        self.name = name
-        self.device = device
-        self.batch_size = batch_size
-        self.dtype = dtype
-        self.takes_scaled = type(model).__name__ == "AutoencoderTiny"
-
-    @torch.no_grad()
-    def decode(self, latents: Tensor) -> NDArray[np.uint8]:
-        """See `Codec.decode`."""
-        pictures = []
-        for chunk in latents.to(self.device, torch.float32).split(self.batch_size):
-            rgb = self.model.decode((chunk * SCALE if self.takes_scaled else chunk).to(self.dtype)).sample
-            pictures.append(_to_bytes(rgb))
-        return np.concatenate(pictures)
-
-    @torch.no_grad()
-    def encode(self, pictures: NDArray[np.uint8]) -> Tensor:
-        """The way back: RGB pictures [B,h,w,3], uint8 -> unscaled latents [B,4,h/8,w/8], float32, on the CPU.
-
-        h and w are divisible by 8. An AutoencoderKL's latent is the mean of its posterior.
-        """
-        latents = []
-        for chunk in torch.tensor(pictures).split(self.batch_size):
-            rgb = chunk.to(self.device).permute(0, 3, 1, 2).float() / 255 * 2 - 1
-            found = self.model.encode(rgb.to(self.dtype))
-            latents.append(found.latents.float() / SCALE if self.takes_scaled else found.latent_dist.mean.float())
-        return torch.cat(latents).cpu()
+        return to_bytes(rgb)
 
 
 class BuiltInCodec:
@@ -131,14 +73,8 @@ class BuiltInCodec:
             # In the caller's autocast, pictures would be bf16's.
             with torch.autocast(self.device.type, enabled=False):
                 rgb = self.model((chunk * SCALE).contiguous(memory_format=torch.channels_last))
-            pictures.append(_to_bytes(rgb))
+            pictures.append(to_bytes(rgb))
         return np.concatenate(pictures)
-
-
-def _to_bytes(rgb: Tensor) -> NDArray[np.uint8]:
-    """[B,3,h,w] in [-1,1] -> [B,h,w,3] uint8."""
-    grey_levels = ((rgb.float().clamp(-1, 1) + 1) * 127.5).round()
-    return grey_levels.to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
 
 
 def check_codec(config: Config) -> None:
@@ -154,44 +90,19 @@ def check_codec(config: Config) -> None:
     if is_file(path) or path.suffix == ".safetensors":
         _decoder_file(path)
     else:
-        _check_vae(name, _KEY)
-
-
-def _check_vae(name: str, key: str) -> None:
-    path = Path(name).expanduser()
-    if path.is_dir():
-        _model_folder(path, key)
-    elif is_file(path):
-        raise RaystarError(f"{key}: {path}: expected a hub name (owner/model) or a model's folder, found a file")
-    elif path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
-        raise RaystarError(
-            f"{key}: {name}: expected a hub name (owner/model) or a model's folder; the folder is not there"
-        )
+        check_vae(name, VAE_KEY)
 
 
 def _decoder_file(path: Path) -> Decoder:
     if path.suffix != ".safetensors":
         raise RaystarError(
-            f"{_KEY}: {path}: expected a model's folder, or a decoder's .safetensors "
+            f"{VAE_KEY}: {path}: expected a model's folder, or a decoder's .safetensors "
             "file (python -m raystar.distill makes one)"
         )
     try:
         return decoders.load(path)
     except RaystarError as error:
-        raise RaystarError(f"{_KEY}: {error}") from None
-
-
-def _model_folder(folder: Path, key: str) -> Path:
-    """The folder itself or its vae/ (a whole Stable Diffusion model); checked to hold a known autoencoder."""
-    for candidate in (folder, folder / "vae"):
-        if (candidate / "config.json").is_file():
-            kind = read_mapping(candidate / "config.json").get("_class_name")
-            if kind not in ("AutoencoderKL", "AutoencoderTiny"):
-                raise RaystarError(
-                    f"{candidate}/config.json: expected AutoencoderKL or AutoencoderTiny, found {kind!r}"
-                )
-            return candidate
-    raise RaystarError(f"{key}: {folder}: expected config.json in it or in its vae/ folder")
+        raise RaystarError(f"{VAE_KEY}: {error}") from None
 
 
 def open_codec(config: Config, device: torch.device | str = "cpu") -> tuple[Codec, str | None]:
@@ -211,9 +122,9 @@ def open_codec(config: Config, device: torch.device | str = "cpu") -> tuple[Code
     path = Path(name).expanduser()
     if is_file(path):
         return BuiltInCodec(_decoder_file(path), path.stem, device), None
-    with _quiet(config.visualization.suppress_hf_warnings):
+    with quiet(config.visualization.suppress_hf_warnings):
         try:
-            return VaeCodec(_load_model(name), Path(name).name, torch.device(device)), None
+            return VaeCodec(load_autoencoder(name), Path(name).name, torch.device(device)), None
         except RaystarError:
             raise
         # Everything a hub, a cache and a model file can raise; none of it may cost a trial, only its pictures.
@@ -221,106 +132,3 @@ def open_codec(config: Config, device: torch.device | str = "cpu") -> tuple[Code
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             note = f"{name} cannot be loaded ({reason[:160]}); pictures use the built-in decoder"
             return BuiltInCodec(decoders.load(), BUILT_IN, device), note
-
-
-def open_vae(name: str, device: torch.device | str = "cpu", key: str = "--vae") -> VaeCodec:
-    """An autoencoder that must be had, since nothing else can encode pictures.
-
-    Args:
-        name: hub name or folder of an AutoencoderKL or AutoencoderTiny.
-        key: what an error calls the name.
-
-    Raises:
-        RaystarError: it is not there, of another kind, damaged, or the hub does not answer.
-    """
-    _check_vae(name, key)
-    with _quiet(True):
-        try:
-            return VaeCodec(_load_model(name), Path(name).name, torch.device(device))
-        except RaystarError:
-            raise
-        # As in open_codec: everything a hub, a cache and a model file can raise.
-        except (OSError, ValueError, RuntimeError, ImportError, KeyError, TypeError) as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    raise RaystarError(
-        f"{key} {name}: cannot be loaded ({reason[:160]}); pictures need the VAE of Stable Diffusion 1.5: give the "
-        "folder of an AutoencoderKL or AutoencoderTiny, of a whole model with vae/ in it, or a hub name (owner/model)"
-    )
-
-
-def _load_model(name: str) -> Any:
-    os.environ.setdefault("HF_HUB_ETAG_TIMEOUT", str(_HUB_TIMEOUT_S))
-    os.environ.setdefault("HF_HUB_DOWNLOAD_TIMEOUT", str(_HUB_TIMEOUT_S))
-    from diffusers import AutoencoderKL, AutoencoderTiny
-
-    kinds = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}
-    # low_cpu_mem_usage needs another package and warns without it.
-    options: dict[str, Any] = {"low_cpu_mem_usage": False, "torch_dtype": torch.float32}
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        found = _model_folder(folder, _KEY)
-        kind = read_mapping(found / "config.json")["_class_name"]
-        return kinds[kind].from_pretrained(str(found), local_files_only=True, **options)
-    subfolder, kind = _hub_kind(name)
-    return kinds[kind].from_pretrained(name, subfolder=subfolder, **options)
-
-
-def _hub_kind(name: str) -> tuple[str, str]:
-    """Where in the hub's repository the autoencoder lies ("" or "vae") and of which kind it is."""
-    for subfolder in ("", "vae"):
-        file = _hub_file(name, f"{subfolder}/config.json".lstrip("/"))
-        kind = str(read_mapping(file).get("_class_name")) if file is not None else ""
-        if kind in ("AutoencoderKL", "AutoencoderTiny"):
-            return subfolder, kind
-    raise ValueError("no AutoencoderKL or AutoencoderTiny in it")
-
-
-def _hub_file(name: str, file: str) -> str | None:
-    """A file of a hub repository, from the cache if it is there; None if the repository has no such file.
-
-    Raises:
-        OSError: the hub does not answer, refuses, or may not be asked.
-    """
-    from huggingface_hub import constants, get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
-    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-
-    cached = try_to_load_from_cache(name, file)
-    if isinstance(cached, str):
-        return cached
-    if constants.HF_HUB_OFFLINE:
-        if file.startswith("vae/"):  # the last place to look
-            raise OSError("not in the cache, and HF_HUB_OFFLINE is set")
-        return None
-    try:
-        # Asked once: a download would try a hub that cannot be reached for most of a minute.
-        get_hf_file_metadata(hf_hub_url(name, file), timeout=_HUB_TIMEOUT_S)
-        return str(hf_hub_download(name, file, etag_timeout=_HUB_TIMEOUT_S))
-    except LocalEntryNotFoundError as error:
-        raise OSError(str(error)) from None
-    except EntryNotFoundError:
-        return None
-    except OSError:
-        raise
-    # The HTTP library's own kinds, which change with it.
-    except Exception as error:
-        raise OSError(f"the hub cannot be reached: {error}") from None
-
-
-@contextlib.contextmanager
-def _quiet(suppress: bool) -> Iterator[None]:
-    """Silences what model libraries print while they load; errors still come as exceptions."""
-    if not suppress:
-        yield
-        return
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    loggers = [logging.getLogger(name) for name in ("diffusers", "huggingface_hub", "transformers")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stderr(open(os.devnull, "w")):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)

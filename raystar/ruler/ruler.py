@@ -49,7 +49,7 @@ from raystar.data.bank import Bank
 from raystar.model.checkpoint import digest
 from raystar.model.networks import Nets
 from raystar.pictures import decoder as decoders
-from raystar.pictures.codec import SCALE
+from raystar.pictures.autoencoders import SCALE
 from raystar.pictures.decoder import Decoder
 from raystar.ruler.feature_file import FeatureFile, file_digest
 from raystar.ruler.feature_file import load as load_features

@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from PIL import Image
 
-from raystar import export
 from raystar.base.console import announce, duration
 from raystar.base.errors import RaystarError
 from raystar.base.files import wait_for_space, write_whole
 from raystar.base.secrets import redact
 from raystar.config.load import from_mapping, overlay_yaml
+from raystar.exported import model
 from raystar.exported.model_card import versions
 from raystar.model import checkpoint as checkpoints
 from raystar.model.networks import Nets
@@ -42,7 +42,7 @@ def leave(plan: Plan, summary: Summary, best: TrialRecord) -> dict[str, Path]:
     if plan.speed:
         return {FASTEST: _write_fastest(plan, summary, best)}
     _export(plan, summary, best)
-    return {f"{BEST}/{name}": plan.folder / BEST / name for name in (export.GRID, export.INTERPOLATION)}
+    return {f"{BEST}/{name}": plan.folder / BEST / name for name in (model.GRID, model.INTERPOLATION)}
 
 
 def report(plan: Plan) -> dict[str, Path]:
@@ -101,16 +101,16 @@ def _write_model(
     with ExitStack() as files:
         checkpoint = checkpoints.load(files.enter_context(plan.storage.fetched(checkpoint_name(record.trial, epoch))))
         there = Path(picture).name in plan.storage.list(str(Path(picture).parent))
-        pictures = {export.GRID: files.enter_context(plan.storage.fetched(picture))} if there else {}
+        pictures = {model.GRID: files.enter_context(plan.storage.fetched(picture))} if there else {}
         if strip and there:
-            drawn = Path(files.enter_context(tempfile.TemporaryDirectory()), export.INTERPOLATION)
+            drawn = Path(files.enter_context(tempfile.TemporaryDirectory()), model.INTERPOLATION)
             try:
                 _interpolation(plan, checkpoint).save(drawn)
-                pictures[export.INTERPOLATION] = drawn
+                pictures[model.INTERPOLATION] = drawn
             # A VAE that is gone, or more memory than there is: that costs a picture, not the model.
             except (RaystarError, OSError, RuntimeError) as error:
-                print(f"note: {export.INTERPOLATION} could not be drawn: {redact(str(error))}", file=sys.stderr)
-        export.write(folder, checkpoint, facts, pictures)
+                print(f"note: {model.INTERPOLATION} could not be drawn: {redact(str(error))}", file=sys.stderr)
+        model.write(folder, checkpoint, facts, pictures)
 
 
 def _interpolation(plan: Plan, checkpoint: Mapping[str, Any]) -> Image.Image:
