@@ -21,8 +21,8 @@ from benchmarks import measure
 from raystar.config.load import override
 from raystar.config.schema import Config
 from raystar.data.bank import open_bank
+from raystar.model.device import synchronize
 from raystar.training.compile import graphs
-from raystar.training.step import synchronize
 from raystar.training.trainer import Trainer
 
 

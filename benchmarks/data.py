@@ -20,8 +20,10 @@ from torch.utils.data import DataLoader
 from benchmarks.measure import in_fresh_process, parser, resident_bytes, settle, table, take_turns
 from raystar.config.load import from_mapping, override
 from raystar.config.schema import Config
-from raystar.data.bank import LatentDataset, open_bank, reopen_bank
-from raystar.training.step import TrainState, train_step
+from raystar.data.bank import open_bank, reopen_bank
+from raystar.data.batches import LatentDataset
+from raystar.training.state import TrainState
+from raystar.training.step import train_step
 
 DOMAINS = ("a", "b", "c", "d", "e")
 FORMATS = ("npy", "pt")

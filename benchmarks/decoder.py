@@ -22,7 +22,8 @@ from raystar import demo
 from raystar.base.errors import RaystarError
 from raystar.config.load import override
 from raystar.config.schema import Config
-from raystar.data.bank import DEMO_ROOT, open_bank
+from raystar.data.bank import open_bank
+from raystar.data.listing import DEMO_ROOT
 from raystar.pictures.autoencoders import VaeCodec
 from raystar.pictures.codec import Codec, PreviewCodec, open_codec
 from raystar.pictures.distilling import Lesson, psnr

@@ -15,7 +15,7 @@ from typing import ParamSpec, TypeVar
 
 import torch
 
-from raystar.training.step import synchronize
+from raystar.model.device import synchronize
 
 P = ParamSpec("P")
 T = TypeVar("T")

@@ -22,7 +22,8 @@ import torch
 from benchmarks.measure import in_fresh_process, parser, resident_bytes, settle, table
 from raystar.backend import trial
 from raystar.config.load import from_mapping, override, to_mapping
-from raystar.data.bank import DEMO_ROOT, open_bank
+from raystar.data.bank import open_bank
+from raystar.data.listing import DEMO_ROOT
 from raystar.demo import DOMAINS
 from raystar.training import trainer
 from raystar.training.step import LOGGED

@@ -27,8 +27,9 @@ from raystar.pictures import grid
 from raystar.pictures.codec import open_codec
 from raystar.ruler.ruler import Ruler
 from raystar.tracking.mlflow.writer import PARENT, MlflowTracker
+from raystar.training.display import Display
 from raystar.training.step import LOGGED
-from raystar.training.trainer import METRICS, Display
+from raystar.training.trainer import METRICS
 
 
 def main() -> None:

@@ -29,7 +29,7 @@ from raystar.model.checkpoint import shown_weights
 from raystar.model.networks import Nets
 from raystar.pictures import decoder as decoders
 from raystar.pictures.codec import BUILT_IN, BuiltInCodec
-from raystar.ruler.ruler import channel_transfer
+from raystar.ruler.distances import channel_transfer
 
 _HUES, _CODES, _DIRECTIONS = 6, 59, 8
 _SOURCES = 6

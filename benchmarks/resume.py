@@ -12,7 +12,8 @@ import torch
 from benchmarks.measure import in_fresh_process, parser, settle, table, take_turns
 from raystar.config.load import from_mapping, override
 from raystar.config.schema import Config
-from raystar.data.bank import DEMO_ROOT, open_bank
+from raystar.data.bank import open_bank
+from raystar.data.listing import DEMO_ROOT
 from raystar.demo import DOMAINS
 from raystar.model import checkpoint as checkpoints
 from raystar.model.networks import NAMES

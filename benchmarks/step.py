@@ -21,9 +21,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks import measure
 from raystar.config.load import load_config, override, parse_assignment
 from raystar.config.schema import Config
-from raystar.data.bank import Bank, Batch, LatentDataset, open_bank
+from raystar.data.bank import Bank, open_bank
+from raystar.data.batches import Batch, LatentDataset
+from raystar.model.device import autocast, set_backends
 from raystar.training.compile import compile_networks
-from raystar.training.step import TrainState, autocast, set_backends, train_step
+from raystar.training.state import TrainState
+from raystar.training.step import train_step
 from tests import textbook
 
 

@@ -16,6 +16,7 @@ from raystar.config.load import override, request_config, signature, to_yaml
 from raystar.config.schema import Config
 from raystar.data.bank import open_bank
 from raystar.model import checkpoint as checkpoints
+from raystar.model.device import resolve_device
 from raystar.model.networks import NAMES
 from raystar.pictures.codec import check_codec, open_codec
 from raystar.record.statuses import DIVERGED, FAILED, FINISHED, INTERRUPTED
@@ -32,7 +33,7 @@ from raystar.tracking.mlflow.writer import (
     provenance,
 )
 from raystar.training.losses import outlasting
-from raystar.training.step import TrainState, resolve_device
+from raystar.training.state import TrainState
 from raystar.training.trainer import Progress, Trainer
 
 DEFAULT_CONFIG = "configs/stargan_v2_latent.yaml"
@@ -93,7 +94,7 @@ def main(argv: list[str] | None = None) -> int:
     if note := outlasting(config):
         print(f"note: {note}", file=sys.stderr)
     checkpoint, source = checkpoints.load_latest([latest, *saved]) if begun else (None, folder)
-    state = _initial_state(config, device)
+    state = initial_state(config, device)
 
     folder.mkdir(parents=True, exist_ok=True)
     print(
@@ -146,7 +147,7 @@ def main(argv: list[str] | None = None) -> int:
     return _run(trainer, tracker, config, folder)
 
 
-def _initial_state(config: Config, device: Any) -> TrainState:
+def initial_state(config: Config, device: Any) -> TrainState:
     """Fresh networks, or those of `checkpoint.init_from`."""
     state = TrainState.create(config, device)
     if config.checkpoint.init_from is not None:

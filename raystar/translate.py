@@ -20,7 +20,7 @@ from tqdm import tqdm
 from raystar.base.console import run_cli, say
 from raystar.base.errors import RaystarError, nearest
 from raystar.base.files import is_file, is_folder
-from raystar.data.bank import read_latent
+from raystar.data.latent import read_latent
 from raystar.exported.model import Translator, load
 from raystar.exported.picture_translator import SMALLEST, PictureTranslator
 from raystar.pictures.autoencoders import DEFAULT_VAE, open_vae

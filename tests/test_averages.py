@@ -17,7 +17,8 @@ from raystar import export
 from raystar.base.errors import RaystarError, TrialDiverged
 from raystar.config.load import from_mapping, override
 from raystar.config.schema import Config
-from raystar.data.bank import Bank, Batch, LatentDataset, open_bank
+from raystar.data.bank import Bank, open_bank
+from raystar.data.batches import Batch, LatentDataset
 from raystar.exported import model
 from raystar.model import checkpoint as checkpoints
 from raystar.model.networks import AVERAGED, NAMES, Nets
@@ -28,10 +29,12 @@ from raystar.search import space
 from raystar.sweep import finish as outcome
 from raystar.sweep.disk import checkpoint_bytes
 from raystar.sweep.plan import Plan
-from raystar.train import _initial_state
+from raystar.train import initial_state
+from raystar.training import resume
 from raystar.training import trainer as trainer_module
 from raystar.training.parity import check_parity
-from raystar.training.step import TrainState, train_step
+from raystar.training.state import TrainState
+from raystar.training.step import train_step
 from raystar.training.trainer import Trainer
 from tests.support import tiny_config, write_latents
 from tests.test_sweep import request, run, summary_of
@@ -276,7 +279,7 @@ def test_a_run_that_stopped_goes_on_bitwise(config: Config, bank: Bank, tmp_path
 
 def test_a_step_left_out_just_after_going_on_is_in_no_average(config: Config, saved: Path, data: LatentDataset) -> None:
     state = TrainState.create(config, "cpu")
-    checkpoints.restore(state, checkpoints.load(saved), "c.pt")
+    resume.restore(state, checkpoints.load(saved), "c.pt")
     before = weights(cast(Nets, state.averaged))
     batch = data.batch(1)
     train_step(state, batch._replace(content=batch.content * float("nan")), epoch=3, step=1)
@@ -334,28 +337,28 @@ def test_averages_that_do_not_fit(saved: Path, config: Config) -> None:
     checkpoint = checkpoints.load(saved)
     checkpoint["ema"]["F"]["shared.0.weight"] = torch.zeros(1, 1)
     with pytest.raises(RaystarError, match=r"c\.pt: ema: network F does not fit the configuration: size mismatch"):
-        checkpoints.restore(TrainState.create(config, "cpu"), checkpoint, "c.pt")
+        resume.restore(TrainState.create(config, "cpu"), checkpoint, "c.pt")
 
 
 def test_going_on_with_and_without_them(saved: Path, config: Config, capsys: pytest.CaptureFixture[str]) -> None:
     checkpoint = checkpoints.load(saved)
-    assert checkpoints.restore(TrainState.create(config, "cpu"), checkpoint, "c.pt") == 2
+    assert resume.restore(TrainState.create(config, "cpu"), checkpoint, "c.pt") == 2
     assert capsys.readouterr().err == ""
 
     without = {key: value for key, value in checkpoint.items() if key != "ema"}
     state = TrainState.create(config, "cpu")
-    checkpoints.restore(state, without, "c.pt")
+    resume.restore(state, without, "c.pt")
     assert capsys.readouterr().err == "note: c.pt: holds no averages; they start from its weights\n"
     assert_same(cast(Nets, state.averaged).state_dict(), {name: checkpoint[name] for name in NAMES})
 
     state = TrainState.create(override(config, {"training.ema_epochs": 0}), "cpu")
-    checkpoints.restore(state, checkpoint, "c.pt")
+    resume.restore(state, checkpoint, "c.pt")
     assert capsys.readouterr().err == "note: c.pt: its averages are left out, since training.ema_epochs is 0\n"
-    assert "ema" not in checkpoints.snapshot(state, 2, {})
+    assert "ema" not in resume.snapshot(state, 2, {})
 
 
 def test_init_from_starts_from_the_networks_themselves(saved: Path, config: Config) -> None:
-    state = _initial_state(override(config, {"checkpoint.init_from": str(saved)}), torch.device("cpu"))
+    state = initial_state(override(config, {"checkpoint.init_from": str(saved)}), torch.device("cpu"))
     checkpoint = checkpoints.load(saved)
     wanted = {name: checkpoint[name] for name in NAMES}
     assert_same(state.nets.state_dict(), wanted)
@@ -366,7 +369,7 @@ def test_the_room_that_they_take(config: Config, data: LatentDataset, tmp_path: 
     config = override(config, {"model.base_dim": 64})
     state = TrainState.create(config, "cpu")
     train_step(state, data.batch(1), epoch=1, step=1)
-    checkpoints.save(tmp_path / "c.pt", checkpoints.snapshot(state, 1, {}))
+    checkpoints.save(tmp_path / "c.pt", resume.snapshot(state, 1, {}))
     assert checkpoint_bytes(config) == pytest.approx((tmp_path / "c.pt").stat().st_size, rel=0.05)
     extra = 4 * sum(p.numel() for name in AVERAGED for p in getattr(state.nets, name).parameters())
     assert checkpoint_bytes(config) == checkpoint_bytes(override(config, {"training.ema_epochs": 0})) + extra
@@ -406,7 +409,7 @@ def test_an_export_has_them_and_says_so(saved: Path, config: Config, tmp_path: P
 
 def test_an_export_without_them_says_nothing(config: Config, tmp_path: Path) -> None:
     state = TrainState.create(override(config, {"training.ema_epochs": 0}), "cpu")
-    model.write(tmp_path / "model", checkpoints.snapshot(state, 1, {}), {}, {})
+    model.write(tmp_path / "model", resume.snapshot(state, 1, {}), {}, {})
     assert "averages" not in (tmp_path / "model/README.md").read_text()
 
 

@@ -15,10 +15,12 @@ from safetensors.numpy import save_file
 from benchmarks import data, foresight, memory, recognised, resume
 from benchmarks.measure import in_fresh_process, take_turns
 from raystar.config.load import override, to_yaml
-from raystar.data.bank import LatentDataset, open_bank
+from raystar.data.bank import open_bank
+from raystar.data.batches import LatentDataset
 from raystar.pictures import decoder as decoders
 from raystar.pictures.codec import BUILT_IN, BuiltInCodec
-from raystar.training.step import TrainState, train_step
+from raystar.training.state import TrainState
+from raystar.training.step import train_step
 from tests.support import tiny_config, write_latents
 
 CPU = torch.device("cpu")

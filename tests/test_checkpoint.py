@@ -18,10 +18,13 @@ import torch
 
 from raystar.base.errors import RaystarError
 from raystar.config.load import from_mapping, override, to_yaml
-from raystar.data.bank import Bank, Batch, open_bank
+from raystar.data.bank import Bank, open_bank
+from raystar.data.batches import Batch
 from raystar.model import checkpoint as checkpoints
 from raystar.model.networks import NAMES, Nets
-from raystar.training.step import LOGGED, TrainState, train_step
+from raystar.training import resume
+from raystar.training.state import TrainState
+from raystar.training.step import LOGGED, train_step
 from raystar.training.trainer import Trainer
 from tests.support import ROOT, tiny_config, write_latents
 
@@ -55,7 +58,7 @@ def trained(steps: int = 3) -> TrainState:
 
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
-    checkpoints.save(tmp_path / "runs" / "c.pt", checkpoints.snapshot(trained(), 3, METRICS))
+    checkpoints.save(tmp_path / "runs" / "c.pt", resume.snapshot(trained(), 3, METRICS))
     return tmp_path / "runs" / "c.pt"
 
 
@@ -83,15 +86,15 @@ def files(folder: Path) -> list[str]:
 
 def test_everything_comes_back_bit_by_bit(saved: Path) -> None:
     state, loaded = trained(), checkpoints.load(saved)
-    assert_equal(loaded, checkpoints.snapshot(state, 3, METRICS))
+    assert_equal(loaded, resume.snapshot(state, 3, METRICS))
     assert len(tensors_of(loaded["opt_g"])) > 20
     assert from_mapping(loaded["config"], "c") == CONFIG
     assert loaded["metrics"] == METRICS
     assert files(saved.parent) == ["c.pt"]
 
     fresh = TrainState.create(CONFIG, "cpu")
-    assert checkpoints.restore(fresh, loaded, str(saved)) == 3
-    assert_equal(checkpoints.snapshot(fresh, 3, METRICS), checkpoints.snapshot(state, 3, METRICS))
+    assert resume.restore(fresh, loaded, str(saved)) == 3
+    assert_equal(resume.snapshot(fresh, 3, METRICS), resume.snapshot(state, 3, METRICS))
     # And a step from here is a step from there.
     logs = [train_step(s, make_batch(9), epoch=2, step=2) for s in (state, fresh)]
     assert all(torch.equal(logs[0][key], logs[1][key]) for key in logs[0])
@@ -100,15 +103,15 @@ def test_everything_comes_back_bit_by_bit(saved: Path) -> None:
 
 
 def test_saving_replaces_the_older_one(saved: Path) -> None:
-    checkpoints.save(saved, checkpoints.snapshot(trained(1), 4, {}))
+    checkpoints.save(saved, resume.snapshot(trained(1), 4, {}))
     assert checkpoints.load(saved)["epoch"] == 4
     assert files(saved.parent) == ["c.pt"]
 
 
 def test_the_digest_follows_every_value() -> None:
-    checkpoint = checkpoints.snapshot(trained(1), 1, METRICS)
+    checkpoint = resume.snapshot(trained(1), 1, METRICS)
     digest = checkpoints.digest(checkpoint)
-    assert checkpoints.digest(checkpoints.snapshot(trained(1), 1, METRICS)) == digest
+    assert checkpoints.digest(resume.snapshot(trained(1), 1, METRICS)) == digest
     for name, value in (("epoch", 2), ("metrics", METRICS | {"eval/score": 1.6250000000000002})):
         assert checkpoints.digest(checkpoint | {name: value}) != digest
     moments = checkpoint["opt_d"]["state"][0]["exp_avg"]
@@ -210,7 +213,7 @@ def test_a_failed_save_keeps_the_old_file_andleaves_no_other(
     saved: Path, monkeypatch: pytest.MonkeyPatch, failing: str
 ) -> None:
     before = saved.read_bytes()
-    checkpoint = checkpoints.snapshot(trained(1), 4, {})
+    checkpoint = resume.snapshot(trained(1), 4, {})
 
     def full(*args: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -241,7 +244,7 @@ def test_a_checkpoint_of_compiled_networks_loads(tmp_path: Path) -> None:
     torch.save(foreign, tmp_path / "latest.pt")
     loaded = checkpoints.load(tmp_path / "latest.pt")
     fresh = TrainState.create(CONFIG, "cpu")
-    assert checkpoints.restore(fresh, loaded, "latest.pt") == 7
+    assert resume.restore(fresh, loaded, "latest.pt") == 7
     assert_equal(fresh.nets.state_dict(), state.nets.state_dict())
     assert_equal(fresh.opt_g.state_dict(), state.opt_g.state_dict())
 
@@ -306,7 +309,7 @@ def test_training_goes_on_from_a_users_checkpoint(
         for group, other in zip(own.param_groups, theirs.param_groups, strict=True):
             for parameter, source in zip(group["params"], other["params"], strict=True):
                 own.state[parameter] = {key: value.clone() for key, value in theirs.state[source].items()}
-    checkpoints.save(tmp_path / "raystar.pt", checkpoints.snapshot(twin, 1, {}))
+    checkpoints.save(tmp_path / "raystar.pt", resume.snapshot(twin, 1, {}))
 
     ends = []
     for name in ("latest.pt", "raystar.pt"):
@@ -326,7 +329,7 @@ def test_the_configurations_learning_rates_count(tmp_path: Path, capsys: pytest.
     users_file(tmp_path / "latest.pt")
     config = tiny_config("unused", training__lr_mapping=0.25, training__weight_decay=0.5)
     state = TrainState.create(config, "cpu")
-    checkpoints.restore(state, checkpoints.load(tmp_path / "latest.pt"), "runs/x/latest.pt")
+    resume.restore(state, checkpoints.load(tmp_path / "latest.pt"), "runs/x/latest.pt")
     assert [group["lr"] for group in state.opt_g.param_groups] == [1e-4, 0.25]
     assert {group["weight_decay"] for group in (*state.opt_g.param_groups, *state.opt_d.param_groups)} == {0.5}
     (note,) = capsys.readouterr().err.splitlines()
@@ -404,7 +407,7 @@ def test_an_optimiser_that_has_not_stepped_is_restored(tmp_path: Path) -> None:
     checkpoint = checkpoints.load(tmp_path / "latest.pt")
     checkpoint["opt_d"]["state"] = {}
     state = TrainState.create(CONFIG, "cpu")
-    checkpoints.restore(state, checkpoint, "latest.pt")
+    resume.restore(state, checkpoint, "latest.pt")
     assert not state.opt_d.state
     assert state.opt_g.state
 
@@ -416,7 +419,7 @@ def numbered(folder: Path, *epochs: int) -> list[Path]:
     """Checkpoints of the epochs, newest first."""
     state = trained(1)
     for epoch in epochs:
-        checkpoints.save(folder / f"epoch_{epoch:04d}.pt", checkpoints.snapshot(state, epoch, {}))
+        checkpoints.save(folder / f"epoch_{epoch:04d}.pt", resume.snapshot(state, epoch, {}))
     return [folder / f"epoch_{epoch:04d}.pt" for epoch in sorted(epochs, reverse=True)]
 
 
@@ -453,7 +456,7 @@ def test_no_whole_checkpoint_is_an_error_about_the_newest(tmp_path: Path) -> Non
 def restoring(checkpoint: dict[str, Any], **changed: Any) -> str:
     state = TrainState.create(tiny_config("unused", **changed), "cpu")
     with pytest.raises(RaystarError) as caught:
-        checkpoints.restore(state, checkpoint, "best.pt")
+        resume.restore(state, checkpoint, "best.pt")
     message = str(caught.value)
     assert message.startswith("best.pt: ")
     assert len(message.splitlines()) == 1

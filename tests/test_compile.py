@@ -13,7 +13,8 @@ from raystar.config.schema import Config
 from raystar.data.bank import open_bank
 from raystar.training import compile as compile_module
 from raystar.training.compile import compile_networks, graphs
-from raystar.training.step import TrainState, train_step
+from raystar.training.state import TrainState
+from raystar.training.step import train_step
 from raystar.training.trainer import Trainer
 from tests.support import tiny_config, write_latents
 

@@ -26,8 +26,10 @@ from safetensors.torch import save_file as save_torch_file
 from raystar.base.errors import RaystarError
 from raystar.config.load import override
 from raystar.config.schema import Config
-from raystar.data import bank as dataset
-from raystar.data.bank import DEMO_ROOT, Bank, LatentDataset, open_bank, reopen_bank
+from raystar.data import listing
+from raystar.data.bank import Bank, open_bank, reopen_bank
+from raystar.data.batches import LatentDataset
+from raystar.data.listing import DEMO_ROOT
 from raystar.demo import DOMAINS as DEMO_DOMAINS
 from tests.support import ROOT, SHARED, needs_shared, tiny_config, write_latents
 
@@ -298,8 +300,8 @@ def test_every_change_of_a_file_is_noticed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str, system: str
 ) -> None:
     if system == "other":
-        monkeypatch.setattr(dataset, "_statx", lambda: None)
-    elif dataset._statx() is None:
+        monkeypatch.setattr(listing, "_statx", lambda: None)
+    elif listing._statx() is None:
         pytest.skip("this system has no statx")
     root, cache = write_latents(tmp_path / "data", AB, count=4), tmp_path / "cache"
     config = tiny_config(root, AB)
@@ -316,7 +318,7 @@ def test_every_change_of_a_file_is_noticed(
 
 
 def test_both_ways_of_asking_for_size_and_time_agree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    if dataset._statx() is None:
+    if listing._statx() is None:
         pytest.skip("this system has no statx")
     names = [os.fsencode(name) for name in ("one", "tw\u00f6", "dangling", "gone", "link", "old")]
     for number, name in enumerate(("one", "tw\u00f6", "old")):
@@ -324,9 +326,9 @@ def test_both_ways_of_asking_for_size_and_time_agree(tmp_path: Path, monkeypatch
     os.utime(tmp_path / "old", ns=(0, -1_500_000_000))  # before 1970
     (tmp_path / "dangling").symlink_to("nowhere")
     (tmp_path / "link").symlink_to("one")
-    fast = dataset._stats(tmp_path, names)
-    monkeypatch.setattr(dataset, "_statx", lambda: None)
-    assert dataset._stats(tmp_path, names).tolist() == fast.tolist()
+    fast = listing._stats(tmp_path, names)
+    monkeypatch.setattr(listing, "_statx", lambda: None)
+    assert listing._stats(tmp_path, names).tolist() == fast.tolist()
     one = (tmp_path / "one").stat()
     assert fast[0].tolist() == fast[4].tolist() == [1, *divmod(one.st_mtime_ns, 10**9)]
     assert fast[3].tolist() == [-1, -1, -1]

@@ -17,11 +17,13 @@ from raystar.base.errors import TrialDiverged, TrialOutOfMemory, WorkerLost
 from raystar.base.machine import usable_cpus
 from raystar.config.load import from_mapping, override
 from raystar.config.schema import Config
-from raystar.data.bank import Bank, Batch, LatentDataset, open_bank, share
+from raystar.data.bank import Bank, open_bank
+from raystar.data.batches import Batch, LatentDataset, share
 from raystar.exported import model
 from raystar.model import checkpoint as checkpoints
 from raystar.training import trainer as trainer_module
-from raystar.training.step import LOGGED, TrainState, train_step
+from raystar.training.state import TrainState
+from raystar.training.step import LOGGED, train_step
 from raystar.training.trainer import Trainer
 from raystar.training.workers import ALONE, Group
 from tests.support import tiny_config, write_latents

@@ -21,7 +21,8 @@ from raystar import encode
 from raystar.base.errors import RaystarError
 from raystar.config.load import override
 from raystar.config.schema import Config
-from raystar.data.bank import open_bank, picture_of
+from raystar.data.bank import open_bank
+from raystar.data.holdout import picture_of
 from raystar.demo.painter import paint
 from raystar.encode import main
 from raystar.pictures import encoding

@@ -20,7 +20,8 @@ from raystar.config.load import load_config, override, to_mapping, to_yaml
 from raystar.exported import model as model_module
 from raystar.model import checkpoint as checkpoints
 from raystar.model.networks import NAMES, Nets
-from raystar.training.step import TrainState
+from raystar.training import resume
+from raystar.training.state import TrainState
 from tests.support import ROOT, tiny_config
 
 DOMAINS = ("photo", "monet", "vangogh")
@@ -253,7 +254,7 @@ def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
 def saved(tmp_path: Path, nets: Nets) -> Path:
     state = TrainState.create(CONFIG, "cpu")
     state.nets.load_state_dict(nets.state_dict(), "nets")
-    checkpoints.save(tmp_path / "epoch_0008.pt", checkpoints.snapshot(state, 8, {"eval/score": 1.25}))
+    checkpoints.save(tmp_path / "epoch_0008.pt", resume.snapshot(state, 8, {"eval/score": 1.25}))
     return tmp_path / "epoch_0008.pt"
 
 

@@ -37,15 +37,17 @@ from raystar.config import schema, strict_yaml
 from raystar.config.load import from_mapping, load_config, override, signature, to_mapping, to_yaml
 from raystar.config.schema import Config, known_keys
 from raystar.data import bank as dataset
-from raystar.data.bank import open_bank, read_latent, reopen_bank
+from raystar.data.bank import open_bank, reopen_bank
+from raystar.data.latent import read_latent
 from raystar.exported import model as model_module
 from raystar.model import checkpoint as checkpoints
 from raystar.model.networks import NAMES
 from raystar.ruler import ruler
 from raystar.search.space import KINDS, Space, load_space
 from raystar.search.space import from_mapping as space_from_mapping
+from raystar.training import resume
 from raystar.training.compile import SPEED_KEYS
-from raystar.training.step import TrainState
+from raystar.training.state import TrainState
 from tests.support import ROOT, tiny_config, write_latents
 from tests.test_checkpoint import Trap, trained
 
@@ -786,7 +788,7 @@ def test_damaged_rulers_measure_nothing(seen: Kept, data: st.DataObject) -> None
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, bytes, dict[str, Any]]:
     path = tmp_path_factory.mktemp("checkpoint") / "c.pt"
-    checkpoints.save(path, checkpoints.snapshot(trained(1), 1, {"eval/score": 1.5}))
+    checkpoints.save(path, resume.snapshot(trained(1), 1, {"eval/score": 1.5}))
     return path, path.read_bytes(), checkpoints.load(path)
 
 
@@ -831,7 +833,7 @@ def test_odd_checkpoints(
     assert not (sealed and found)
     if found is not None:
         state = TrainState.create(tiny_config("unused"), "cpu")
-        accepted(lambda: checkpoints.restore(state, found, "c.pt"))
+        accepted(lambda: resume.restore(state, found, "c.pt"))
         out = path.parent / "out"
         if accepted(lambda: export.main(["--checkpoint", str(path), "--out", str(out)])) == 0:
             assert model_module.load(out, "cpu").domains

@@ -9,7 +9,9 @@ import torch
 from safetensors.torch import load_file
 
 from raystar.config.load import from_mapping
-from raystar.training.step import Batch, TrainState, train_step
+from raystar.data.batches import Batch
+from raystar.training.state import TrainState
+from raystar.training.step import train_step
 from tests.support import SHARED, needs_shared
 
 GOLDEN = SHARED / "golden"

@@ -16,7 +16,8 @@ from raystar import export
 from raystar.base.errors import RaystarError, WrongResults
 from raystar.config.load import from_mapping, override
 from raystar.config.schema import Config, ModelConfig
-from raystar.data.bank import Bank, Batch, LatentDataset, open_bank
+from raystar.data.bank import Bank, open_bank
+from raystar.data.batches import Batch, LatentDataset
 from raystar.exported import model as model_module
 from raystar.exported import onnx as graphs
 from raystar.model import checkpoint as checkpoints
@@ -24,11 +25,13 @@ from raystar.model.native import kernels
 from raystar.model.networks import NAMES, Discriminator, Generator, Nets
 from raystar.search import space
 from raystar.sweep.disk import checkpoint_bytes
-from raystar.train import _initial_state
+from raystar.train import initial_state
 from raystar.training import compile as compile_module
+from raystar.training import resume
 from raystar.training.compile import compile_networks
 from raystar.training.parity import check_parity
-from raystar.training.step import TrainState, train_step
+from raystar.training.state import TrainState
+from raystar.training.step import train_step
 from raystar.training.trainer import Trainer
 from tests import textbook
 from tests.support import tiny_config, write_latents
@@ -230,7 +233,7 @@ def saved(config: Config, tmp_path: Path) -> Path:
     state = TrainState.create(config, "cpu")
     woken(state.nets)
     train_step(state, floats(config), epoch=1, step=1)
-    checkpoints.save(tmp_path / "epoch_0001.pt", checkpoints.snapshot(state, 1, {}))
+    checkpoints.save(tmp_path / "epoch_0001.pt", resume.snapshot(state, 1, {}))
     return tmp_path / "epoch_0001.pt"
 
 
@@ -262,7 +265,7 @@ def test_the_room_that_a_checkpoint_takes(saved: Path, config: Config) -> None:
     state = TrainState.create(large, "cpu")
     train_step(state, floats(large), epoch=1, step=1)
     path = saved.with_name("large.pt")
-    checkpoints.save(path, checkpoints.snapshot(state, 1, {}))
+    checkpoints.save(path, resume.snapshot(state, 1, {}))
     assert checkpoint_bytes(large) == pytest.approx(path.stat().st_size, rel=0.1)
     assert checkpoint_bytes(large) > 2 * checkpoint_bytes(config)
 
@@ -281,8 +284,8 @@ def test_a_checkpoint_that_does_not_fit_is_one_line(
     config = override(config, {**changed, "checkpoint.init_from": str(saved)})
     checkpoint = checkpoints.load(saved)
     for attempt in (
-        lambda: checkpoints.restore(TrainState.create(config, "cpu"), checkpoint, str(saved)),
-        lambda: _initial_state(config, torch.device("cpu")),
+        lambda: resume.restore(TrainState.create(config, "cpu"), checkpoint, str(saved)),
+        lambda: initial_state(config, torch.device("cpu")),
     ):
         with pytest.raises(RaystarError) as caught:
             attempt()
@@ -295,9 +298,9 @@ def test_a_checkpoint_that_says_nothing_is_of_networks_without_residual(saved: P
     """Users' own trainers know no such key."""
     checkpoint = {key: value for key, value in checkpoints.load(saved).items() if key != "config"}
     with pytest.raises(RaystarError, match=r"model\.residual false there, true now"):
-        checkpoints.restore(TrainState.create(config, "cpu"), checkpoint, "theirs.pt")
+        resume.restore(TrainState.create(config, "cpu"), checkpoint, "theirs.pt")
     plain = override(config, {"model.residual": False})
-    assert checkpoints.restore(TrainState.create(plain, "cpu"), checkpoint, "theirs.pt") == 1
+    assert resume.restore(TrainState.create(plain, "cpu"), checkpoint, "theirs.pt") == 1
 
 
 # -- compiling -------------------------------------------------------------------------------------

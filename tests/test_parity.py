@@ -14,10 +14,11 @@ from torch import Tensor
 from raystar.base.errors import WrongResults
 from raystar.config.load import override
 from raystar.config.schema import Config
-from raystar.data.bank import LatentDataset, open_bank
+from raystar.data.bank import open_bank
+from raystar.data.batches import LatentDataset
 from raystar.training import parity
 from raystar.training.parity import check_parity
-from raystar.training.step import TrainState
+from raystar.training.state import TrainState
 from tests.support import tiny_config, write_latents
 
 

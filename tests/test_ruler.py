@@ -19,19 +19,10 @@ from raystar.config.load import override
 from raystar.config.schema import Config
 from raystar.data.bank import Bank, open_bank
 from raystar.model.networks import Nets
+from raystar.ruler.distances import channel_transfer, energy_distance
 from raystar.ruler.picture_stats import content_lost, sketch, statistics
-from raystar.ruler.ruler import (
-    METRICS,
-    NOTHING,
-    TRANSFER,
-    UNMOVED,
-    Ruler,
-    channel_transfer,
-    energy_distance,
-    measured_by,
-    ruler_file,
-)
-from raystar.training.step import TrainState
+from raystar.ruler.ruler import METRICS, NOTHING, TRANSFER, UNMOVED, Ruler, measured_by, ruler_file
+from raystar.training.state import TrainState
 from tests.support import SHARED, needs_shared, tiny_config, write_latents
 
 
@@ -326,7 +317,7 @@ def test_a_published_networks_translations(real: Built) -> None:
 def test_content_forgives_strokes() -> None:
     """The same landscapes, painted in every style: outlines, dots and lead lines are no lost layout."""
     from raystar.demo import DOMAINS
-    from raystar.demo.painter import _RENDERINGS
+    from raystar.demo.painter import RENDERINGS
     from raystar.demo.scene import make_scene
 
     seen = []
@@ -334,7 +325,7 @@ def test_content_forgives_strokes() -> None:
         pictures = []
         for number in range(6):
             scene = make_scene(np.random.default_rng([5, number]), 128)
-            rgb = _RENDERINGS[domain](scene, np.random.default_rng([6, number]))
+            rgb = RENDERINGS[domain](scene, np.random.default_rng([6, number]))
             pictures.append(torch.from_numpy(np.clip(rgb, 0, 1)).float().permute(2, 0, 1))
         seen.append(sketch(torch.stack(pictures)))
     others = [i for i in range(len(DOMAINS)) if i]

@@ -15,7 +15,7 @@ from raystar.config.schema import Config
 from raystar.data.bank import Bank, open_bank
 from raystar.training import speed
 from raystar.training.speed import METRICS, measure
-from raystar.training.step import TrainState
+from raystar.training.state import TrainState
 from tests.support import tiny_config, write_latents
 
 

@@ -10,9 +10,10 @@ import torch
 
 from raystar.config.load import override
 from raystar.config.schema import Config
-from raystar.data.bank import Batch
+from raystar.data.batches import Batch
 from raystar.training import losses
-from raystar.training.step import LOGGED, TrainState, train_step
+from raystar.training.state import TrainState
+from raystar.training.step import LOGGED, train_step
 from tests import textbook
 from tests.support import tiny_config
 

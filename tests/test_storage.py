@@ -22,7 +22,8 @@ from raystar.record.retention import Janitor
 from raystar.record.summary import TrialRecord
 from raystar.record.trial_files import TrialFiles, checkpoint_name, saved_epochs
 from raystar.sweep.disk import check_space, checkpoint_bytes, needed_bytes
-from raystar.training.step import TrainState
+from raystar.training import resume
+from raystar.training.state import TrainState
 from tests.support import tiny_config
 
 
@@ -41,7 +42,7 @@ def config(tmp_path: Path) -> Config:
 
 @pytest.fixture
 def checkpoint(config: Config) -> dict[str, Any]:
-    return checkpoints.snapshot(TrainState.create(config, "cpu"), 3, {"eval/score": 1.5})
+    return resume.snapshot(TrainState.create(config, "cpu"), 3, {"eval/score": 1.5})
 
 
 def test_files_come_back(storage: Storage) -> None:
@@ -179,7 +180,7 @@ def test_the_size_of_a_checkpoint(config: Config, checkpoint: dict[str, Any], tm
             for parameter in group["params"]:
                 parameter.grad = torch.zeros_like(parameter)
         optimizer.step()
-    checkpoints.save(tmp_path / "x.pt", checkpoints.snapshot(state, 1, {}))
+    checkpoints.save(tmp_path / "x.pt", resume.snapshot(state, 1, {}))
     told, found = checkpoint_bytes(config), (tmp_path / "x.pt").stat().st_size
     assert told < found < told + 400_000  # names and headers
     assert sum(p.numel() for _, net in Nets(config.model, 3).items() for p in net.parameters()) * 12 == told

@@ -23,7 +23,8 @@ from raystar.model import checkpoint as checkpoints
 from raystar.pictures.codec import PreviewCodec
 from raystar.ruler.ruler import Ruler
 from raystar.training import trainer as trainer_module
-from raystar.training.step import LOGGED, TrainState, train_step
+from raystar.training.state import TrainState
+from raystar.training.step import LOGGED, train_step
 from raystar.training.trainer import METRICS, Progress, Trainer
 from tests.support import ROOT, tiny_config, write_latents
 

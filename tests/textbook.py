@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn.functional import l1_loss, relu
 
 from raystar.config.schema import Config
-from raystar.data.bank import Batch
+from raystar.data.batches import Batch
 from raystar.model.networks import Nets
 
 

@@ -33,7 +33,8 @@ from raystar.base.secrets import redact
 from raystar.base.storage import Storage
 from raystar.config.load import from_mapping
 from raystar.config.schema import Config
-from raystar.data.bank import Bank, data_root, open_bank
+from raystar.data.bank import Bank, open_bank
+from raystar.data.listing import data_root
 
 _OBJECT_STORE_BYTES = 128 * 2**20  # trials exchange nothing but small results
 _NAMESPACE = "raystar"

@@ -28,12 +28,12 @@ from raystar.base.storage import Storage
 from raystar.config.load import from_mapping, override
 from raystar.config.schema import Config
 from raystar.data.bank import Bank, reopen_bank
+from raystar.model.device import resolve_device
 from raystar.pictures.codec import Codec, open_codec
 from raystar.record.statuses import DIVERGED, FAILED, OUT_OF_MEMORY, RUNNING, STARTING
 from raystar.record.trial_files import Restored, TrialFiles
 from raystar.ruler.ruler import Ruler
 from raystar.training.speed import measure
-from raystar.training.step import resolve_device
 from raystar.training.trainer import Progress, Trainer
 from raystar.training.workers import ALONE, Group
 

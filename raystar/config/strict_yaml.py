@@ -19,7 +19,7 @@ MAX_NODES, MAX_DEPTH, MAX_SCALAR = 10_000, 32, 10_000
 """Values in one file, aliases written out; levels of them; characters of one. A small file can claim much."""
 
 
-class _StrictLoader(yaml.SafeLoader):
+class StrictLoader(yaml.SafeLoader):
     """Safe YAML that refuses a key written twice, since the second would silently win, and files without measure."""
 
     def __init__(self, text: str) -> None:
@@ -65,7 +65,7 @@ class _StrictLoader(yaml.SafeLoader):
             ) from None
 
 
-def _mapping_without_duplicates(loader: _StrictLoader, node: yaml.MappingNode) -> dict[Any, Any]:
+def _mapping_without_duplicates(loader: StrictLoader, node: yaml.MappingNode) -> dict[Any, Any]:
     own: dict[Any, Any] = {}
     merged: list[yaml.Node] = []
     for key_node, value_node in node.value:
@@ -98,11 +98,11 @@ def _mapping_without_duplicates(loader: _StrictLoader, node: yaml.MappingNode) -
     return found | own
 
 
-_StrictLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping_without_duplicates)
+StrictLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping_without_duplicates)
 
 
 def parse_yaml(text: str) -> Any:
-    return yaml.load(text, Loader=_StrictLoader)
+    return yaml.load(text, Loader=StrictLoader)
 
 
 def _pairs_without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -45,7 +45,7 @@ def paint(domain: str, index: int, size: int = 256) -> Image.Image:
         raise ValueError(f"size must be 32 or more, not {size}")
     rng = np.random.default_rng([SEED, DOMAINS.index(domain), index])
     scene = make_scene(rng, size)
-    rgb = _RENDERINGS[domain](scene, rng)
+    rgb = RENDERINGS[domain](scene, rng)
     return Image.fromarray((np.clip(rgb, 0.0, 1.0) * 255.0 + 0.5).astype(np.uint8))
 
 
@@ -541,7 +541,7 @@ def _glass_colour(mean: Array, scene: Scene, rng: np.random.Generator) -> Array:
     return np.asarray(np.clip(out, 0.03, 1.0), np.float32)
 
 
-_RENDERINGS = {
+RENDERINGS = {
     "photo": _photo,
     "pointillism": _pointillism,
     "woodcut": _woodcut,

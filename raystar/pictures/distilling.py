@@ -23,7 +23,8 @@ from raystar.base.errors import RaystarError
 from raystar.base.files import is_folder
 from raystar.config.load import override
 from raystar.config.schema import Config
-from raystar.data.bank import DEMO_ROOT, Bank, data_root, open_bank
+from raystar.data.bank import Bank, open_bank
+from raystar.data.listing import DEMO_ROOT, data_root
 from raystar.pictures import decoder as decoders
 from raystar.pictures.autoencoders import SCALE, VaeCodec
 from raystar.pictures.codec import BuiltInCodec, Codec

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from raystar.config.schema import Config
 from raystar.data.bank import Bank
+from raystar.model.device import autocast
 from raystar.model.networks import Nets, noise
 from raystar.pictures.codec import Codec
-from raystar.training.step import autocast
 
 PAPER, INK, FAINT = (255, 255, 255), (28, 30, 33), (120, 124, 130)
 _LANCZOS = Image.Resampling.LANCZOS

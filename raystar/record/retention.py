@@ -12,7 +12,7 @@ from raystar.record.statuses import FINISHED, STOPPED, UNFINISHED
 from raystar.record.summary import TrialRecord
 from raystar.record.trial_files import checkpoint_name, saved_epochs
 
-_RECENT = 2  # checkpoints of a trial that can still go on: should the last one be damaged, the one before it serves
+RECENT = 2  # checkpoints of a trial that can still go on: should the last one be damaged, the one before it serves
 
 
 class Janitor:
@@ -45,7 +45,7 @@ class Janitor:
         """A trial has saved `epoch`."""
         there = self._there.setdefault(record.trial, [])
         there.append(epoch)
-        recent = there[-_RECENT:]
+        recent = there[-RECENT:]
         self._reduce(record.trial, [*recent, *([record.score_epoch] if record.score_epoch else [])])
 
     def ended(self, record: TrialRecord) -> None:

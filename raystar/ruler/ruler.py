@@ -34,14 +34,12 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
-from torch.nn import functional
+from torch import Tensor
 
 from raystar.base.errors import RaystarError
 from raystar.config.schema import Config
@@ -49,12 +47,14 @@ from raystar.data.bank import Bank
 from raystar.model.checkpoint import digest
 from raystar.model.networks import Nets
 from raystar.pictures import decoder as decoders
-from raystar.pictures.autoencoders import SCALE
-from raystar.pictures.decoder import Decoder
-from raystar.ruler.feature_file import FeatureFile, file_digest
+from raystar.ruler.distances import channel_transfer, distances, energy_distance, mean_pairwise
+from raystar.ruler.eye import CHUNK, Eye
+from raystar.ruler.feature_file import file_digest
 from raystar.ruler.feature_file import load as load_features
-from raystar.ruler.picture_stats import content_lost, sketch, statistics
-from raystar.training.step import autocast
+from raystar.ruler.features import Features
+from raystar.ruler.outlook import progress
+from raystar.ruler.picture_stats import content_lost, statistics
+from raystar.ruler.subjects import NetsSubject, Subject
 
 METRICS = ("score", "style", "content", "diversity", "worst_pair", "accuracy", "movement", "outlook")
 """What `Ruler.measure` returns. `worst_pair` is the score of the pair of domains that fares worst; `accuracy` the share
@@ -81,188 +81,6 @@ _DIVERSITY_WANTED = 0.2
 _IGNORED_FROM, _IGNORED_AT = 0.6, 0.85  # of what unrelated pictures lose; other renderings of one scene lose half of it
 _LEAST_CONTENTS = 12  # pictures whose diversity is measured
 _MAX_TRAIN = 96  # training pictures a domain that standardisation and classifier see
-_SHRINKAGE = 0.5  # of the within-domain covariance towards a multiple of the identity: statistics outnumber pictures
-_CHUNK = 32  # latents in one pass of the networks and the decoder
-_CPU_CHUNK = 4  # pictures a thread decodes at once: the same bits, and what lies between two layers stays in its cache
-
-
-class Subject(Protocol):
-    """What the ruler measures: something that translates scaled latents."""
-
-    def encode(self, x_ref: Tensor, y: Tensor) -> Tensor:
-        """Styles [B,S] of references [B,C,H,W] in domains y [B]."""
-
-    def sample(self, z: Tensor, y: Tensor) -> Tensor:
-        """Styles [B,S] from noise [B,Z] for domains y [B]."""
-
-    def translate(self, x: Tensor, s: Tensor) -> Tensor:
-        """Contents [B,C,H,W] and styles [K*B,S] -> [K*B,C,H,W]."""
-
-
-class _NetsSubject:
-    """Networks in the precision that they train in, without gradients."""
-
-    def __init__(self, nets: Nets, config: Config) -> None:
-        self.nets = nets
-        self.device = next(nets.G.parameters()).device
-        self.config = config
-
-    def encode(self, x_ref: Tensor, y: Tensor) -> Tensor:
-        with autocast(self.config, self.device):
-            return self.nets.E(x_ref, y).float()
-
-    def sample(self, z: Tensor, y: Tensor) -> Tensor:
-        with autocast(self.config, self.device):
-            return self.nets.F(z, y).float()
-
-    def translate(self, x: Tensor, s: Tensor) -> Tensor:
-        with autocast(self.config, self.device):
-            return self.nets.G(x, s).float()
-
-
-# -- features --------------------------------------------------------------------------------------
-
-
-class Features(nn.Module):
-    """Frozen features of pictures: statistics, each in units of its deviation within a domain, through asinh.
-
-    asinh is linear around the mean and grows as a logarithm far from it, so that no single outlying statistic decides
-    a distance. All of it is in closed form: the same pictures give the same features. Where a feature file adds its
-    own, those weigh as much as all of `picture_stats.statistics` together; the classifier looks at the latter alone.
-
-    Args:
-        own: number of `picture_stats.statistics`, the first of all.
-        size: number of all statistics d.
-    """
-
-    def __init__(self, num_domains: int, own: int, size: int) -> None:
-        super().__init__()
-        self.own = own
-        self.mean: Tensor
-        self.deviation: Tensor
-        self.classifier: Tensor
-        self.bias: Tensor
-        self.register_buffer("mean", torch.zeros(size))
-        self.register_buffer("deviation", torch.ones(size))
-        self.register_buffer("classifier", torch.zeros(own, num_domains))
-        self.register_buffer("bias", torch.zeros(num_domains))
-
-    def forward(self, raw: Tensor) -> Tensor:
-        """Raw statistics [B,d] -> features [B,d]."""
-        tamed = torch.asinh((raw - self.mean) / self.deviation)
-        added = tamed.shape[1] - self.own
-        if not added:
-            return tamed
-        return torch.cat([tamed[:, : self.own], tamed[:, self.own :] * (self.own / added) ** 0.5], dim=1)
-
-    def classify(self, features: Tensor) -> Tensor:
-        """Features [B,d] -> logits of the domains [B,N]."""
-        return features[:, : self.own] @ self.classifier + self.bias
-
-    @classmethod
-    def fit(cls, raw: list[Tensor], own: int) -> Features:
-        """Features of real pictures' raw statistics, one tensor [m,d] a domain.
-
-        The classifier is linear discriminant analysis (Fisher 1936) with a shrunk covariance.
-        """
-        found = cls(len(raw), own, raw[0].shape[1])
-        # Float64: these few sums must not depend on how a library orders them.
-        double = [r.double() for r in raw]
-        within = torch.cat([r - r.mean(dim=0) for r in double])
-        found.mean = torch.cat(double).mean(dim=0).float()
-        found.deviation = within.square().mean(dim=0).sqrt().clamp_min(1e-6).float()
-        features = [found(r)[:, :own].double() for r in raw]
-        centres = torch.stack([f.mean(dim=0) for f in features])
-        spread = torch.cat([f - centre for f, centre in zip(features, centres, strict=True)])
-        covariance = spread.T @ spread / len(spread)
-        identity = torch.eye(len(covariance), dtype=covariance.dtype)
-        covariance = covariance.lerp(identity * covariance.diagonal().mean(), _SHRINKAGE)
-        weights = torch.linalg.solve(covariance, centres.T)  # [d,N]
-        found.classifier = weights.float()
-        found.bias = (-0.5 * (centres.T * weights).sum(dim=0)).float()
-        return found.eval().requires_grad_(False)
-
-
-class _Eye(nn.Module):
-    """From latents to what is measured of their pictures; float32, whatever the networks train in."""
-
-    def __init__(self, feature_file: str | None) -> None:
-        super().__init__()
-        # On a CPU, convolutions of few channels run twice as fast in this layout.
-        self.decoder: Decoder = decoders.load().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.added: FeatureFile | None = load_features(feature_file) if feature_file is not None else None
-
-    def pictures(self, unscaled: Tensor) -> Iterator[Tensor]:
-        """[b,3,4H,4W] in [0,1] of unscaled latents [B,C,H,W], a chunk at a time."""
-        for chunk in unscaled.split(_CHUNK):
-            with torch.autocast(chunk.device.type, enabled=False):
-                small = (chunk.float() * SCALE).contiguous(memory_format=torch.channels_last)
-                pieces = small.split(_CPU_CHUNK * torch.get_num_threads() if small.device.type == "cpu" else _CHUNK)
-                rgb = torch.cat([self.decoder.half_size(piece) for piece in pieces])
-                # In one layout, whatever the last piece's: statistics would differ in their last bits.
-                yield (rgb.contiguous(memory_format=torch.channels_last).clamp(-1, 1) + 1) / 2
-
-    def see(self, rgb: Tensor) -> tuple[Tensor, Tensor]:
-        """Raw statistics [B,d] and sketches [B,G,G] of pictures [B,3,h,w] in [0,1]."""
-        raw = statistics(rgb)
-        return (raw if self.added is None else torch.cat([raw, self.added(rgb)], dim=1)), sketch(rgb)
-
-    def look(self, unscaled: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """What `see` gives of unscaled latents [B,C,H,W], a chunk at a time."""
-        return map(self.see, self.pictures(unscaled))
-
-
-# -- outlook ---------------------------------------------------------------------------------------
-
-# The one place where latents are looked at: statistics of latents feel movement that pictures do not show yet. It is no
-# verdict, only a guess of where a trial is going, and nothing is exported for it.
-
-
-def _latent_statistics(x: Tensor) -> Tensor:
-    """Scaled latents [B,C,H,W] -> channel means, deviations, and log deviations of three bands [B,5C]."""
-    found = [x.mean(dim=(2, 3)), x.std(dim=(2, 3))]
-    for _ in range(3):
-        if min(x.shape[2:]) < 4:
-            break
-        lower = functional.avg_pool2d(x, 2)
-        band = x - functional.interpolate(lower, size=x.shape[2:], mode="bilinear", align_corners=False)
-        found.append(band.std(dim=(2, 3)).clamp_min(1e-6).log())
-        x = lower
-    return torch.cat(found, dim=1)
-
-
-def _progress(fakes: Tensor, sources: Tensor, targets: Tensor) -> Tensor:
-    """How much of the way from sources to targets translations have gone, in units of the way; 0-d.
-
-    Only what leads there counts, not what leads elsewhere: the mean change of the latents' statistics is projected on
-    the difference of the domains' means, each statistic in units of its deviation within the domains.
-
-    Args:
-        fakes: [n,C,H,W] scaled translations of `sources` [n,C,H,W]; `targets` [m,C,H,W] are real.
-    """
-    moved, here, there = (_latent_statistics(x) for x in (fakes, sources, targets))
-    within = torch.cat([here - here.mean(dim=0), there - there.mean(dim=0)]).std(dim=0).clamp_min(1e-6)
-    way = (there.mean(dim=0) - here.mean(dim=0)) / within
-    gone = ((moved - here) / within).mean(dim=0)
-    return (gone * way).sum() / way.square().sum().clamp_min(0.25)  # domains that are alike have no way between them
-
-
-# -- distances -------------------------------------------------------------------------------------
-
-
-def energy_distance(a: Tensor, b: Tensor) -> Tensor:
-    """Unbiased energy distance 2E|a-b| - E|a-a'| - E|b-b'| of two samples [n,d] and [m,d]; 0-d, may be below 0."""
-    return 2 * _distances(a, b).mean() - _mean_pairwise(a) - _mean_pairwise(b)
-
-
-def _distances(a: Tensor, b: Tensor) -> Tensor:
-    return torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist")
-
-
-def _mean_pairwise(a: Tensor) -> Tensor:
-    """Mean distance of two different rows of [..., n, d]."""
-    n = a.shape[-2]
-    return _distances(a, a).sum(dim=(-2, -1)).mean() / (n * (n - 1))
 
 
 # -- the ruler -------------------------------------------------------------------------------------
@@ -283,7 +101,7 @@ class Ruler:
     """A built ruler; `measure` is a pure function of the model."""
 
     features: Features
-    eye: _Eye
+    eye: Eye
     scale: float
     """Of the latents that networks see, to unscaled ones."""
     domains: tuple[str, ...]
@@ -348,7 +166,7 @@ class Ruler:
 
     def measure(self, nets: Nets, config: Config) -> dict[str, float]:
         """The metrics `METRICS` of a model, in the precision it trains in."""
-        return self.measure_subject(_NetsSubject(nets, config))
+        return self.measure_subject(NetsSubject(nets, config))
 
     @torch.inference_mode()
     def measure_subject(self, subject: Subject) -> dict[str, float]:
@@ -359,7 +177,7 @@ class Ruler:
         """
         n, by_reference = self.sources.shape[1], self.sources.shape[1] // 2
         codes = [  # [m,S] a domain: each reference is encoded once, however many pairs use it
-            torch.cat([subject.encode(x, torch.full((len(x),), y, device=x.device)) for x in t.split(_CHUNK)])
+            torch.cat([subject.encode(x, torch.full((len(x),), y, device=x.device)) for x in t.split(CHUNK)])
             for y, t in enumerate(self.targets)
         ]
         fakes = []
@@ -368,7 +186,7 @@ class Ruler:
             s_noise = self._sampled(subject, self.noise[0, pair, by_reference:], target)
             styles = torch.cat([s_ref, s_noise])
             x = self.sources[source]
-            fakes.append(torch.cat([subject.translate(x[r], styles[r]) for r in torch.arange(n).split(_CHUNK)]))
+            fakes.append(torch.cat([subject.translate(x[r], styles[r]) for r in torch.arange(n).split(CHUNK)]))
         seen = self._look(torch.cat(fakes))
         values = self._judge(seen, self._diversity(subject, seen)) | {"outlook": self._outlook(fakes)}
         return {name: values[name].item() for name in METRICS}
@@ -380,7 +198,7 @@ class Ruler:
         Args:
             translations: [P*n,3,4H,4W] in [0,1], of the sources (`source_pictures`) in the order of `pairs`.
         """
-        raw, sketches = zip(*map(self.eye.see, translations.split(_CHUNK)), strict=True)
+        raw, sketches = zip(*map(self.eye.see, translations.split(CHUNK)), strict=True)
         values = self._judge(_Seen(self.features(torch.cat(raw)), torch.cat(sketches)), None)
         return {name: values[name].item() for name in METRICS if name in values}
 
@@ -427,7 +245,7 @@ class Ruler:
     def _outlook(self, fakes: list[Tensor]) -> Tensor:
         """1 - how far scaled translations [n,C,H,W], one tensor a pair, have come; 0-d."""
         gone = [
-            _progress(fake, self.sources[source], self.targets[target])
+            progress(fake, self.sources[source], self.targets[target])
             for fake, (source, target) in zip(fakes, self.pairs, strict=True)
         ]
         return 1 - torch.stack(gone).mean()
@@ -444,7 +262,7 @@ class Ruler:
         others = self._look(torch.cat(fakes)).features.unflatten(0, (P, len(self.noise) - 1, contents))
         features = torch.cat([kept[:, None], others], dim=1).transpose(1, 2)  # [P,k,styles,d]
         K = features.shape[2]
-        each = _distances(features, features).sum(dim=(2, 3)) / (K * (K - 1))  # [P,k]
+        each = distances(features, features).sum(dim=(2, 3)) / (K * (K - 1))  # [P,k]
         targets = torch.tensor([target for _, target in self.pairs], device=each.device)
         return (each / self.target_spread[targets][:, None]).mean()
 
@@ -461,14 +279,6 @@ class Ruler:
         # Domains that look the same would divide by nothing, or less; a twentieth of the spread is the floor.
         unit = nothing.maximum(0.05 * self.target_spread[target])
         return 1 + (energy_distance(found, self.target_features[target]) - nothing) / unit
-
-
-def channel_transfer(x: Tensor, reference: Tensor) -> Tensor:
-    """Latents [B,C,H,W] with the channel means and deviations of references [B,C,H,W] (AdaIN, Huang and Belongie)."""
-    (deviation, mean), (wanted, shift) = (
-        torch.std_mean(latents, dim=(2, 3), keepdim=True) for latents in (x, reference)
-    )
-    return (x - mean) / deviation.clamp_min(1e-6) * wanted + shift
 
 
 def check(bank: Bank, config: Config) -> None:
@@ -512,7 +322,7 @@ def _decoder_digest() -> str:
 @torch.inference_mode()
 def _fresh(cls: type[Ruler], bank: Bank, config: Config) -> Ruler:
     with _one_thread():
-        eye, scale = _Eye(config.ruler.features), config.training.latent_scale
+        eye, scale = Eye(config.ruler.features), config.training.latent_scale
         rng = np.random.default_rng(_SEED)
         train = [bank.rows(np.sort(rng.permutation(rows)[:_MAX_TRAIN])) for rows in bank.train]
         raw = [torch.cat([found for found, _ in eye.look(x)]) for x in train]
@@ -522,7 +332,7 @@ def _fresh(cls: type[Ruler], bank: Bank, config: Config) -> Ruler:
         looks = [list(zip(*eye.look(x / scale), strict=True)) for x in chosen.targets]
         seen = [_Seen(features(torch.cat(raw)), torch.cat(sketches)) for raw, sketches in looks]
         n = chosen.sources.shape[1]
-        spread = torch.stack([_mean_pairwise(s.features) for s in seen])
+        spread = torch.stack([mean_pairwise(s.features) for s in seen])
         nothing = torch.stack([energy_distance(seen[i].features[:n], seen[j].features) for i, j in pairs])
         sketches = torch.stack([s.sketch[:n] for s in seen])
         # Of each pair what other pictures lose, over all ways to put the two domains' pictures side by side in a ring.
@@ -624,7 +434,7 @@ def _read(path: Path, bank: Bank, config: Config) -> Ruler | None:
         chosen = _choose(bank, config)
         return Ruler(
             features=features.eval().requires_grad_(False),
-            eye=_Eye(config.ruler.features),
+            eye=Eye(config.ruler.features),
             scale=config.training.latent_scale,
             domains=bank.domains,
             sources=chosen.sources,

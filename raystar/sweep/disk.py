@@ -11,7 +11,7 @@ from raystar.base.errors import RaystarError
 from raystar.base.storage import Storage
 from raystar.config.schema import Config
 from raystar.model.networks import AVERAGED, NAMES, Nets
-from raystar.record.retention import _RECENT
+from raystar.record.retention import RECENT
 
 _EXTRA_BYTES = 1 << 20  # a trial's pictures and records, about
 _LOOK_S = 2.0
@@ -42,7 +42,7 @@ def check_space(storage: Storage, needed: int) -> None:
 
 def needed_bytes(checkpoint: int, at_a_time: int, keep: int, trials: int) -> int:
     """What a sweep's checkpoints and pictures take at most, about. `keep`: those that stay, `trials`: all of them."""
-    return checkpoint * (at_a_time * (_RECENT + 2) + min(keep, trials)) + trials * _EXTRA_BYTES
+    return checkpoint * (at_a_time * (RECENT + 2) + min(keep, trials)) + trials * _EXTRA_BYTES
 
 
 class DiskWatch:

@@ -24,6 +24,7 @@ from raystar.config.load import override, request_config, signature, to_mapping
 from raystar.config.schema import Config
 from raystar.config.strict_yaml import find_shipped, read_mapping
 from raystar.data.bank import Bank, open_bank
+from raystar.model.device import resolve_device
 from raystar.pictures.codec import check_codec
 from raystar.record.finals import SEED
 from raystar.record.sweep_file import RECORD, code, differences, read_record
@@ -34,7 +35,6 @@ from raystar.search.space import from_mapping as space_from_mapping
 from raystar.sweep.disk import check_space, checkpoint_bytes, needed_bytes
 from raystar.tracking.mlflow.writer import check_uri, default_uri, provenance
 from raystar.training.speed import check_steps
-from raystar.training.step import resolve_device
 
 DEFAULT_CONFIG = "configs/demo.yaml"
 

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from raystar.config.load import get_value, override
 from raystar.config.schema import Config
-from raystar.data.bank import share
-from raystar.training.step import TrainState, autocast, layout
+from raystar.data.batches import share
+from raystar.model.device import autocast, layout
+from raystar.training.state import TrainState
 
 _SWITCHES = {
     "G": "compile_generator",

@@ -13,9 +13,10 @@ from torch import Tensor
 from raystar.base.errors import WrongResults
 from raystar.config.load import override
 from raystar.config.schema import Config
-from raystar.data.bank import LatentDataset
+from raystar.data.batches import LatentDataset
 from raystar.model.networks import NAMES
-from raystar.training.step import LOGGED, TrainState, train_step
+from raystar.training.state import TrainState
+from raystar.training.step import LOGGED, train_step
 
 _TIMES_BF16 = 3.0  # the limit, in differences of eager bf16 from eager float32 ...
 _LOSS_AT_LEAST, _GRADIENT_AT_LEAST = 0.02, 0.05  # ... but not below these: some of them are small by chance,

@@ -11,10 +11,13 @@ import torch
 from raystar.base.errors import RaystarError
 from raystar.config.load import override
 from raystar.config.schema import Config
-from raystar.data.bank import Bank, LatentDataset
+from raystar.data.bank import Bank
+from raystar.data.batches import LatentDataset
+from raystar.model.device import resolve_device, set_backends, synchronize
 from raystar.training.compile import compile_networks, graphs, labels
 from raystar.training.parity import check_parity
-from raystar.training.step import TrainState, resolve_device, set_backends, synchronize, train_step
+from raystar.training.state import TrainState
+from raystar.training.step import train_step
 
 METRICS = (
     "perf/speedup",

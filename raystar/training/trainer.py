@@ -15,20 +15,23 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
 from raystar.base.errors import RaystarError, TrialDiverged, TrialOutOfMemory
 from raystar.config.schema import Config
-from raystar.data.bank import Bank, LatentDataset
-from raystar.model.checkpoint import restore, snapshot
+from raystar.data.bank import Bank
+from raystar.data.batches import LatentDataset
+from raystar.model.device import resolve_device, set_backends
 from raystar.model.networks import Nets
 from raystar.pictures import grid
 from raystar.pictures.codec import Codec
 from raystar.ruler.ruler import METRICS as RULER_METRICS
 from raystar.ruler.ruler import Ruler
 from raystar.training.compile import compile_networks, graphs, labels
+from raystar.training.display import Display
 from raystar.training.losses import lambda_ds
-from raystar.training.step import LOGGED, TrainState, resolve_device, set_backends, train_step
+from raystar.training.resume import restore, snapshot
+from raystar.training.state import TrainState
+from raystar.training.step import LOGGED, train_step
 from raystar.training.system_metrics import Usage
 from raystar.training.workers import ALONE, Group
 
@@ -291,41 +294,3 @@ def _check_losses(named: Mapping[str, float], sums: Any, epoch: int, step: int) 
 
 def _finite(value: float | Tensor) -> bool:
     return float("-inf") < float(value) < float("inf")
-
-
-class Display:
-    """Terminal progress: `bar`, `percent` (one line, rewritten) or `off`."""
-
-    def __init__(self, config: Config, name: str, steps: int) -> None:
-        self.style = config.progress
-        self.epochs = config.training.epochs
-        self.name = f"{name} " if name else ""
-        self.steps = steps
-        self.bar: tqdm[Any] | None = None
-
-    def step(self, epoch: int, step: int, values: Mapping[str, float]) -> None:
-        """Shows the losses of one step."""
-        shown = " ".join(f"{key}={values[key]:.3f}" for key in ("d_loss", "g_loss", "cyc", "sty", "ds"))
-        if self.style == "percent" and sys.stderr.isatty():
-            line = f"{self.name}epoch {epoch}/{self.epochs} {100 * step / self.steps:5.1f}% {shown}"
-            print(f"\r{line:<100}", end="", file=sys.stderr, flush=True)
-        elif self.style == "bar":
-            if self.bar is None:
-                description = f"{self.name}epoch {epoch}/{self.epochs}"
-                self.bar = tqdm(total=self.steps, desc=description, file=sys.stderr, leave=False)
-            self.bar.update(step - self.bar.n)
-            self.bar.set_postfix_str(shown)
-
-    def epoch_done(self, epoch: int, metrics: Mapping[str, float]) -> None:
-        """Leaves one line for a finished epoch."""
-        if self.bar is not None:
-            self.bar.close()
-            self.bar = None
-        if self.style == "off":
-            return
-        score = f"score {metrics['eval/score']:.4f}  " if "eval/score" in metrics else ""
-        line = (
-            f"{self.name}epoch {epoch}/{self.epochs}  {score}d_loss {metrics['train/d_loss']:.3f}  "
-            f"g_loss {metrics['train/g_loss']:.3f}  {metrics['perf/samples_per_s']:.1f} samples/s"
-        )
-        print(f"\r{line:<100}" if sys.stderr.isatty() else line, file=sys.stderr, flush=True)

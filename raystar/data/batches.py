@@ -1,0 +1,186 @@
+"""A bank's latents in the order and the pairs that training sees."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from raystar.config.schema import Config
+from raystar.data.bank import Bank
+
+
+class Batch(NamedTuple):
+    """What one training step consumes; the noise travels with it, so a step is a pure function of its arguments.
+
+    B contents, C x H x W latents, Z `latent_dim`.
+    """
+
+    content: Tensor
+    """[B,C,H,W] unscaled latents of the source domains."""
+    x_ref: Tensor
+    """[B,C,H,W] unscaled latents of the target domains, the style references."""
+    y_src: Tensor
+    """[B] int64, domain of each content."""
+    y_trg: Tensor
+    """[B] int64, target domain, never the source domain."""
+    z_trg: Tensor
+    """[B,Z] noise of the latent-guided path."""
+    z_1: Tensor
+    """[B,Z] first noise of the diversity term."""
+    z_2: Tensor
+    """[B,Z] second noise of the diversity term."""
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> Batch:
+        """The same batch on `device`."""
+        return Batch(*(tensor.to(device, non_blocking=non_blocking) for tensor in self))
+
+
+def share(rows: int, rank: int, workers: int) -> slice:
+    """The contiguous part of a batch of `rows` that worker `rank` takes; parts differ by one row at most.
+
+    With fewer rows than workers everyone takes all of them: averaged over all workers' rows the losses and gradients
+    are the same, and no worker is left with nothing to run.
+    """
+    if rows < workers:
+        return slice(0, rows)
+    return slice(rank * rows // workers, (rank + 1) * rows // workers)
+
+
+class LatentDataset(torch.utils.data.Dataset[dict[str, Any]]):
+    """Two uniform stages (source domain, another target domain, then a latent in each), batched by index.
+
+    Every draw is a pure function of (`training.seed`, epoch, step), so a resumed run sees the same batches, and
+    several workers (`rank` of `workers`) see the shares of the batches that one process would see.
+    """
+
+    def __init__(self, bank: Bank, config: Config, device: torch.device, rank: int = 0, workers: int = 1) -> None:
+        self.bank = bank
+        self.device = device
+        self.training = config.training
+        self.latent_dim = config.model.latent_dim
+        self.rank, self.workers = rank, workers
+        self.size = config.training.epoch_size or max(map(len, bank.train)) * len(bank.domains)
+        self.storage, self.preloaded = _place(bank, config.data.preload_to_gpu, device)
+        self._starts = np.cumsum([0, *map(len, bank.train)])
+        self._rows = np.concatenate(bank.train)
+        self._plan: dict[str, Tensor] = {}
+        self.epoch = 0
+        self.set_epoch(1)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Draws the indices of a whole epoch (from 1)."""
+        if epoch == self.epoch:
+            return
+        rng = np.random.default_rng([self.training.seed, epoch, 0])
+        n = len(self.bank.domains)
+        source = rng.integers(n, size=self.size)
+        target = (source + rng.integers(1, n, size=self.size)) % n  # any domain but the source
+        lengths = np.diff(self._starts)
+        # A uniform number times a domain's length picks in domains of different lengths without a loop.
+        u = rng.random((2, self.size))
+        plan = {
+            "y_src": source,
+            "y_trg": target,
+            "content": self._rows[self._starts[source] + (u[0] * lengths[source]).astype(np.int64)],
+            "x_ref": self._rows[self._starts[target] + (u[1] * lengths[target]).astype(np.int64)],
+        }
+        # Once an epoch to where the latents are: a copy of a few numbers costs a GPU as much as a gather.
+        self._plan = {name: torch.from_numpy(values).to(self.storage.device) for name, values in plan.items()}
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.size
+
+    @property
+    def steps(self) -> int:
+        """Steps of an epoch, with or without its incomplete last batch (`training.drop_last`)."""
+        whole, rest = divmod(self.size, self.training.batch_size)
+        return whole + (1 if rest and not self.training.drop_last else 0)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """One sample of the current epoch: `content`, `target_style` [C,H,W], and their domain ids."""
+        plan = self._plan
+        return {
+            "content": self.storage[plan["content"][index]].float(),
+            "target_style": self.storage[plan["x_ref"][index]].float(),
+            "target_style_id": int(plan["y_trg"][index]),
+            "source_style_id": int(plan["y_src"][index]),
+        }
+
+    def rows(self, step: int) -> int:
+        """Rows of the whole batch of `step` (from 1): `training.batch_size`, or less in an incomplete last one."""
+        return min(self.training.batch_size, self.size - (step - 1) * self.training.batch_size)
+
+    def weight(self, step: int) -> float:
+        """What this worker's means over its rows of `step` count for in the means over all workers' rows."""
+        counts = [
+            part.stop - part.start for part in (share(self.rows(step), r, self.workers) for r in range(self.workers))
+        ]
+        return counts[self.rank] / sum(counts)
+
+    def batch(self, step: int) -> Batch:
+        """This worker's share of the batch of `step` (from 1), on the storage's device, float32."""
+        first, rows = (step - 1) * self.training.batch_size, self.rows(step)
+        own = share(rows, self.rank, self.workers)
+        chosen = slice(first + own.start, first + own.stop)
+        plan = {name: values[chosen] for name, values in self._plan.items()}
+        rng = np.random.default_rng([self.training.seed, self.epoch, step])
+        # Drawn for the whole batch, whoever asks: a row's noise does not depend on the number of workers.
+        noise = rng.standard_normal((3, rows, self.latent_dim), dtype=np.float32)[:, own]
+        return Batch(
+            self.storage.index_select(0, plan["content"]).float(),
+            self.storage.index_select(0, plan["x_ref"]).float(),
+            plan["y_src"],
+            plan["y_trg"],
+            *torch.from_numpy(noise).to(self.storage.device).unbind(),
+        )
+
+    def batches(self) -> Iterable[Batch]:
+        """The current epoch's batches on the training device, gathered ahead when they must travel there."""
+        if self.storage.device.type == self.device.type:
+            for step in range(1, self.steps + 1):
+                yield self.batch(step)
+            return
+        workers = self.training.num_workers
+        pin = self.training.pin_memory
+        if workers == 0:
+            for step in range(1, self.steps + 1):
+                yield _sent(self.batch(step), self.device, pin)
+            return
+        with ThreadPoolExecutor(workers, thread_name_prefix="raystar-batch") as pool:
+            ahead: list[Future[Batch]] = []
+            for step in range(1, self.steps + 1):
+                while len(ahead) < 2 * workers and step + len(ahead) <= self.steps:
+                    ahead.append(pool.submit(self._gathered, step + len(ahead), pin))
+                yield ahead.pop(0).result().to(self.device, non_blocking=pin)
+
+    def _gathered(self, step: int, pin: bool) -> Batch:
+        batch = self.batch(step)
+        return Batch(*(tensor.pin_memory() for tensor in batch)) if pin else batch
+
+
+def _sent(batch: Batch, device: torch.device, pin: bool) -> Batch:
+    if pin:
+        batch = Batch(*(tensor.pin_memory() for tensor in batch))
+    return batch.to(device, non_blocking=pin)
+
+
+def _place(bank: Bank, preload: bool, device: torch.device) -> tuple[Tensor, bool]:
+    """The latents where batches are gathered: GPU memory when asked for and half of what is free holds them."""
+    if device.type != "cuda" or not preload:
+        return bank.latents, False
+    free, _ = torch.cuda.mem_get_info(device)
+    if bank.latents.nbytes > free // 2:
+        print(
+            f"note: {bank.latents.nbytes / 2**30:.1f} GiB of latents stay in CPU memory, "
+            f"{free / 2**30:.1f} GiB are free on the GPU",
+            file=sys.stderr,
+        )
+        return bank.latents, False
+    return bank.latents.to(device), True

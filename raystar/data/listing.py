@@ -1,0 +1,175 @@
+"""Which latents there are: folders, packed files, the demo's; and whether they have changed."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from itertools import repeat
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from raystar.base import torch_file as pt
+from raystar.base.errors import RaystarError, nearest
+
+_SUFFIXES = (b".npy", b".pt")
+_DOT = ord(".")
+DEMO_ROOT = "raystar:demo"
+"""`data.data_root` of the painted demo latents that ship with the package."""
+
+
+class Part(NamedTuple):
+    """The latents of one domain from one place; the parts' latents follow each other in the bank."""
+
+    domain: int
+    domain_name: str
+    held: bool  # from data.eval_data_root
+    place: Path  # folder of the files, or the packed file
+    files: list[bytes]  # sorted; empty for a packed file. Bytes, as the system has them: cheaper by the thousand
+    size: int  # latents
+
+    @property
+    def names(self) -> list[str]:
+        """`<domain>/<file>`, or `<domain>/<row>` of a packed file."""
+        prefix = f"{self.domain_name}/"
+        if not self.files:
+            return [f"{prefix}{row:03d}" for row in range(self.size)]
+        return [prefix + name for name in os.fsdecode(b"\0".join(self.files)).split("\0")]
+
+
+def data_root(root: str) -> Path:
+    """The folder or packed file behind `data.data_root`."""
+    if root == DEMO_ROOT:
+        from raystar import demo
+
+        return demo.latents_path()
+    try:
+        return Path(root).expanduser()
+    except RuntimeError:
+        raise RaystarError(f"{root}: no home folder of that user is known; write the whole path") from None
+
+
+def list_parts(root: str, domains: Sequence[str], key: str, held: bool) -> list[Part]:
+    path = data_root(root)
+    try:
+        return _list_files(path, domains, key, held)
+    except (OSError, UnicodeEncodeError) as error:  # a name that is too long, a folder that may not be read
+        raise RaystarError(f"{key}: {path}: cannot be read: {pt.reason(error)}") from None
+
+
+def _list_files(path: Path, domains: Sequence[str], key: str, held: bool) -> list[Part]:
+    if path.is_file():
+        return _list_packed(path, domains, key, held)
+    if not path.is_dir():
+        raise RaystarError(
+            f"{key}: {path}: expected a folder with one folder per domain ({', '.join(domains)}), found nothing"
+        )
+    parts = []
+    for number, domain in enumerate(domains):
+        folder = path / domain
+        if not folder.is_dir():
+            present = sorted(p.name for p in path.iterdir() if p.is_dir())
+            raise RaystarError(
+                f"{key}: {path}: no folder for domain '{domain}'{nearest(domain, present)}; "
+                f"folders there: {', '.join(present) or 'none'}; choose with --set data.domains=[...]"
+            )
+        files = sorted([f for f in os.listdir(os.fsencode(folder)) if f.endswith(_SUFFIXES) and f[0] != _DOT])
+        if not files:
+            raise RaystarError(f"{key}: {folder}: expected latents (*.pt or *.npy), found none")
+        parts.append(Part(number, domain, held, folder, files, len(files)))
+    return parts
+
+
+def _list_packed(path: Path, domains: Sequence[str], key: str, held: bool) -> list[Part]:
+    import safetensors
+
+    if path.suffix != ".safetensors":
+        raise RaystarError(f"{key}: {path}: expected a folder of domains or a packed .safetensors file")
+    try:
+        with safetensors.safe_open(path, framework="np") as file:
+            present = sorted(file.keys())
+            shapes = {d: list(file.get_slice(d).get_shape()) for d in domains if d in present}
+    # A damaged header can make the reader raise nearly anything, and all of it means the same.
+    except Exception as error:
+        raise RaystarError(f"{key}: {path}: not a readable packed file: {pt.reason(error)}") from None
+    for domain in domains:
+        if not shapes.get(domain, [0])[:1] > [0]:
+            raise RaystarError(
+                f"{key}: {path}: holds no domain '{domain}'{nearest(domain, present)}; it has {', '.join(present)}"
+            )
+        # Rows without numbers take no room, so a few bytes could claim any count of them.
+        if 0 in shapes[domain]:
+            raise RaystarError(f"{key}: {path}: {domain}: expected latents [n,C,H,W], found {shapes[domain]}")
+    counts = {domain: shape[0] for domain, shape in shapes.items()}
+    return [Part(number, domain, held, path, [], counts[domain]) for number, domain in enumerate(domains)]
+
+
+def stat_digest(parts: Iterable[Part], domains: Sequence[str], channels: int) -> str:
+    """Names the packed file: any added, removed, resized or rewritten latent makes another one."""
+    digest = hashlib.sha256(json.dumps([list(domains), channels, "raystar-bank-3"]).encode())
+    for part in parts:
+        digest.update(json.dumps([part.domain, part.held, str(part.place), part.size]).encode())
+        folder, files = (part.place, part.files) if part.files else (part.place.parent, [os.fsencode(part.place.name)])
+        digest.update(b"\0".join(files))  # no file's name holds a NUL
+        digest.update(_stats(folder, files).tobytes())
+    return digest.hexdigest()[:16]
+
+
+_STATX_BYTES = 256
+_STATX_FIELDS = [5, 14, 15]
+"""Size, and seconds and nanoseconds of the last change, as 64-bit words of `struct statx` (linux/stat.h)."""
+_STATX_SIZE_AND_MTIME = 0x240
+
+
+def _stats(folder: Path, names: list[bytes]) -> NDArray[np.int64]:
+    """[n,3] size, and seconds and nanoseconds of the last change, of each file; -1 if it is gone.
+
+    Of the link itself where it points nowhere: reading it will say so, together with all other bad files.
+    """
+    found = np.zeros((len(names), _STATX_BYTES // 8), np.int64)
+    statx = _statx()
+    if statx is not None:
+        # os.stat makes twenty Python objects of every answer: for 20,000 files twice as slow as the files themselves.
+        at = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            places = range(found.ctypes.data, found.ctypes.data + found.nbytes, _STATX_BYTES)
+            failed = list(map(statx, repeat(at), names, repeat(0), repeat(_STATX_SIZE_AND_MTIME), places))
+        finally:
+            os.close(at)
+        stats = found[:, _STATX_FIELDS]
+        stats[:, 2] &= 0xFFFFFFFF  # the upper half is padding
+    else:
+        failed, stats = [1] * len(names), found[:, :3]
+    for number in np.flatnonzero(failed):
+        stats[number] = _stat(os.path.join(os.fsencode(folder), names[number]))
+    return stats
+
+
+def _stat(path: bytes) -> tuple[int, int, int]:
+    for look in (os.stat, os.lstat):
+        try:
+            found = look(path)
+        except OSError:
+            continue
+        return found.st_size, *divmod(found.st_mtime_ns, 1_000_000_000)
+    return -1, -1, -1
+
+
+@functools.cache
+def _statx() -> Callable[..., int] | None:
+    """Linux's statx(2), whose answer has one layout on every processor; None where there is none."""
+    if sys.platform != "linux" or sys.byteorder != "little":
+        return None
+    try:
+        statx = ctypes.CDLL(None).statx
+    except (AttributeError, OSError):
+        return None
+    statx.argtypes = [ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_uint, ctypes.c_void_p]
+    return statx

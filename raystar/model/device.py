@@ -1,0 +1,58 @@
+"""The device a run is on, and how it computes there."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from raystar.base.errors import RaystarError
+from raystar.config.schema import Config
+from raystar.model.native import kernels
+
+_AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def resolve_device(config: Config) -> torch.device:
+    """The device of `training.device`; `RaystarError` if it is not there."""
+    wanted = config.training.device
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise RaystarError("training.device: cuda was asked for, but torch finds no GPU; take auto or cpu")
+    if wanted == "auto":
+        wanted = "cuda" if torch.cuda.is_available() else "cpu"
+    if wanted == "cpu" and config.training.use_amp and config.training.amp_dtype == "fp16":
+        raise RaystarError("training.amp_dtype: fp16 needs a GPU, and none is used here; take bf16")
+    return torch.device(wanted)
+
+
+def autocast(config: Config, device: torch.device) -> AbstractContextManager[Any]:
+    """The precision in which `training` wants the networks run on `device`."""
+    if not config.training.use_amp:
+        return nullcontext()
+    return torch.autocast(device.type, _AMP_DTYPES[config.training.amp_dtype])
+
+
+def set_backends(config: Config, device: torch.device) -> None:
+    """Torch's global switches as `training` wants them; all of them, since a process runs one trial after another."""
+    if device.type != "cuda":
+        return
+    training = config.training
+    torch.backends.cudnn.benchmark = training.cudnn_benchmark and not training.deterministic
+    torch.backends.cudnn.deterministic = training.deterministic
+    torch.backends.cudnn.allow_tf32 = training.tf32
+    torch.set_float32_matmul_precision("high" if training.tf32 else "highest")
+
+
+def synchronize(device: torch.device) -> None:
+    """Waits for what was queued on a GPU; a CPU has nothing queued."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def layout(config: Config, latents: Tensor) -> torch.memory_format:
+    """How latents [B,C,H,W] go into the networks: as the configuration says, or as the native kernels want them."""
+    with autocast(config, latents.device):
+        native = kernels.serves(latents, config.model.base_dim)
+    return torch.channels_last if native or config.training.channels_last else torch.contiguous_format
