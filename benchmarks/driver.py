@@ -21,6 +21,7 @@ from typing import Any
 import yaml
 
 from benchmarks import measure
+from raystar.backend import ray_start, reporting
 
 EPOCH_S = 0.001
 
@@ -28,8 +29,6 @@ EPOCH_S = 0.001
 def simulated(params: dict[str, Any], request: Any) -> None:
     """A Tune function in place of a trial: reports like one, and learns nothing."""
     from ray import tune
-
-    from raystar.backend import trial
 
     rng = random.Random(repr(params))
     score = 2 + rng.random()
@@ -40,7 +39,7 @@ def simulated(params: dict[str, Any], request: Any) -> None:
         metrics = {f"train/{name}": rng.random() for name in "abcdefghijklmnopqrst"}
         metrics |= {request.metric: score, "eval/outlook": score, "eval/movement": 0.5}
         tune.report(
-            trial._message(told | {"epoch": epoch, "metrics": metrics}, request.metric, score) | {"saved": True}
+            reporting._message(told | {"epoch": epoch, "metrics": metrics}, request.metric, score) | {"saved": True}
         )
 
 
@@ -76,9 +75,7 @@ def main() -> None:
     p.add_argument("--mlflow-away", action="store_true", help="records wait in the spool, as without a server")
     args = p.parse_args()
 
-    from raystar.backend import nodes as cluster
-
-    cluster.settle_token(create=True)  # before the trial's module imports Ray
+    ray_start.settle_token(create=True)  # before the trial's module imports Ray
     from raystar import tune
     from raystar.backend import trial as trials
     from raystar.sweep import live_table as table

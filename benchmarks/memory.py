@@ -1,6 +1,6 @@
 """Ten trials in one reused process: does memory stay, and is a trial after a failed one as in a fresh process?
 
-The trials run through `raystar.backend.trial.train_loop`, each in a thread of its own as under Ray Tune; only Tune's
+The trials run through `raystar.backend.loop.train_loop`, each in a thread of its own as under Ray Tune; only Tune's
 side of the conversation is replaced, by an object that keeps what is reported.
 """
 
@@ -20,11 +20,12 @@ from unittest import mock
 import torch
 
 from benchmarks.measure import in_fresh_process, parser, resident_bytes, settle, table
-from raystar.backend import trial
+from raystar.backend import loop, reporting
 from raystar.config.load import from_mapping, override, to_mapping
 from raystar.data.bank import open_bank
 from raystar.data.listing import DEMO_ROOT
 from raystar.demo import DOMAINS
+from raystar.record.statuses import RUNNING
 from raystar.training import trainer
 from raystar.training.step import LOGGED
 
@@ -72,7 +73,7 @@ def run_trials(
 ) -> list[dict[str, Any]]:
     """Runs trials one after the other in this process: status, losses and memory after each."""
     config = override(from_mapping({}, "benchmark"), settings)
-    request = trial.Request(
+    request = reporting.Request(
         config=to_mapping(config),
         metric=METRIC,
         mode="min",
@@ -89,7 +90,7 @@ def run_trials(
         speed=False,
     )
     conversation = Conversation()
-    trial.tune = conversation  # type: ignore[assignment]
+    reporting.tune = conversation  # type: ignore[assignment]
     real_step = trainer.train_step
     done = []
     for number, each in enumerate(requests):
@@ -97,7 +98,7 @@ def run_trials(
         conversation.reports.clear()
         given = {"params": each["params"], "request": request, "trial": f"t{number:02d}"}
         # Tune runs every trial of a reused process in a new thread.
-        thread = threading.Thread(target=trial.train_loop, args=(given,))
+        thread = threading.Thread(target=loop.train_loop, args=(given,))
         thread.start()
         thread.join()
         last = conversation.reports[-1]
@@ -105,7 +106,7 @@ def run_trials(
         losses = [[epoch[f"train/{key}"] for key in LOGGED] for epoch in epochs]
         done.append(
             {
-                "status": "finished" if last["status"] == trial.RUNNING else last["status"],
+                "status": "finished" if last["status"] == RUNNING else last["status"],
                 "reason": last.get("reason", ""),
                 "epochs": len(losses),
                 "losses": losses,

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 from raystar.backend import nodes as cluster
+from raystar.backend import placing, ray_start
 from raystar.base.errors import RaystarError
 from raystar.base.storage import Storage
 from raystar.config.load import to_mapping
@@ -126,9 +127,9 @@ def place(folder: str) -> dict[str, Any]:
     more = cache / "ruler-1.safetensors"
     more.write_bytes(b"the same bits everywhere")
 
-    def put(step: str) -> cluster.Placed:
+    def put(step: str) -> placing.Placed:
         config = to_mapping(tiny_config(root, data__cache_dir=f"~/{step}"))  # each node has a home of its own
-        return cluster.place_data(config, bank, cache, [more], Storage(f"{folder}/storage"), timeout_s=60)
+        return placing.place_data(config, bank, cache, [more], Storage(f"{folder}/storage"), timeout_s=60)
 
     placed = put("packed")
     root.rename(f"{folder}/elsewhere")
@@ -193,7 +194,7 @@ def test_settling_the_token(there: bool, tmp_path: Path, monkeypatch: pytest.Mon
     if there:
         path.write_text("abc")
         path.chmod(0o644)
-    cluster.settle_token(create=False)
+    ray_start.settle_token(create=False)
     assert path.exists() == there
     assert os.environ.get("RAY_AUTH_MODE") == ("token" if there else None)
     if there:
@@ -201,14 +202,14 @@ def test_settling_the_token(there: bool, tmp_path: Path, monkeypatch: pytest.Mon
         assert stat.S_IMODE(path.stat().st_mode) == 0o600
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     path.unlink(missing_ok=True)
-    cluster.settle_token(create=True)
+    ray_start.settle_token(create=True)
     assert not path.exists()
 
 
 @pytest.mark.parametrize("address", ["auto", "ray://host:10001", "host", "127.0.0.1:", "127.0.0.1:99999"])
 def test_an_address_that_is_none(address: str) -> None:
     with pytest.raises(RaystarError, match="^--address " + re.escape(address)):
-        cluster.start(address, cpus=1, environment={})
+        ray_start.start(address, cpus=1, environment={})
 
 
 def test_nobody_answers() -> None:
@@ -217,7 +218,7 @@ def test_nobody_answers() -> None:
         address = f"127.0.0.1:{held.getsockname()[1]}"  # bound, but nobody listens
         began = time.monotonic()
         with pytest.raises(RaystarError, match=f"--address {address}: no Ray cluster answers there"):
-            cluster.start(address, cpus=1, environment={})
+            ray_start.start(address, cpus=1, environment={})
         assert time.monotonic() - began < 6
 
 
@@ -233,7 +234,7 @@ def clean(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
 
 def refusal(address: str, capfd: pytest.CaptureFixture[str]) -> str:
     with pytest.raises(RaystarError) as raised:
-        cluster.start(address, cpus=1, environment={})
+        ray_start.start(address, cpus=1, environment={})
     assert capfd.readouterr() == ("", "")
     return str(raised.value)
 
@@ -382,26 +383,26 @@ def test_what_a_node_lacks_is_copied_and_checked(tmp_path: Path, monkeypatch: py
         name = f"latents-{bank.key}.{suffix}"
         content = (tmp_path / "cache" / name).read_bytes()
         storage.write(name, content)
-        files.append((name, len(content), cluster._sha256(tmp_path / "cache" / name)))
+        files.append((name, len(content), placing._sha256(tmp_path / "cache" / name)))
     monkeypatch.setenv("RAYSTAR_CACHE_DIR", str(tmp_path / "node"))
-    placed = cluster.Placed(storage.uri, tuple(files), str(tmp_path / "not here"), None)
-    assert cluster.ensure_local(placed) == tmp_path / "node"
+    placed = placing.Placed(storage.uri, tuple(files), str(tmp_path / "not here"), None)
+    assert placing.ensure_local(placed) == tmp_path / "node"
     assert reopen_bank(config, tmp_path / "node", bank.key).digest == bank.digest
     # Damaged on the node: mended when looked at thoroughly.
     array = tmp_path / "node" / files[0][0]
     whole = array.read_bytes()
     array.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-    cluster.ensure_local(placed, thorough=True)
+    placing.ensure_local(placed, thorough=True)
     assert array.read_bytes() == whole
     # Damaged in the storage: never taken.
     array.unlink()
     storage.write(files[0][0], whole[:-1] + bytes([whole[-1] ^ 1]))
     with pytest.raises(RaystarError, match="arrived with SHA-256"):
-        cluster.ensure_local(placed)
+        placing.ensure_local(placed)
     assert not array.exists()
     storage.delete(files[0][0])
     with pytest.raises(RaystarError, match="is gone from the storage"):
-        cluster.ensure_local(placed)
+        placing.ensure_local(placed)
     # The driver's own folder is used where it can be seen, and data.cache_dir wherever it is named.
-    assert cluster.ensure_local(dataclasses.replace(placed, driver_cache=str(tmp_path / "cache"))) == tmp_path / "cache"
+    assert placing.ensure_local(dataclasses.replace(placed, driver_cache=str(tmp_path / "cache"))) == tmp_path / "cache"
     assert dataclasses.replace(placed, named_cache="~/c").folder() == Path.home() / "c"

@@ -43,7 +43,8 @@ from raystar.exported import model as model_module
 from raystar.model import checkpoint as checkpoints
 from raystar.model.networks import NAMES
 from raystar.ruler import ruler
-from raystar.search.space import KINDS, Space, load_space
+from raystar.search.distributions import KINDS
+from raystar.search.space import Space, load_space
 from raystar.search.space import from_mapping as space_from_mapping
 from raystar.training import resume
 from raystar.training.compile import SPEED_KEYS

@@ -26,6 +26,7 @@ from raystar.base.errors import RaystarError
 from raystar.base.journal import Journal
 from raystar.base.storage import Storage
 from raystar.page import contact_sheet as contact
+from raystar.page import page as page_module
 from raystar.page.importance import FEWEST, importance
 from raystar.record import results
 from raystar.record.summary import Summary
@@ -83,7 +84,7 @@ class Page(HTMLParser):
 
 
 def page_of(folder: Path) -> Page:
-    return Page(report.write(folder, Storage(str(folder))).read_text())
+    return Page(page_module.write(folder, Storage(str(folder))).read_text())
 
 
 def summary_of(folder: Path) -> dict[str, Any]:
@@ -266,7 +267,7 @@ def test_what_is_written_is_escaped(tmp_path: Path) -> None:
     )
     (folder / "trials/t02").mkdir(parents=True)
     (folder / "trials/t02/error.txt").write_text(f"Traceback\n{bad}\npassword=hunter2")
-    text = report.write(folder, Storage(str(folder))).read_text()
+    text = page_module.write(folder, Storage(str(folder))).read_text()
     assert text.count("<script>") == 2
     page = Page(text)
     assert len(page.scripts) == 2
@@ -459,7 +460,7 @@ def test_damaged_records(tmp_path: Path, file: str, content: str | None, told: s
     if content is not None:
         (folder / file).write_text(content)
     with pytest.raises(RaystarError, match=told):
-        report.write(folder, Storage(str(folder)))
+        page_module.write(folder, Storage(str(folder)))
     assert not (folder / "report.html").exists()
 
 

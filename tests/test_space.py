@@ -11,7 +11,8 @@ import torch
 from raystar.base.errors import RaystarError
 from raystar.config.load import load_config, override
 from raystar.config.schema import Config
-from raystar.search.space import Distribution, from_mapping, load_space
+from raystar.search.distributions import Distribution
+from raystar.search.space import from_mapping, load_space
 from raystar.training.compile import canonical
 from tests.support import ROOT
 

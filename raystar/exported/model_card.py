@@ -9,17 +9,8 @@ from typing import Any
 
 from raystar import __version__
 from raystar.config.schema import Config
+from raystar.training.metrics import MODEL_CARD
 
-# The ruler's metrics in a reader's words; what is best, and what doing nothing has.
-_MEANING = {
-    "eval/score": "all of the below in one number; 0.1 is perfect, doing nothing scores 1.1",
-    "eval/style": "distance to held-out pictures of the target domain: 0 like real ones, 1 like untranslated ones",
-    "eval/content": "how much of the layout is lost: 0 none, about 0.95 for another picture",
-    "eval/diversity": "how much noises differ in effect: 1 as much as real pictures do, 0 not at all",
-    "eval/worst_pair": "score of the worst pair of domains, without diversity",
-    "eval/accuracy": "share of translations that a simple classifier takes for the target domain",
-    "eval/movement": "how far translations are from their sources: 0 untouched, 1 as two pictures of a domain",
-}
 _REFERENCES = {
     "nothing": "the untouched sources",
     "transfer": "the sources with their references' channel means and deviations",
@@ -90,7 +81,7 @@ def _trained(config: Config, facts: Mapping[str, Any]) -> str:
 
 def _scores(facts: Mapping[str, Any]) -> str:
     found = facts.get("metrics") or {}
-    shown = [(key.partition("/")[2], found[key], words) for key, words in _MEANING.items() if key in found]
+    shown = [(key.partition("/")[2], found[key], words) for key, words in MODEL_CARD.items() if key in found]
     rows = [f"| {name} | {value:.4f} | {words} |" for name, value, words in shown]
     if not rows:
         return ""

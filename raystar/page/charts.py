@@ -14,6 +14,7 @@ from raystar.page.importance import Importance
 from raystar.record.results import Results
 from raystar.record.statuses import BROKEN, STOPPED
 from raystar.record.summary import REFERENCES, TrialRecord
+from raystar.training.metrics import arrow, unit
 
 BEST, BASELINE, OTHER, BAD, INK, LINE, PAPER = (
     f"var(--{name})" for name in ("best", "baseline", "other", "bad", "ink", "line", "card")
@@ -26,29 +27,9 @@ _POINTS = 200  # of a curve
 _ISO = 40  # points of a line of equal score
 
 
-def arrow(mode: str) -> str:
-    """Which way is better, in words."""
-    return "lower is better" if mode == "min" else "higher is better"
-
-
 def score_label(results: Results) -> str:
     """The sweep's metric as an axis names it, with its unit."""
     return f"{unit(results.summary.metric)}, {arrow(results.summary.mode)}"
-
-
-def unit(metric: str) -> str:
-    """A metric's name with its unit: `samples per second`, `compiling, s`, `style (no unit)`."""
-    units = {
-        "perf/speedup": "speed, times eager",
-        "perf/steady_samples_per_s": "speed, samples/s",
-        "perf/eager_samples_per_s": "eager speed, samples/s",
-        "perf/compile_s": "compiling, s",
-        "perf/samples_per_s": "speed, samples/s",
-        "perf/train_s": "training an epoch, s",
-        "perf/eval_s": "measuring an epoch, s",
-        "perf/peak_memory_gib": "peak memory, GiB",
-    }
-    return units.get(metric, f"{metric.rpartition('/')[2]} (no unit)")
 
 
 def learning_curves(results: Results) -> go.Figure | None:

@@ -14,22 +14,17 @@ import numpy as np
 import torch
 
 from raystar.base.errors import RaystarError, key_text, misspelt, show
-from raystar.config.load import check_value, get_value, override
-from raystar.config.schema import MAX_WHOLE, Config, key_field
+from raystar.config.load import get_value, override
+from raystar.config.schema import MAX_WHOLE, Config
 from raystar.config.strict_yaml import read_mapping
 from raystar.record.finals import SEED
 from raystar.ruler.ruler import HIGHER
 from raystar.ruler.ruler import METRICS as RULER_METRICS
+from raystar.search.distributions import Distribution, read_distribution
+from raystar.search.fields import boolean, number, one_of, section, whole
 from raystar.training.compile import SPEED_KEYS, canonical
 from raystar.training.speed import METRICS as SPEED_METRICS
 from raystar.training.trainer import METRICS
-
-KINDS = ("uniform", "loguniform", "randint", "choice")
-_SIGNIFICANT = 4  # digits of a drawn number: enough to search with, short enough to read
-
-# What must stay as it is for trials to be compared, or to be trials at all.
-_FIXED_SECTIONS = ("ruler", "data", "visualization", "checkpoint")
-_FIXED_KEYS = ("training.epochs", "training.device", "model.num_domains", "model.latent_channels")
 
 _KNOWN = (
     "description", "purpose", "metric", "mode", "trials", "baseline", "search", "seed", "scheduler", "resources",
@@ -40,42 +35,6 @@ _SCORE, _OUTLOOK = "eval/score", "eval/outlook"
 _MOST = 10_000  # trials, or combinations of a grid: more would never be run, and hardly be listed
 _DRAWS = 200  # for each trial, before a space is taken to hold no further combination
 _SEARCHES = ("random", "grid", "tpe")
-
-
-@dataclass(frozen=True)
-class Distribution:
-    """How the values of one key are drawn."""
-
-    kind: str
-    values: tuple[Any, ...]
-    """(low, high) of a range, high excluded for `randint`; or the choices."""
-
-    def draw(self, rng: np.random.Generator) -> Any:
-        """One value."""
-        if self.kind == "choice":
-            return self.values[int(rng.integers(len(self.values)))]
-        low, high = self.values
-        if self.kind == "randint":
-            return int(rng.integers(low, high))
-        if self.kind == "uniform":
-            return _rounded(float(rng.uniform(low, high)), low, high)
-        return _rounded(math.exp(rng.uniform(math.log(low), math.log(high))), low, high)
-
-    @property
-    def size(self) -> float:
-        """How many values there are to draw; infinitely many in a range of numbers."""
-        if self.kind == "choice":
-            return len(set(self.values))
-        return self.values[1] - self.values[0] if self.kind == "randint" else math.inf
-
-    def to_ray(self) -> Any:
-        """The same distribution as Ray Tune's."""
-        from ray import tune
-
-        if self.kind == "choice":
-            return tune.choice(list(self.values))
-        make = {"randint": tune.randint, "uniform": tune.uniform, "loguniform": tune.loguniform}[self.kind]
-        return make(*self.values)
 
 
 @dataclass(frozen=True)
@@ -231,20 +190,20 @@ def from_mapping(content: Mapping[str, Any], config: Config, source: str) -> Spa
         raise RaystarError(
             f"{source}: space: expected the keys to search, for example loss.w_cyc: {{uniform: [0.5, 2]}}"
         )
-    space = {key_text(key): _distribution(key_text(key), value, source) for key, value in ranges.items()}
-    search = _one_of(content.get("search", "random"), _SEARCHES, f"{source}: search")
+    space = {key_text(key): read_distribution(key_text(key), value, source) for key, value in ranges.items()}
+    search = one_of(content.get("search", "random"), _SEARCHES, f"{source}: search")
     if search == "grid" and (ranged := [key for key, d in space.items() if d.kind != "choice"]):
         raise RaystarError(f"{source}: search grid needs choices, but {', '.join(ranged)} has a range")
     if search == "tpe" and importlib.util.find_spec("optuna") is None:
         raise RaystarError(f"{source}: search tpe needs the package optuna; install raystar[tpe]")
-    purpose = _one_of(content.get("purpose", "quality"), tuple(_PURPOSES), f"{source}: purpose")
+    purpose = one_of(content.get("purpose", "quality"), tuple(_PURPOSES), f"{source}: purpose")
     resources = _resources(content.get("resources", {}), source)
     if purpose == "speed":
         _check_speed(space, search, resources, source)
     metric, mode = _PURPOSES[purpose]
     description = content.get("description", "")
-    baseline = _boolean(content.get("baseline", True), f"{source}: baseline")
-    trials = _whole(content.get("trials", 12), f"{source}: trials", 1, _MOST)
+    baseline = boolean(content.get("baseline", True), f"{source}: baseline")
+    trials = whole(content.get("trials", 12), f"{source}: trials", 1, _MOST)
     if search == "grid":
         combinations = math.prod(len(d.values) for d in space.values())
         if combinations > _MOST:
@@ -257,20 +216,20 @@ def from_mapping(content: Mapping[str, Any], config: Config, source: str) -> Spa
     space_file = Space(
         source=source,
         metric=_metric(content.get("metric", metric), metrics, f"{source}: metric"),
-        mode=_one_of(content.get("mode", mode), ("min", "max"), f"{source}: mode"),
+        mode=one_of(content.get("mode", mode), ("min", "max"), f"{source}: mode"),
         trials=trials,
         space=space,
         description=description if isinstance(description, str) else show(description),
         purpose=purpose,
         baseline=baseline,
         search=search,
-        seed=_whole(content.get("seed", 0), f"{source}: seed", 0, MAX_WHOLE),
+        seed=whole(content.get("seed", 0), f"{source}: seed", 0, MAX_WHOLE),
         scheduler=read_scheduler(content.get("scheduler", {}), metrics, source),
         resources=resources,
         collapse=_collapse(content.get("collapse", {}), source),
-        keep=_whole(content.get("keep", Space.keep), f"{source}: keep", 1, _MOST),
+        keep=whole(content.get("keep", Space.keep), f"{source}: keep", 1, _MOST),
         finalists=_finalists(content.get("finalists"), purpose, space, source),
-        abort_after=_whole(content.get("abort_after", Space.abort_after), f"{source}: abort_after", 0, _MOST),
+        abort_after=whole(content.get("abort_after", Space.abort_after), f"{source}: abort_after", 0, _MOST),
     )
     _ = space_file.ranking  # refuses what has no known direction
     return space_file
@@ -290,45 +249,6 @@ def _check_speed(space: Mapping[str, Distribution], search: str, resources: Reso
         raise RaystarError(
             f"{source}: resources.workers: purpose speed measures one worker on one device, found {resources.workers}"
         )
-
-
-def _distribution(key: str, value: Any, source: str) -> Distribution:
-    where = f"{source}: space: {key}"
-    spec = key_field(key, f"{source}: space")
-    if key.partition(".")[0] in _FIXED_SECTIONS or key in _FIXED_KEYS or not spec.metadata["result"]:
-        raise RaystarError(f"{where}: cannot be searched: trials could not be compared, or would not differ")
-    if not isinstance(value, Mapping) or len(value) != 1:
-        raise RaystarError(
-            f"{where}: expected one of {', '.join(KINDS)}, as in {{uniform: [0.5, 2.0]}}; found {show(value)}"
-        )
-    ((kind, values),) = value.items()
-    if kind not in KINDS:
-        raise RaystarError(f"{where}: unknown distribution {misspelt(kind, KINDS)}; known: {', '.join(KINDS)}")
-    if not isinstance(values, list | tuple) or not values:
-        raise RaystarError(f"{where}: {kind}: expected a list, found {show(values)}")
-    if kind == "choice":
-        return Distribution(kind, tuple(check_value(key, v, f"{source}: space") for v in values))
-    if len(values) != 2:
-        raise RaystarError(f"{where}: {kind}: expected [low, high], found {show(list(values))}")
-    if kind == "randint":
-        low, high = (_whole(v, f"{where}: randint", -MAX_WHOLE) for v in values)
-        # The upper end is excluded, as in Python and Ray, so high - 1 is the largest value drawn.
-        for value_drawn in (low, high - 1):
-            check_value(key, value_drawn, f"{source}: space")
-    else:
-        low, high = (check_value(key, v, f"{source}: space") for v in values)
-        if key == "loss.ds_decay_epochs" and not isinstance(high, float):
-            raise RaystarError(
-                f"{where}: {kind}: takes shares of the run, both ends below 1, found [{low:g}, {high:g}]; "
-                "use randint or choice for epochs"
-            )
-        if not isinstance(low, float) or not isinstance(high, float):
-            raise RaystarError(f"{where}: takes whole numbers or names; use randint or choice instead of {kind}")
-    if not low < high:
-        raise RaystarError(f"{where}: {kind}: expected low < high, found [{low:g}, {high:g}]")
-    if kind == "loguniform" and low <= 0:
-        raise RaystarError(f"{where}: loguniform: expected low above 0, found [{low:g}, {high:g}]")
-    return Distribution(kind, (low, high))
 
 
 def ranking(scheduler: Scheduler, metric: str, mode: str, source: str) -> tuple[str, str]:
@@ -355,13 +275,13 @@ def ranking(scheduler: Scheduler, metric: str, mode: str, source: str) -> tuple[
 def read_scheduler(content: Any, metrics: Sequence[str], source: str) -> Scheduler:
     """The scheduler of a space file, whose sweep can report `metrics`."""
     where = f"{source}: scheduler"
-    _section(content, ("type", "max_epochs", "grace_epochs", "reduction_factor", "metric"), where)
+    section(content, ("type", "max_epochs", "grace_epochs", "reduction_factor", "metric"), where)
     most, grace, metric = (content.get(key) for key in ("max_epochs", "grace_epochs", "metric"))
     found = Scheduler(
-        type=_one_of(content.get("type", "asha"), ("asha", "none"), f"{where}.type"),
-        max_epochs=None if most is None else _whole(most, f"{where}.max_epochs", 1),
-        grace_epochs=None if grace is None else _whole(grace, f"{where}.grace_epochs", 1),
-        reduction_factor=_number(content.get("reduction_factor", 2), f"{where}.reduction_factor"),
+        type=one_of(content.get("type", "asha"), ("asha", "none"), f"{where}.type"),
+        max_epochs=None if most is None else whole(most, f"{where}.max_epochs", 1),
+        grace_epochs=None if grace is None else whole(grace, f"{where}.grace_epochs", 1),
+        reduction_factor=number(content.get("reduction_factor", 2), f"{where}.reduction_factor"),
         metric=None if metric is None else _metric(metric, metrics, f"{where}.metric"),
     )
     if found.reduction_factor <= 1:
@@ -382,11 +302,11 @@ def _finalists(content: Any, purpose: str, space: Mapping[str, Distribution], so
     if content is None:  # where seeds are searched, there is no other seed to train from
         return Finalists(seeds=0) if SEED in space else Finalists()
     if not isinstance(content, Mapping):
-        return Finalists(_whole(content, where, 0, _MOST), 0)
-    _section(content, ("top", "seeds"), where)
+        return Finalists(whole(content, where, 0, _MOST), 0)
+    section(content, ("top", "seeds"), where)
     found = Finalists(
-        _whole(content.get("top", Finalists.top), f"{where}.top", 0, _MOST),
-        _whole(content.get("seeds", Finalists.seeds), f"{where}.seeds", 0, _MOST),
+        whole(content.get("top", Finalists.top), f"{where}.top", 0, _MOST),
+        whole(content.get("seeds", Finalists.seeds), f"{where}.seeds", 0, _MOST),
     )
     if found.seeds and SEED in space:
         raise RaystarError(
@@ -398,38 +318,30 @@ def _finalists(content: Any, purpose: str, space: Mapping[str, Distribution], so
 
 def _collapse(content: Any, source: str) -> Collapse:
     where = f"{source}: collapse"
-    _section(content, ("diversity", "epochs"), where)
-    diversity = _number(content.get("diversity", Collapse.diversity), f"{where}.diversity")
+    section(content, ("diversity", "epochs"), where)
+    diversity = number(content.get("diversity", Collapse.diversity), f"{where}.diversity")
     if not 0 <= diversity <= 1:
         raise RaystarError(f"{where}.diversity: expected between 0 and 1, found {diversity:g}")
-    return Collapse(diversity, _whole(content.get("epochs", Collapse.epochs), f"{where}.epochs", 0))
+    return Collapse(diversity, whole(content.get("epochs", Collapse.epochs), f"{where}.epochs", 0))
 
 
 def _resources(content: Any, source: str) -> Resources:
     where = f"{source}: resources"
-    _section(content, ("gpus", "cpus", "workers"), where)
+    section(content, ("gpus", "cpus", "workers"), where)
     gpus = content.get("gpus", "auto")
     if gpus != "auto":
-        gpus = _number(gpus, f"{where}.gpus")
+        gpus = number(gpus, f"{where}.gpus")
         if not 0 <= gpus <= 1:
             raise RaystarError(
                 f"{where}.gpus: expected auto, 0, 1 or a fraction: a worker trains on one device; found {gpus:g} "
                 f"(for a trial on several, set resources.workers)"
             )
-    workers = _whole(content.get("workers", 1), f"{where}.workers", 1)
+    workers = whole(content.get("workers", 1), f"{where}.workers", 1)
     if workers > 1 and gpus not in ("auto", 0, 1):
         raise RaystarError(f"{where}.gpus: {workers} workers take a whole GPU each, auto, 0 or 1; found {gpus:g}")
     cpus = content.get("cpus", 1)
-    cpus = cpus if cpus == "auto" else _whole(cpus, f"{where}.cpus", 1)
+    cpus = cpus if cpus == "auto" else whole(cpus, f"{where}.cpus", 1)
     return Resources(gpus=gpus, cpus=cpus, workers=workers)
-
-
-def _section(content: Any, known: tuple[str, ...], where: str) -> None:
-    if not isinstance(content, Mapping):
-        raise RaystarError(f"{where}: expected keys {', '.join(known)}, found {show(content)}")
-    for key in content:
-        if key not in known:
-            raise RaystarError(f"{where}: unknown key {misspelt(key, known)}; known: {', '.join(known)}")
 
 
 def _metric(name: Any, metrics: Sequence[str], where: str) -> str:
@@ -439,36 +351,3 @@ def _metric(name: Any, metrics: Sequence[str], where: str) -> str:
             return metric
     tails = [metric.partition("/")[2] for metric in metrics]
     raise RaystarError(f"{where}: unknown {misspelt(name, tails)}; known: {', '.join(tails)}")
-
-
-def _one_of(value: Any, choices: tuple[str, ...], where: str) -> str:
-    if not isinstance(value, str) or value not in choices:
-        raise RaystarError(f"{where}: expected one of {', '.join(choices)}, found {show(value)}")
-    return value
-
-
-def _boolean(value: Any, where: str) -> bool:
-    if not isinstance(value, bool):
-        raise RaystarError(f"{where}: expected true or false, found {show(value)}")
-    return value
-
-
-def _whole(value: Any, where: str, at_least: int, at_most: int = MAX_WHOLE) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise RaystarError(f"{where}: expected a whole number, found {show(value)}")
-    if value < at_least:
-        raise RaystarError(f"{where}: expected at least {at_least}, found {show(value)}")
-    if value > at_most:
-        raise RaystarError(f"{where}: expected at most {at_most}, found {show(value)}")
-    return value
-
-
-def _number(value: Any, where: str) -> float:
-    # A whole number that is no float is beyond every limit here, and beyond isfinite.
-    if isinstance(value, bool) or not isinstance(value, int | float) or not -1e300 < value < 1e300:
-        raise RaystarError(f"{where}: expected a number, found {show(value)}")
-    return float(value)
-
-
-def _rounded(value: float, low: float, high: float) -> float:
-    return min(max(float(f"{value:.{_SIGNIFICANT}g}"), low), high)

@@ -33,6 +33,7 @@ from raystar.ruler.ruler import measured_by
 from raystar.search.space import Space
 from raystar.search.space import from_mapping as space_from_mapping
 from raystar.sweep.disk import check_space, checkpoint_bytes, needed_bytes
+from raystar.sweep.resources import trial_resources
 from raystar.tracking.mlflow.writer import check_uri, default_uri, provenance
 from raystar.training.speed import check_steps
 
@@ -184,7 +185,7 @@ def _check(
     before: Mapping[str, Any] | None = None,
 ) -> Plan:
     """Everything that must hold before Ray starts. `before`: the record of the sweep that goes on."""
-    gpu_share, cpus = _resources(config, space, args.address)
+    gpu_share, cpus = trial_resources(config, space, args.address)
     points = space.points(config, resolve_device(config) if args.address is None else torch.device("cpu"))
     trials = len(points) if points is not None else space.trials
     uri = _tracking_uri(args, before)
@@ -291,62 +292,6 @@ def _resumed(args: argparse.Namespace, budget: float | None) -> Plan:
     if changed:
         print(f"note: {len(changed)} things have changed since sweep {name} began; --force goes on", file=sys.stderr)
     return plan
-
-
-def share_of_gpu(config: Config, space: Space, there: int) -> float:
-    """GPUs of each worker of a trial, where there are so many."""
-    gpus = space.resources.gpus
-    if gpus == "auto":
-        whole = space.purpose == "speed" or space.resources.workers > 1
-        gpus = (1.0 if whole else 0.5) if there and config.training.device != "cpu" else 0.0
-    return float(gpus)
-
-
-def _resources(config: Config, space: Space, address: str | None) -> tuple[float, int]:
-    """GPUs and processors that each worker of a trial gets; checked against this machine, if trials run here."""
-    there = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    speed, workers = space.purpose == "speed", space.resources.workers
-    trial = "a trial wants" if workers == 1 else f"{workers} workers want"
-    gpus, cpus = share_of_gpu(config, space, there), space.resources.cpus
-    if address is not None:
-        if speed:
-            raise RaystarError("--address: a speed sweep measures one machine; run it there, without --address")
-        _check_shares(config, space)
-        return gpus, 1 if cpus == "auto" else int(cpus)
-    if cpus == "auto":
-        cpus = usable_cpus() // workers if speed and not gpus else 1
-    cpus = max(1, int(cpus))
-    if cpus * workers > usable_cpus():
-        raise RaystarError(
-            f"{space.source}: resources.cpus: {trial} {cpus * workers}, this machine has {usable_cpus()}"
-        )
-    _check_shares(config, space)
-    if gpus * workers > there:
-        raise RaystarError(
-            f"{space.source}: resources.gpus: {trial} {gpus * workers:g}, this machine has {there}; "
-            + ("use auto or 0" if workers == 1 else "lower resources.workers, or set gpus: 0")
-        )
-    if speed and 0 < gpus < 1:
-        raise RaystarError(f"{space.source}: resources.gpus: speed is measured on a whole GPU; found {gpus:g}")
-    if gpus == 0 and config.training.device == "cuda":
-        raise RaystarError(
-            "training.device: cuda was asked for, but resources.gpus gives trials no GPU; set it to auto"
-        )
-    resolve_device(config)
-    return gpus, cpus
-
-
-def _check_shares(config: Config, space: Space) -> None:
-    """Every batch size that a trial may have leaves each worker something to do."""
-    workers = space.resources.workers
-    swept = space.space.get("training.batch_size")
-    sizes = [config.training.batch_size] if swept is None or space.baseline else []
-    smallest = min([*sizes, *(swept.values if swept is not None else ())])
-    if smallest < workers:
-        raise RaystarError(
-            f"{space.source}: resources.workers: {workers} workers share every batch, and training.batch_size can be "
-            f"{smallest}; lower workers or raise it"
-        )
 
 
 def _time_budget(text: str) -> float:

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from raystar.backend import nodes as cluster
+from raystar.backend import placing, ray_start
+from raystar.backend.ray_start import RAY_ENVIRONMENT
 from raystar.base.console import announce, say
 from raystar.base.errors import RaystarError
 from raystar.base.files import locked
@@ -27,35 +29,13 @@ from raystar.record.summary import Summary
 from raystar.record.sweep_file import JOURNAL, write_record
 from raystar.ruler.ruler import Ruler, ruler_file
 from raystar.search.asha import Rungs
-from raystar.sweep.plan import Plan, share_of_gpu
+from raystar.sweep.plan import Plan
+from raystar.sweep.resources import share_of_gpu
 from raystar.sweep.session import Session
 from raystar.tracking.mlflow import writer as tracking
 from raystar.tracking.mlflow.writer import SPOOL, MlflowTracker, provenance
 
 _PLACING_S = 3600.0  # for nodes to fetch latents from a distant storage
-
-# Read by Ray while it is imported; why each is needed is written down in the design's facts.
-_RAY_ENVIRONMENT = {
-    "RAY_AIR_NEW_OUTPUT": "0",
-    "RAY_CHDIR_TO_TRIAL_DIR": "0",
-    "RAY_TRAIN_V2_ENABLED": "1",
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_worker_niceness": "0",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    # Tune gives a stopped trial's thread two seconds to leave before it reuses the process, and on a busy machine
-    # drops the next trial without a word when that is too short (LOG.md). It leaves by itself: wait for it.
-    "TUNE_FUNCTION_THREAD_TIMEOUT_S": "600",
-    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
-    "TUNE_DISABLE_SIGINT_HANDLER": "1",
-    # The sweep's own journal is what goes on; writing Tune's state costs more with every trial.
-    "TUNE_GLOBAL_CHECKPOINT_S": "1000000000",
-    # For trials of several workers: reports are passed on five times a second, a group waits as long as it must for
-    # its processors, and nobody watches for a cloud that takes machines back (one more process a trial).
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
-    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "86400",
-    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
-    "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
-}
 
 
 def run(plan: Plan) -> int:
@@ -103,10 +83,10 @@ def _run(plan: Plan) -> int:
             plan = dataclasses.replace(plan, config=config)
         return _tracked(plan, ledger, placed, ruler.result)
     finally:
-        cluster.stop()
+        ray_start.stop()
 
 
-def _tracked(plan: Plan, ledger: Ledger, placed: cluster.Placed | None, ruler_ready: Callable[[], Any]) -> int:
+def _tracked(plan: Plan, ledger: Ledger, placed: placing.Placed | None, ruler_ready: Callable[[], Any]) -> int:
     tracker = MlflowTracker(
         plan.tracking_uri,
         plan.out / "artifacts",
@@ -187,10 +167,10 @@ def _set_environment(plan: Plan) -> None:
     if plan.address is None:
         # Trials compile once a sweep, not once each; the cache is shared by every sweep below --out.
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(plan.cache_dir / "inductor"))
-    os.environ.update(_RAY_ENVIRONMENT)
+    os.environ.update(RAY_ENVIRONMENT)
     tracking.set_environment()
     # Before anything imports Ray, which reads once whether there is a token; its servers would want one all the same.
-    cluster.settle_token(create=plan.address is None)
+    ray_start.settle_token(create=plan.address is None)
 
 
 def _start_ray(plan: Plan) -> None:
@@ -200,11 +180,11 @@ def _start_ray(plan: Plan) -> None:
     )
     # What steers a group of workers takes a hundredth beside them; how many groups fit, Plan.at_a_time says.
     cpus = usable_cpus() + (1 if plan.space.resources.workers > 1 else 0)
-    cluster.start(plan.address, cpus=cpus, environment=_RAY_ENVIRONMENT)
+    ray_start.start(plan.address, cpus=cpus, environment=RAY_ENVIRONMENT)
     imports.result()
 
 
-def _on_the_cluster(plan: Plan, ruler: _Background) -> tuple[Plan, cluster.Placed]:
+def _on_the_cluster(plan: Plan, ruler: _Background) -> tuple[Plan, placing.Placed]:
     """Checks that the cluster's nodes can run the sweep, and gives them what trials need."""
     space = plan.space
     where = f"{space.source}: resources"
@@ -213,7 +193,7 @@ def _on_the_cluster(plan: Plan, ruler: _Background) -> tuple[Plan, cluster.Place
     fit = cluster.check_resources(plan.cpus, gpus, space.resources.workers, where)
     cluster.probe_storage(plan.storage.uri)
     ruler.result()
-    placed = cluster.place_data(
+    placed = placing.place_data(
         to_mapping(plan.config),
         plan.bank,
         plan.cache_dir,

@@ -19,7 +19,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from raystar.backend import nodes as cluster
+from raystar.backend import placing
 from raystar.base.console import announce
 from raystar.base.errors import RaystarError
 from raystar.base.files import wait_for_space
@@ -45,6 +45,7 @@ from raystar.record.summary import TrialRecord
 from raystar.record.sweep_file import JOURNAL, RECORD
 from raystar.ruler.ruler import measured_by
 from raystar.sweep import finish as outcome
+from raystar.sweep import last_lines
 from raystar.sweep.disk import DiskWatch, checkpoint_bytes
 from raystar.sweep.live_table import Board
 from raystar.sweep.plan import Plan
@@ -66,7 +67,7 @@ class Session:
         plan: Plan,
         tracker: MlflowTracker,
         ledger: Ledger,
-        placed: cluster.Placed | None,
+        placed: placing.Placed | None,
         ruler_ready: Callable[[], Mapping[str, Mapping[str, float]]],
     ) -> None:
         self.plan = plan
@@ -208,7 +209,8 @@ class Session:
         """Has Tune run the trials `names`, whose values are known, and `fresh` ones, whose values it searches."""
         from ray import tune
 
-        from raystar.backend.trial import Request, run_trial
+        from raystar.backend.reporting import Request
+        from raystar.backend.trial import run_trial
         from raystar.backend.tune_hooks import Recorder, Release, Silent, Stop, TrialNames, Warden
 
         plan, space = self.plan, self.plan.space
@@ -551,7 +553,7 @@ class Session:
         self._write(now=True)
         self.journal.close()
         addresses = (*self.tracker.how_to_compare(), self.tracker.grids_address())
-        outcome.tell(plan, summary, addresses, self.tracker.registered, error)
+        last_lines.tell(plan, summary, addresses, self.tracker.registered, error)
         if self.interrupts:
             return 130
         return 0 if summary.status == FINISHED else 1

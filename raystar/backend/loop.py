@@ -1,0 +1,148 @@
+"""A trial in its process: what it needs is opened once, and trained."""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import functools
+import gc
+import os
+import traceback
+from contextlib import suppress
+from typing import Any
+
+import torch
+
+from raystar.backend.placing import ensure_local
+from raystar.backend.reporting import Report, Request
+from raystar.base.errors import RaystarError, TrialDiverged, TrialOutOfMemory
+from raystar.config.load import from_mapping, override
+from raystar.config.schema import Config
+from raystar.data.bank import Bank, reopen_bank
+from raystar.model.device import resolve_device
+from raystar.pictures.codec import Codec, open_codec
+from raystar.record.statuses import DIVERGED, FAILED, OUT_OF_MEMORY
+from raystar.ruler.ruler import Ruler
+from raystar.training.speed import measure
+from raystar.training.trainer import Trainer
+from raystar.training.workers import ALONE, Group
+
+
+def train_loop(settings: dict[str, Any]) -> None:
+    """Trains one configuration and reports every epoch; ends with a report, whatever happens."""
+    request: Request = settings["request"]
+    report = Report(request, settings["trial"])
+    _settle_process()
+    torch.set_num_threads(request.cpus)
+    try:
+        train(settings, report, ALONE)
+    # Whatever a trial raises is that trial's result: the sweep goes on, and the trace is kept for the curious.
+    except Exception as error:
+        if not isinstance(error, RaystarError):
+            report.files.save_error(traceback.format_exc())
+        report.ended(*what_ended(error))
+    finally:
+        # The process goes on to the next trial: nothing of this one may stay in its memory.
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        _return_free_memory()
+
+
+def _return_free_memory() -> None:
+    """Gives the allocator's free pages back to the system, where it is glibc's.
+
+    It would keep them, in the pieces that one trial's sizes left: the next trial's do not fit into all of them.
+    """
+    with suppress(AttributeError, OSError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def what_ended(error: Exception) -> tuple[str, str]:
+    """Status and reason of a trial that raised `error`."""
+    if isinstance(error, RaystarError):
+        status = {TrialDiverged: DIVERGED, TrialOutOfMemory: OUT_OF_MEMORY}.get(type(error), FAILED)
+        return status, str(error)
+    return FAILED, _in_short(error)
+
+
+def _in_short(error: Exception) -> str:
+    reason = (str(error).strip().splitlines() or [""])[0]
+    return f"{type(error).__name__}: {reason}"[:500]
+
+
+@functools.cache
+def _settle_process() -> None:
+    """Takes what the imports left out of the collector's sight, once: it would be searched between all trials."""
+    gc.collect()
+    gc.freeze()
+
+
+def train(settings: dict[str, Any], report: Report, group: Group) -> None:
+    request: Request = settings["request"]
+    config = override(from_mapping(request.config, "sweep"), settings["params"], "trial")
+    if 0 < request.gpu_share < 1:
+        # A trial that shares its GPU fails on its own share instead of taking its neighbour's.
+        torch.cuda.set_per_process_memory_fraction(request.gpu_share)
+    if request.placed is not None:
+        cache = ensure_local(request.placed)
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache / "inductor"))
+        request = dataclasses.replace(request, cache_dir=str(cache))
+    bank = _bank(config, request)
+    if request.speed:
+        for epoch, (metrics, labels) in enumerate(
+            measure(config, from_mapping(request.config, "sweep"), bank), start=1
+        ):
+            report.speed(epoch, metrics, labels)
+        return
+    first = group.rank == 0
+    ruler = _ruler(config, request) if first else None
+    codec = _codec(config) if first and config.grid_every else None
+    restored = report.repeat()
+    where = report.files.storage.at(f"trials/{settings['trial']}")
+    trainer = Trainer(
+        config, bank, ruler, codec,
+        checkpoint=restored.checkpoint, source=where, group=group, measure_at=request.measure_at,
+    )  # fmt: skip
+    for progress in trainer.run():
+        report.epoch(progress, trainer.first_step_at)
+
+
+# A reused process opens these once, not once a trial. Configurations that differ only in what a sweep may
+# search give the same bank; the ruler also depends on the noise's length and the latents' scale.
+
+
+def _bank(config: Config, request: Request) -> Bank:
+    return _open_bank(Config(data=config.data), request.cache_dir, request.bank_key)
+
+
+def _ruler(config: Config, request: Request) -> Ruler:
+    kept = Config(data=config.data, model=_plain(config), ruler=config.ruler)
+    return _build_ruler(kept, config.training.latent_scale, request.cache_dir, request.bank_key)
+
+
+def _codec(config: Config) -> Codec:
+    return _open_codec(Config(visualization=config.visualization), str(resolve_device(config)))
+
+
+def _plain(config: Config) -> Any:
+    return override(
+        Config(data=config.data),
+        {"model.latent_channels": config.model.latent_channels, "model.latent_dim": config.model.latent_dim},
+    ).model
+
+
+@functools.lru_cache(maxsize=2)
+def _open_bank(config: Config, cache_dir: str, key: str) -> Bank:
+    return reopen_bank(config, cache_dir, key)
+
+
+@functools.lru_cache(maxsize=2)
+def _build_ruler(config: Config, latent_scale: float, cache_dir: str, key: str) -> Ruler:
+    config = override(config, {"training.latent_scale": latent_scale})
+    return Ruler.build(_open_bank(Config(data=config.data), cache_dir, key), config, cache_dir)
+
+
+@functools.lru_cache(maxsize=2)
+def _open_codec(config: Config, device: str) -> Codec:
+    return open_codec(config, device)[0]  # the driver has told the user already

@@ -1,0 +1,115 @@
+"""What a sweep says when it ends."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from raystar.base.console import announce, duration
+from raystar.record import finals, results
+from raystar.record.results import REPORT
+from raystar.record.statuses import BROKEN, FINISHED, UNFINISHED
+from raystar.record.summary import Summary, TrialRecord
+from raystar.sweep.finish import BEST, FASTEST
+from raystar.sweep.live_table import ranking, reference_lines
+from raystar.sweep.plan import Plan
+
+
+def tell(
+    plan: Plan,
+    summary: Summary,
+    how_to_compare: tuple[str, str, str | None],
+    registered: str | None,
+    error: str | None,
+) -> None:
+    """The last lines: what happened to the trials, which is best and by how much, and what to do next.
+
+    Args:
+        how_to_compare: the command that opens the MLflow UI, empty where a server runs; the address of the trials, and
+            of the best ones' pictures.
+    """
+    counts = ", ".join(f"{n} {status}" for status, n in summary.counts().items())
+    announce(f"\nsweep {summary.status} in {duration(summary.wall_s)}: {counts}")
+    if error is not None:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+    for record in summary.trials.values():
+        if record.status in BROKEN:
+            out = f" (left out of the mean of {record.parent})" if record.parent in summary.finalists else ""
+            announce(f"  {record.trial} {record.status}: {record.reason}{out}")
+        if record.note is not None:
+            announce(f"  {record.trial}: {record.note}")
+    if plan.speed:
+        for line in ranking(summary):
+            announce(line)
+    best = summary.best
+    left = plan.folder / (FASTEST if plan.speed else BEST)
+    if best is None or best.score is None:
+        announce("no trial has a score")
+    else:
+        announce(_in_a_line(summary, best, best.score))
+        announce("  " + "  ".join(f"{key}={value}" for key, value in summary.changed(best).items()))
+        for line in (*_finalists(plan, summary), *reference_lines(summary)):
+            announce(line)
+        if (standing := summary.standing) is not None:
+            announce(standing)
+        if not plan.speed and (rungs := results.read(plan.folder).foresight()):
+            announce(rungs[0].words)
+        if left.exists():
+            of = f" (of {best.trial}: {summary.short_metric} {best.score:.4f})" if summary.finals is not None else ""
+            announce(f"  {'overlay' if plan.speed else 'files'}: {left}{of}")
+        if registered is not None:
+            announce(f"  model: {registered}")
+    waiting = any(record.status in UNFINISHED for record in summary.trials.values())
+    finals_wait = bool(plan.seeds) and not summary.repeats and best is not None
+    if waiting or finals_wait or len(summary.trials) < summary.expected:
+        out = "" if plan.out == Path("runs") else f" --out {plan.out}"
+        announce(f"go on:   python -m raystar.tune --resume {plan.name}{out}")
+    if (page := plan.folder / REPORT).exists():
+        announce(f"report:  {page}")
+    command, address, pictures = how_to_compare
+    announce(f"compare: {command}".rstrip() if command else f"compare: {address}")
+    if command:
+        announce(f"         then open {address}")
+    if pictures is not None:
+        announce(f"         pictures: {pictures}")
+    if plan.speed and left.exists():
+        announce(f"use it:  python -m raystar.tune --overlay {left} --space ...")
+    elif left.exists():
+        runs = "" if plan.out == Path("runs") else f" --runs {plan.out}"
+        announce(f"export:  python -m raystar.export --sweep {plan.name}{runs} --out my_model")
+
+
+def _finalists(plan: Plan, summary: Summary) -> list[str]:
+    """A line for each finalist, or what was in the way of the finals."""
+    if summary.finals is None:
+        wanted = [summary.trials[name].status for name in summary.repeats]
+        if not plan.seeds:
+            return []
+        if not wanted:
+            return ["  the finals have not begun: trials are ranked by one seed"]
+        if all(status in BROKEN for status in wanted):
+            return ["  the finals are not decided: none of their trials ran to the end"]
+        ended = sum(status in (FINISHED, *BROKEN) for status in wanted)
+        return [f"  the finals are not decided: {ended} of their {len(wanted)} trials have ended"]
+    lines = []
+    for finalist in summary.finals.ranked:
+        scores = "  ".join(f"{score:.4f}" for score in finalist.scores)
+        lines.append(f"  {finalist.trial:6}{finals.around(finalist):>18}  of {scores}")
+    for name in summary.finalists:
+        if summary.finals.of(name) is None:
+            lines.append(f"  {name:6} is out of the finals: none of its repeats ran to the end")
+    return lines
+
+
+def _in_a_line(summary: Summary, best: TrialRecord, score: float) -> str:
+    if summary.finals is not None:
+        return finals.line(summary, summary.finals)
+    line = f"best {best.trial}: {summary.short_metric} {score:.4f} after epoch {best.score_epoch}"
+    baseline = summary.baseline
+    if baseline is None or baseline.score is None:
+        return line
+    if best is baseline:
+        return line + "; it is the baseline: no other trial beats it"
+    if summary.gain is None:
+        return line + f"; the baseline is {baseline.status}"
+    return line + f"; baseline {baseline.score:.4f}, {summary.gain:.1%} better"

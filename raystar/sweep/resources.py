@@ -1,0 +1,67 @@
+"""What a trial gets of the machine, and what may not be asked for."""
+
+from __future__ import annotations
+
+import torch
+
+from raystar.base.errors import RaystarError
+from raystar.base.machine import usable_cpus
+from raystar.config.schema import Config
+from raystar.model.device import resolve_device
+from raystar.search.space import Space
+
+
+def share_of_gpu(config: Config, space: Space, there: int) -> float:
+    """GPUs of each worker of a trial, where there are so many."""
+    gpus = space.resources.gpus
+    if gpus == "auto":
+        whole = space.purpose == "speed" or space.resources.workers > 1
+        gpus = (1.0 if whole else 0.5) if there and config.training.device != "cpu" else 0.0
+    return float(gpus)
+
+
+def trial_resources(config: Config, space: Space, address: str | None) -> tuple[float, int]:
+    """GPUs and processors that each worker of a trial gets; checked against this machine, if trials run here."""
+    there = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    speed, workers = space.purpose == "speed", space.resources.workers
+    trial = "a trial wants" if workers == 1 else f"{workers} workers want"
+    gpus, cpus = share_of_gpu(config, space, there), space.resources.cpus
+    if address is not None:
+        if speed:
+            raise RaystarError("--address: a speed sweep measures one machine; run it there, without --address")
+        _check_shares(config, space)
+        return gpus, 1 if cpus == "auto" else int(cpus)
+    if cpus == "auto":
+        cpus = usable_cpus() // workers if speed and not gpus else 1
+    cpus = max(1, int(cpus))
+    if cpus * workers > usable_cpus():
+        raise RaystarError(
+            f"{space.source}: resources.cpus: {trial} {cpus * workers}, this machine has {usable_cpus()}"
+        )
+    _check_shares(config, space)
+    if gpus * workers > there:
+        raise RaystarError(
+            f"{space.source}: resources.gpus: {trial} {gpus * workers:g}, this machine has {there}; "
+            + ("use auto or 0" if workers == 1 else "lower resources.workers, or set gpus: 0")
+        )
+    if speed and 0 < gpus < 1:
+        raise RaystarError(f"{space.source}: resources.gpus: speed is measured on a whole GPU; found {gpus:g}")
+    if gpus == 0 and config.training.device == "cuda":
+        raise RaystarError(
+            "training.device: cuda was asked for, but resources.gpus gives trials no GPU; set it to auto"
+        )
+    resolve_device(config)
+    return gpus, cpus
+
+
+def _check_shares(config: Config, space: Space) -> None:
+    """Every batch size that a trial may have leaves each worker something to do."""
+    workers = space.resources.workers
+    swept = space.space.get("training.batch_size")
+    sizes = [config.training.batch_size] if swept is None or space.baseline else []
+    smallest = min([*sizes, *(swept.values if swept is not None else ())])
+    if smallest < workers:
+        raise RaystarError(
+            f"{space.source}: resources.workers: {workers} workers share every batch, and training.batch_size can be "
+            f"{smallest}; lower workers or raise it"
+        )
