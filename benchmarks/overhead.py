@@ -26,7 +26,8 @@ from raystar.data.bank import Bank, open_bank
 from raystar.pictures import grid
 from raystar.pictures.codec import open_codec
 from raystar.ruler.ruler import Ruler
-from raystar.tracking.mlflow.writer import PARENT, MlflowTracker
+from raystar.tracking.mlflow.writer import MlflowTracker
+from raystar.tracking.tracker import PARENT
 from raystar.training.display import Display
 from raystar.training.step import LOGGED
 from raystar.training.trainer import METRICS

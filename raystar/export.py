@@ -23,7 +23,7 @@ from raystar.exported.model import WEIGHTS, Translator, add_onnx, load, write
 from raystar.exported.model_card import versions
 from raystar.model import checkpoint as checkpoints
 from raystar.model.networks import Nets
-from raystar.tracking.mlflow import writer as tracking
+from raystar.tracking.mlflow import address, reader
 
 __all__ = ["Translator", "load", "main"]
 
@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
         raise RaystarError(f"--out {args.out}: already there; choose a folder that does not exist")
     if args.onnx:
         graphs.check_packages()
-    uri = args.tracking_uri or tracking.default_uri(args.runs)
+    uri = args.tracking_uri or address.default_uri(args.runs)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=args.out.parent, prefix=f".{args.out.name}.") as scratch:
         made = Path(scratch) / "model"
@@ -73,7 +73,7 @@ def _export_sweep(runs: Path, uri: str, name: str, out: Path) -> None:
         load(best, "cpu")  # a damaged export is not passed on
         shutil.copytree(best, out)
         return
-    run_id = tracking.best_run(uri, name)
+    run_id = reader.best_run(uri, name)
     if run_id is not None:
         _export_run(uri, run_id, out)
         return
@@ -85,7 +85,7 @@ def _export_sweep(runs: Path, uri: str, name: str, out: Path) -> None:
 
 def _export_run(uri: str, run_id: str, out: Path) -> None:
     with tempfile.TemporaryDirectory(dir=out.parent) as scratch:
-        found = tracking.stored_model(uri, run_id, Path(scratch))
+        found = reader.stored_model(uri, run_id, Path(scratch))
         if found.export is not None:
             load(found.export, "cpu")
             shutil.copytree(found.export, out)
@@ -97,7 +97,7 @@ def _export_run(uri: str, run_id: str, out: Path) -> None:
     except (RaystarError, OSError) as error:
         raise RaystarError(
             f"--run {run_id}: it has no model in the store, and its checkpoint {found.checkpoint} cannot be used "
-            f"({error}); {tracking.with_models(uri, run_id)}"
+            f"({error}); {reader.with_models(uri, run_id)}"
         ) from None
 
 

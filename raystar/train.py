@@ -22,16 +22,9 @@ from raystar.pictures.codec import check_codec, open_codec
 from raystar.record.statuses import DIVERGED, FAILED, FINISHED, INTERRUPTED
 from raystar.ruler.ruler import NOTHING, TRANSFER, Ruler
 from raystar.ruler.ruler import check as check_ruler
-from raystar.tracking.mlflow.writer import (
-    CHECKPOINT,
-    PARENT,
-    SPOOL,
-    MlflowTracker,
-    Tracker,
-    check_uri,
-    default_uri,
-    provenance,
-)
+from raystar.tracking.mlflow.address import check_uri, default_uri
+from raystar.tracking.mlflow.writer import MlflowTracker
+from raystar.tracking.tracker import CHECKPOINT, PARENT, SPOOL, Tracker, provenance
 from raystar.training.losses import outlasting
 from raystar.training.state import TrainState
 from raystar.training.trainer import Progress, Trainer

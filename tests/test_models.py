@@ -26,9 +26,11 @@ from raystar.exported import model as model_module
 from raystar.exported import onnx as graphs
 from raystar.exported.picture_translator import PictureTranslator
 from raystar.pictures.codec import open_codec
+from raystar.tracking import tracker as tracker_module
 from raystar.tracking.mlflow import models as registry
 from raystar.tracking.mlflow import writer as tracking
-from raystar.tracking.mlflow.writer import PARENT, MlflowTracker
+from raystar.tracking.mlflow.writer import MlflowTracker
+from raystar.tracking.tracker import PARENT
 from tests.support import ROOT, SHARED, needs_shared
 from tests.test_export import CONFIG, FACTS, make_checkpoint, make_nets, some_latents
 from tests.test_tracking import Flaky, Mute, Server, copy_store, opened, rows
@@ -386,7 +388,7 @@ def test_a_run_without_a_model_falls_back_to_its_checkpoint(store: Path, finalis
     kept = tmp_path / "kept/epoch_0003.pt"
     checkpoints.save(kept, make_checkpoint(make_nets()))
     tracker.start("t01", params={"loss.w_cyc": 0.5}, tags={"raystar.trial": "t01"}, text={})
-    tracker.attach("t01", {}, {tracking.CHECKPOINT: str(kept)}, {})
+    tracker.attach("t01", {}, {tracker_module.CHECKPOINT: str(kept)}, {})
     tracker.start("t02", params={}, tags={"raystar.trial": "t02"}, text={})
     tracker.close()
     uri = ["--tracking-uri", f"sqlite:///{store}/mlflow.db", "--out", str(tmp_path / "out")]

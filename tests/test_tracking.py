@@ -27,9 +27,13 @@ from PIL import Image
 
 from raystar.base.errors import RaystarError
 from raystar.base.journal import Journal
+from raystar.tracking.mlflow import address as address_module
+from raystar.tracking.mlflow import client as client_module
 from raystar.tracking.mlflow import writer as tracking
-from raystar.tracking.mlflow.writer import PARENT, MlflowTracker, check_uri
+from raystar.tracking.mlflow.address import check_uri
+from raystar.tracking.mlflow.writer import MlflowTracker
 from raystar.tracking.spool import Spool
+from raystar.tracking.tracker import PARENT
 from tests.support import ROOT
 
 
@@ -201,7 +205,7 @@ def test_the_best_runs_have_a_view_of_their_pictures(tracker: MlflowTracker, tmp
     tags = dict(rows(tmp_path, "select key, value from experiment_tags"))
     state = json.loads(json.loads(tags[f"mlflow.sharedViewState.{key}"])["state"])
     assert [chart["step"] for chart in state["compareRunCharts"]] == [3, 3]  # where both have pictures
-    client = tracking._client(f"sqlite:///{tmp_path}/mlflow.db")
+    client = client_module.connect(f"sqlite:///{tmp_path}/mlflow.db")
     order = f"{state['orderByKey']} {'ASC' if state['orderByAsc'] else 'DESC'}"
     found = client.search_runs([tracker.experiment_id], state["searchFilter"], order_by=[order])
     assert [run.info.run_name for run in found] == ["t02", "t03"]
@@ -622,7 +626,7 @@ def test_which_servers_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
             check_uri(f"http://{here}/private")
         server.shutdown()
     silent = socket.create_server(("127.0.0.1", 0))
-    monkeypatch.setattr(tracking, "_ASK_S", 0.2)
+    monkeypatch.setattr(address_module, "_ASK_S", 0.2)
     with pytest.raises(RaystarError, match="nothing answers there"):
         check_uri(f"http://127.0.0.1:{silent.getsockname()[1]}")
     silent.close()

@@ -34,7 +34,8 @@ from raystar.search.space import Space
 from raystar.search.space import from_mapping as space_from_mapping
 from raystar.sweep.disk import check_space, checkpoint_bytes, needed_bytes
 from raystar.sweep.resources import trial_resources
-from raystar.tracking.mlflow.writer import check_uri, default_uri, provenance
+from raystar.tracking.mlflow.address import check_uri, default_uri
+from raystar.tracking.tracker import provenance
 from raystar.training.speed import check_steps
 
 DEFAULT_CONFIG = "configs/demo.yaml"

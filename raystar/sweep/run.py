@@ -32,8 +32,9 @@ from raystar.search.asha import Rungs
 from raystar.sweep.plan import Plan
 from raystar.sweep.resources import share_of_gpu
 from raystar.sweep.session import Session
-from raystar.tracking.mlflow import writer as tracking
-from raystar.tracking.mlflow.writer import SPOOL, MlflowTracker, provenance
+from raystar.tracking.mlflow import client
+from raystar.tracking.mlflow.writer import MlflowTracker
+from raystar.tracking.tracker import SPOOL, provenance
 
 _PLACING_S = 3600.0  # for nodes to fetch latents from a distant storage
 
@@ -168,7 +169,7 @@ def _set_environment(plan: Plan) -> None:
         # Trials compile once a sweep, not once each; the cache is shared by every sweep below --out.
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(plan.cache_dir / "inductor"))
     os.environ.update(RAY_ENVIRONMENT)
-    tracking.set_environment()
+    client.set_environment()
     # Before anything imports Ray, which reads once whether there is a token; its servers would want one all the same.
     ray_start.settle_token(create=plan.address is None)
 

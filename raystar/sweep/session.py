@@ -49,7 +49,8 @@ from raystar.sweep import last_lines
 from raystar.sweep.disk import DiskWatch, checkpoint_bytes
 from raystar.sweep.live_table import Board
 from raystar.sweep.plan import Plan
-from raystar.tracking.mlflow.writer import CHECKPOINT, PARENT, MlflowTracker
+from raystar.tracking.mlflow.writer import MlflowTracker
+from raystar.tracking.tracker import CHECKPOINT, PARENT
 
 _LEARNING = 8  # trials at a time on a cluster, for a search that learns
 

@@ -7,53 +7,34 @@ deliver, the next process on the same file does.
 
 from __future__ import annotations
 
-import configparser
 import contextlib
 import functools
 import itertools
 import json
-import logging
 import os
 import re
 import shutil
-import subprocess
 import sys
 import tempfile
 import threading
 import time
 import uuid
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
-from urllib.parse import urlsplit
+from typing import Any
 
-import raystar
-from raystar import __version__
 from raystar.base.errors import RaystarError
 from raystar.base.secrets import redact, redact_value
 from raystar.tracking.mlflow import models as registry
+from raystar.tracking.mlflow.client import connect, in_a_line, set_environment
+from raystar.tracking.mlflow.views import PICTURED_RUNS, RANK, SHOWN, VIEW, pictured, saved_view
 from raystar.tracking.spool import Spool
-
-DEFAULT_EXPERIMENT = "raystar"
-SPOOL = "spool.jsonl"
-"""Name of a tracker's file in the folder of its sweep or run."""
-_VIEW = "raystar"  # key of the saved view of all runs; with a sweep's name, of its featured runs
-_SHOWN, _RANK = "raystar.shown", "final/rank"  # tag and metric of the featured runs
-_PICTURED_RUNS = 10  # MLflow's charts draw no more
-_GRIDS = {"columns": 2, "cardHeight": 640}  # pixels
-PARENT = ""
-"""Name of the parent run, or of the only run, in calls that take a trial's name."""
-
-CHECKPOINT = "raystar.checkpoint"
-"""Tag: where a trial's best checkpoint lies, a path or an fsspec URI."""
+from raystar.tracking.tracker import DEFAULT_EXPERIMENT, PARENT, user
 
 _RETRY_S = (0.2, 0.5, 1.0, 2.0, 5.0)
 _LAST_S = 40.0  # how long a record is tried once nothing else is left to do
 _TOLD = 2  # attempts before anything is said
 _READ_ATTEMPTS = 6  # of a picture that is no picture: it may be about to be written again
-_ASK_S = 5.0  # how long a server may take to say what it is
 _MARK = "raystar.record"  # tag by which a run is found whose creation was not answered
 _ENDED = {
     "finished": "FINISHED",
@@ -65,170 +46,6 @@ _DECLINES = {
     "PERMISSION_DENIED", "UNAUTHENTICATED", "CUSTOMER_UNAUTHORIZED", "ENDPOINT_NOT_FOUND", "NOT_FOUND",
     "RESOURCE_DOES_NOT_EXIST", "FEATURE_DISABLED", "NOT_IMPLEMENTED", "BAD_REQUEST", "INVALID_PARAMETER_VALUE",
 }  # fmt: skip
-
-
-class Tracker(Protocol):
-    """Records runs. `trial` is a trial's name, or `PARENT`."""
-
-    def start(
-        self,
-        trial: str,
-        *,
-        params: Mapping[str, Any],
-        tags: Mapping[str, str],
-        text: Mapping[str, str],
-        name: str | None = None,
-    ) -> None:
-        """Opens a run, shown as `name` or `trial`; `text` holds artifacts by name (`{"config.yaml": "..."}`).
-
-        A trial that has a run already, from a process before this one, goes on in it as it is.
-        """
-
-    def log(self, trial: str, epoch: int, metrics: Mapping[str, float], images: Mapping[str, str | Path]) -> None:
-        """Records one epoch, once: what comes again is dropped. Epochs come in order, but for 0.
-
-        `images` are files, or fsspec URIs, that stay where they are until `close`.
-        """
-
-    def attach(
-        self, trial: str, files: Mapping[str, str | Path], tags: Mapping[str, str], metrics: Mapping[str, float]
-    ) -> None:
-        """Adds files (paths or fsspec URIs by artifact name), tags and final metrics to a run."""
-
-    def end(self, trial: str, status: str, reason: str | None) -> None:
-        """Closes a run with raystar's status and reason."""
-
-    def log_model(
-        self, trial: str, epoch: int, export: Path, params: Mapping[str, Any], tags: Mapping[str, str]
-    ) -> None:
-        """Adds the model of an epoch to a run, once. `export` is an export folder that stays there until `close`."""
-
-    def register(self, trial: str, epoch: int, score: float, description: str, comparable: str) -> None:
-        """Registers a run's model, once; it becomes the champion if no better one is known.
-
-        Args:
-            score: by the primary metric.
-            comparable: the same for scores that can be compared: of the same data, by the same ruler.
-        """
-
-    def feature(self, trials: Sequence[str]) -> None:
-        """Shows the pictures of up to ten runs beside each other, in this order."""
-
-    def model_epoch(self, trial: str) -> int:
-        """The epoch whose model was added last; 0 if there is none."""
-
-    def run_id(self, trial: str) -> str | None:
-        """The run's id in the store, once it has one."""
-
-    def last_epoch(self, trial: str) -> int:
-        """The highest epoch recorded, by this process or those before it; 0 if there is none."""
-
-    def sync(self) -> None:
-        """Returns once everything recorded so far survives a power cut."""
-
-    def close(self) -> None:
-        """Closes every run that is still open and writes what is left."""
-
-
-def default_uri(out: Path) -> str:
-    """MLFLOW_TRACKING_URI, or the SQLite store in the output folder."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{out.resolve()}/mlflow.db"
-
-
-def check_uri(uri: str) -> None:
-    """Refuses a tracking URI that cannot work, before anything starts.
-
-    Raises:
-        RaystarError: a scheme that MLflow's tracking does not take here, a file that is no database, an address
-            where no MLflow server answers, or one that refuses the credentials.
-    """
-    scheme = uri.partition(":")[0]
-    if scheme in ("http", "https"):
-        _check_server(uri)
-        return
-    if uri.startswith("sqlite:///"):
-        _check_sqlite(Path(uri.removeprefix("sqlite:///")))
-        return
-    if scheme in ("postgresql", "mysql", "mssql") or "+" in scheme:
-        return
-    raise RaystarError(
-        f"--tracking-uri {redact(uri)}: expected sqlite:///FILE, a database URI or http(s)://HOST:PORT; "
-        "plain folders are no longer a store of MLflow's"
-    )
-
-
-def _check_sqlite(path: Path) -> None:
-    """The file is a SQLite database or can become one."""
-    if path.is_file() and path.stat().st_size:
-        with path.open("rb") as file:
-            if file.read(16) != b"SQLite format 3\0":
-                raise RaystarError(f"--tracking-uri: {path}: expected a SQLite database, found another kind of file")
-    elif path.is_dir():
-        raise RaystarError(f"--tracking-uri: {path}: expected a SQLite database, found a folder")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RaystarError(f"--tracking-uri: {path.parent}: cannot be made: {error.strerror}") from None
-    if not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise RaystarError(f"--tracking-uri: {path}: cannot be written")
-
-
-def _check_server(uri: str) -> None:
-    """An MLflow server answers at `uri`, and lets us in."""
-    shown = f"--tracking-uri {redact(uri)}"
-    try:
-        status, body = _ask(uri)
-    except (OSError, ValueError) as error:
-        raise RaystarError(
-            f"{shown}: nothing answers there ({_in_a_line(error)}); start a server, for example "
-            "mlflow server --backend-store-uri sqlite:///mlflow.db --port 5000"
-        ) from None
-    if status == 403 and "host header" in body.lower():
-        raise RaystarError(f"{shown}: the server refuses this host name; start it with --allowed-hosts, or use its IP")
-    if status in (401, 403):
-        raise RaystarError(
-            f"{shown}: the server {'asks for' if status == 401 else 'refuses these'} credentials; set "
-            "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD (or MLFLOW_TRACKING_TOKEN) to valid ones"
-        )
-    if status >= 500:
-        raise RaystarError(f"{shown}: the server there is out of order (HTTP status {status}); look at its log")
-    if status != 200 or not re.fullmatch(r"\d+\.\d+\S*", body.strip()):
-        raise RaystarError(f"{shown}: what answers there is no MLflow server (HTTP status {status} for /version)")
-
-
-def _ask(uri: str) -> tuple[int, str]:
-    """HTTP status and text of the server's `/version`, asked for as MLflow's own client would ask."""
-    import requests
-
-    env = os.environ.get
-    headers, auth = {}, None
-    user, password = env("MLFLOW_TRACKING_USERNAME"), env("MLFLOW_TRACKING_PASSWORD")
-    if not user or not password:
-        user, password = _credentials_file()
-    if user and password:
-        auth = (user, password)
-    elif env("MLFLOW_TRACKING_TOKEN"):
-        headers["Authorization"] = f"Bearer {env('MLFLOW_TRACKING_TOKEN')}"
-    if urlsplit(uri).username:
-        auth = None  # requests takes the URI's
-    insecure = (env("MLFLOW_TRACKING_INSECURE_TLS") or "").lower() in ("true", "1")
-    verify = False if insecure else env("MLFLOW_TRACKING_SERVER_CERT_PATH") or True
-    with (
-        warnings.catch_warnings(action="ignore"),
-        requests.get(  # it warns of what the user asked for
-            f"{uri.rstrip('/')}/version", headers=headers, auth=auth, verify=verify, timeout=_ASK_S, stream=True
-        ) as answer,
-    ):
-        return answer.status_code, answer.raw.read(500, decode_content=True).decode(errors="replace")
-
-
-def _credentials_file() -> tuple[str | None, str | None]:
-    """User and password that MLflow keeps in the home folder."""
-    found = configparser.ConfigParser(interpolation=None)
-    with contextlib.suppress(configparser.Error, OSError):
-        found.read(Path("~/.mlflow/credentials").expanduser())
-    user, password = (found.get("mlflow", f"mlflow_tracking_{key}", fallback=None) for key in ("username", "password"))
-    return user, password
 
 
 class _Refused(Exception):  # noqa: N818
@@ -391,12 +208,12 @@ class MlflowTracker:
 
     def feature(self, trials: Sequence[str]) -> None:
         """See `Tracker`. A view of its own, which `grids_address` opens."""
-        shown = [trial for trial in trials if self._spool.told(trial).pictured][:_PICTURED_RUNS]
+        shown = [trial for trial in trials if self._spool.told(trial).pictured][:PICTURED_RUNS]
         for trial, told in self._spool.trials.items():
-            if trial not in shown and _RANK in told.final:  # it was among them, before the sweep was made longer
-                self.attach(trial, {}, {_SHOWN: ""}, {})
+            if trial not in shown and RANK in told.final:  # it was among them, before the sweep was made longer
+                self.attach(trial, {}, {SHOWN: ""}, {})
         for rank, trial in enumerate(shown, start=1):
-            self.attach(trial, {}, {_SHOWN: self._view_name}, {_RANK: float(rank)})
+            self.attach(trial, {}, {SHOWN: self._view_name}, {RANK: float(rank)})
         if shown:
             common = min(self._spool.told(trial).pictured for trial in shown)
             self._spool.add("view", PARENT, epoch=common)
@@ -443,7 +260,7 @@ class MlflowTracker:
         # Database drivers and HTTP clients raise their own kinds; the user sees one line instead.
         except Exception as error:
             self._failure = RaystarError(
-                f"the MLflow store at {redact(self.uri)} cannot be used ({_in_a_line(error)}); "
+                f"the MLflow store at {redact(self.uri)} cannot be used ({in_a_line(error)}); "
                 "start its server or choose another with --tracking-uri"
             )
         self._connected.set()
@@ -459,7 +276,7 @@ class MlflowTracker:
                         return
                 self._spool.taken(record, self._new_run)
         except OSError as error:  # of the spool's own files
-            self._give_up(f"the record cannot be kept ({_in_a_line(error)})")
+            self._give_up(f"the record cannot be kept ({in_a_line(error)})")
 
     def _steps(self, record: dict[str, Any]) -> Iterator[Callable[[], None]]:
         """What a record asks of MLflow, in order. Each step may be done twice without a trace."""
@@ -500,7 +317,7 @@ class MlflowTracker:
                 print(f"note: {declined}", file=sys.stderr, flush=True)
                 return
             except Exception as error:
-                reason = _in_a_line(error)
+                reason = in_a_line(error)
                 if _is_final(error, attempt):
                     print(f"error: MLflow refuses a record: {reason}", file=sys.stderr, flush=True)
                     return
@@ -535,7 +352,7 @@ class MlflowTracker:
         return f"python -m raystar.train ... --name {run} --resume" if run is not None else "going on with that file"
 
     def _connect(self) -> None:
-        client = _client(self.uri)
+        client = connect(self.uri)
         self.experiment_id = self._known_experiment(client) or self._experiment(client)
         metric, lower = self.primary
         client.set_experiment_tag(self.experiment_id, "mlflow.experiment.primaryMetric.name", metric)
@@ -582,7 +399,7 @@ class MlflowTracker:
         return None
 
     def _save_view(self, client: Any) -> None:
-        client.set_experiment_tag(self.experiment_id, f"mlflow.sharedViewState.{_VIEW}", self._view())
+        client.set_experiment_tag(self.experiment_id, f"mlflow.sharedViewState.{VIEW}", self._view())
 
     def _view(self) -> str:
         """A saved view of the UI: every run in one table, best first, with the columns that matter.
@@ -601,12 +418,12 @@ class MlflowTracker:
             "selectedColumns": [*shown, *(f"params.`{column}`" for column in self.columns)],
         }
         if not metric.startswith("perf/"):  # who measures speed draws nothing
-            state |= _grids(min((told.pictured for told in self._spool.trials.values() if told.pictured), default=0))
-        return _saved_view(_VIEW, state)
+            state |= pictured(min((told.pictured for told in self._spool.trials.values() if told.pictured), default=0))
+        return saved_view(VIEW, state)
 
     @property
     def _view_name(self) -> str:
-        return f"{_VIEW}-{self.common_tags.get('raystar.sweep', 'run')}"
+        return f"{VIEW}-{self.common_tags.get('raystar.sweep', 'run')}"
 
     def _save_grids_view(self, epoch: int) -> None:
         """A saved view of nothing but the featured runs, at one epoch.
@@ -616,16 +433,16 @@ class MlflowTracker:
         opened by its address leaves those out.
         """
         metric, _ = self.primary
-        shown = [f"metrics.`{_RANK}`", f"metrics.`final/{metric.partition('/')[2]}`", "tags.`raystar.status`"]
+        shown = [f"metrics.`{RANK}`", f"metrics.`final/{metric.partition('/')[2]}`", "tags.`raystar.status`"]
         state = {
-            "searchFilter": f"tags.`{_SHOWN}` = '{self._view_name}'",
+            "searchFilter": f"tags.`{SHOWN}` = '{self._view_name}'",
             "orderByKey": shown[0],
             "orderByAsc": False,
             "runsHiddenMode": "SHOW_ALL",
             "selectedColumns": [*shown, *(f"params.`{column}`" for column in self.columns)],
-            **_grids(epoch),
+            **pictured(epoch),
         }
-        view = _saved_view(self._view_name, state)
+        view = saved_view(self._view_name, state)
         self._client.set_experiment_tag(self.experiment_id, f"mlflow.sharedViewState.{self._view_name}", view)
 
     def grids_address(self) -> str | None:
@@ -642,7 +459,7 @@ class MlflowTracker:
     def how_to_compare(self) -> tuple[str, str]:
         """The command that starts the MLflow UI, empty where a server is running, and the address of the trials."""
         command = "" if self.uri.startswith("http") else f"mlflow ui --backend-store-uri {redact(self.uri)}"
-        return command, self._page(_VIEW)
+        return command, self._page(VIEW)
 
     def _run(self, trial: str) -> str:
         if trial not in self._spool.runs:
@@ -656,7 +473,7 @@ class MlflowTracker:
         run_id = self._new_run or self._created(record["mark"])
         if run_id is None:
             tags = {**_without_credentials(self.common_tags), **record["tags"]}
-            tags |= {"raystar.status": "running", _MARK: record["mark"], "mlflow.user": _user()}
+            tags |= {"raystar.status": "running", _MARK: record["mark"], "mlflow.user": user()}
             if trial != PARENT and PARENT in self._spool.runs:
                 tags["mlflow.parentRunId"] = self._spool.runs[PARENT]
             run = self._client.create_run(
@@ -709,7 +526,7 @@ class MlflowTracker:
                 with Image.open(path) as picture:
                     picture.load()
             except (OSError, SyntaxError, ValueError) as error:
-                raise _Unreadable(f"{redact(place)} is no picture ({_in_a_line(error)})") from None
+                raise _Unreadable(f"{redact(place)} is no picture ({in_a_line(error)})") from None
         name = self._image_name(run_id, key, epoch)
         if name is None:
             self._client.log_image(run_id, picture, key=key, step=epoch, timestamp=at, synchronous=True)
@@ -778,28 +595,6 @@ class MlflowTracker:
             self._save_view(self._client)
 
 
-def _grids(step: int) -> dict[str, Any]:
-    """The part of a view that begins its charts with the grids of an epoch."""
-    section = {"uuid": "raystar-grids", "name": "Grids", "display": True, "isReordered": True}
-    return {
-        "compareRunSections": [{**section, "deleted": False, "isGenerated": False, **_GRIDS}],
-        "compareRunCharts": [
-            {
-                "type": "IMAGE", "uuid": f"raystar-{key}", "metricSectionId": section["uuid"], "deleted": False,
-                "isGenerated": True, "imageKeys": [key], "step": step, "showRunParams": False,
-                "runsCountToCompare": _PICTURED_RUNS,
-            }
-            for key in ("grid_ref", "grid_noise")
-        ],
-        "isAccordionReordered": True,  # else sections are sorted by name
-    }  # fmt: skip
-
-
-def _saved_view(name: str, state: Mapping[str, Any]) -> str:
-    now = int(time.time() * 1000)
-    return json.dumps({"name": name, "createdAt": now, "updatedAt": now, "state": json.dumps(state)})
-
-
 @contextlib.contextmanager
 def _unless_declined(what: str) -> Iterator[None]:
     """Models are an extra: a server that is too old for them, or does not let us, costs them and nothing else."""
@@ -807,7 +602,7 @@ def _unless_declined(what: str) -> Iterator[None]:
         yield
     except Exception as error:
         if isinstance(error, RaystarError) or getattr(error, "error_code", "") in _DECLINES:
-            raise _Declined(f"MLflow {what} ({_in_a_line(error)})") from None
+            raise _Declined(f"MLflow {what} ({in_a_line(error)})") from None
         raise
 
 
@@ -819,145 +614,6 @@ def _is_final(error: Exception, attempt: int) -> bool:
         return False
     wrong = isinstance(error, _Refused | ValueError | TypeError)
     return wrong or getattr(error, "error_code", "") == "INVALID_PARAMETER_VALUE"
-
-
-_ENVIRONMENT = {
-    "MLFLOW_DISABLE_TELEMETRY": "true",  # it would look for the network
-    "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
-    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "15",
-    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
-}
-
-
-def set_environment() -> None:
-    """What MLflow is told by variables. To be called before threads begin: setting one beside a reader can crash."""
-    for name, value in _ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
-    # Its own attempts would create a second run where only the answer was lost; `_persist` looks first.
-    if os.environ.get("MLFLOW_HTTP_REQUEST_MAX_RETRIES") != "0":
-        os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "0"
-
-
-def _client(uri: str) -> Any:
-    """MLflow's client for a store, without its chatter; alembic would tell of every migration of a new store."""
-    set_environment()
-    import mlflow
-
-    for name in ("alembic", "mlflow", "urllib3"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", module="mlflow")
-    return mlflow.MlflowClient(tracking_uri=uri)
-
-
-# -- reading what is in a store -------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class StoredModel:
-    """What a store has of a run's model."""
-
-    export: Path | None
-    """An export folder; None where the run has no model."""
-    checkpoint: str | None
-    """Where the run's checkpoint was, a path or an fsspec URI; only without `export`."""
-    facts: dict[str, Any]
-    """What the run says of itself: sweep, trial, run_id, params."""
-
-
-def stored_model(uri: str, run_id: str, folder: Path) -> StoredModel:
-    """The model of a run, fetched from its store; a sweep's run stands for its best trial's.
-
-    Args:
-        folder: where fetched files are put.
-
-    Raises:
-        RaystarError: no such store or run, or a run without a model or checkpoint; it names runs that have a model.
-    """
-    with _reading(uri):
-        client = _existing(uri)
-        run = _get_run(client, run_id)
-        if run is not None and (best := run.data.tags.get("raystar.best_run")):
-            run = _get_run(client, best)
-        if run is None:
-            raise RaystarError(
-                f"--run {run_id}: the MLflow store at {redact(uri)} has no such run; {with_models(uri, run_id)}"
-            )
-        model = registry.find(client, run.info.run_id)
-        if model is not None:
-            return StoredModel(registry.fetch(uri, model, folder), None, {})
-        place = run.data.tags.get(CHECKPOINT)
-        if place is None:
-            raise RaystarError(
-                f"--run {run_id}: this run has neither a model nor a checkpoint; {with_models(uri, run_id)}"
-            )
-        tags, params = run.data.tags, run.data.params if "raystar.trial" in run.data.tags else {}
-        facts = {"trial": run.info.run_name, "params": dict(params), "run_id": run.info.run_id}
-        return StoredModel(None, place, facts | ({"sweep": tags["raystar.sweep"]} if "raystar.sweep" in tags else {}))
-
-
-def best_run(uri: str, sweep: str) -> str | None:
-    """The run of a sweep's best trial; None where the store, if there is one, does not know it."""
-    if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).is_file():
-        return None
-    with _reading(uri):
-        client = _existing(uri)
-        experiments = [experiment.experiment_id for experiment in client.search_experiments()]
-        wanted = f"tags.`raystar.sweep` = '{sweep}' AND tags.`raystar.best_run` LIKE '%'"
-        found = client.search_runs(experiments, wanted, order_by=["attributes.start_time DESC"], max_results=1)
-        return (found[0].data.tags["raystar.best_run"] or None) if found else None
-
-
-def with_models(uri: str, near: str) -> str:
-    """Which runs of a store have a model, in half a sentence; those of the sweep of the run `near` come first."""
-    with _reading(uri):
-        client = _existing(uri)
-        experiments = [experiment.experiment_id for experiment in client.search_experiments()]
-        run = _get_run(client, near)
-        sweep = run.data.tags.get("raystar.sweep") if run is not None else None
-        models = [model for model in client.search_logged_models(experiments) if registry.EPOCH in model.tags]
-        models.sort(key=lambda model: model.tags.get("raystar.sweep") != sweep)
-        if not models:
-            return "no run there has a model: a sweep's finalists get one when it has finished"
-        named = [
-            f"{model.source_run_id} ({model.tags.get('raystar.trial')} of {model.tags.get('raystar.sweep')})"
-            for model in models[:3]
-        ]
-        return f"runs with a model: {', '.join(named)}" + (f" and {len(models) - 3} more" if len(models) > 3 else "")
-
-
-def _existing(uri: str) -> Any:
-    """A client of a store that is there: MLflow would make a new one."""
-    check_uri(uri)
-    if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).is_file():
-        raise RaystarError(f"no MLflow store at {redact(uri)}; name it with --tracking-uri")
-    return _client(uri)
-
-
-def _get_run(client: Any, run_id: str) -> Any | None:
-    from mlflow.exceptions import MlflowException
-
-    try:
-        return client.get_run(run_id)
-    except MlflowException as error:
-        if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
-            raise
-        return None
-
-
-@contextlib.contextmanager
-def _reading(uri: str) -> Iterator[None]:
-    """Turns what a store raises while it is read into one line."""
-    try:
-        yield
-    except RaystarError:
-        raise
-    except Exception as error:
-        raise RaystarError(f"the MLflow store at {redact(uri)} cannot be read ({_in_a_line(error)})") from None
-
-
-def _in_a_line(error: Exception) -> str:
-    return redact((str(error).strip().splitlines() or [type(error).__name__])[0])[:300]
 
 
 def _without_credentials(tags: Mapping[str, str]) -> dict[str, str]:
@@ -986,25 +642,5 @@ def _local(place: str, name: str = "picture") -> Iterator[Path]:
             with fsspec.open(place, "rb") as source, path.open("wb") as target:
                 shutil.copyfileobj(source, target)
         except (FileNotFoundError, ImportError, ValueError) as error:  # not there, or nothing here can read it
-            raise _Refused(f"{redact(place)}: {_in_a_line(error)}") from None
+            raise _Refused(f"{redact(place)}: {in_a_line(error)}") from None
         yield path
-
-
-def provenance() -> dict[str, str]:
-    """Tags that say what ran: raystar's version, the command line's program and the git commit, if there is one."""
-    tags = {"raystar.version": __version__, "mlflow.source.name": "raystar", "mlflow.source.type": "LOCAL"}
-    package = Path(raystar.__file__).resolve().parent
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
-        found = subprocess.run(
-            ["git", "-C", str(package), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True
-        )
-        tags["mlflow.source.git.commit"] = found.stdout.strip()
-    return tags
-
-
-def _user() -> str:
-    import getpass
-
-    with contextlib.suppress(OSError, KeyError, ImportError):
-        return getpass.getuser()
-    return "unknown"

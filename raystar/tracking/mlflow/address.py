@@ -1,0 +1,118 @@
+"""Where the MLflow store is, and whether it answers."""
+
+from __future__ import annotations
+
+import configparser
+import contextlib
+import os
+import re
+import warnings
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from raystar.base.errors import RaystarError
+from raystar.base.secrets import redact
+from raystar.tracking.mlflow.client import in_a_line
+
+_ASK_S = 5.0  # how long a server may take to say what it is
+
+
+def default_uri(out: Path) -> str:
+    """MLFLOW_TRACKING_URI, or the SQLite store in the output folder."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{out.resolve()}/mlflow.db"
+
+
+def check_uri(uri: str) -> None:
+    """Refuses a tracking URI that cannot work, before anything starts.
+
+    Raises:
+        RaystarError: a scheme that MLflow's tracking does not take here, a file that is no database, an address
+            where no MLflow server answers, or one that refuses the credentials.
+    """
+    scheme = uri.partition(":")[0]
+    if scheme in ("http", "https"):
+        _check_server(uri)
+        return
+    if uri.startswith("sqlite:///"):
+        _check_sqlite(Path(uri.removeprefix("sqlite:///")))
+        return
+    if scheme in ("postgresql", "mysql", "mssql") or "+" in scheme:
+        return
+    raise RaystarError(
+        f"--tracking-uri {redact(uri)}: expected sqlite:///FILE, a database URI or http(s)://HOST:PORT; "
+        "plain folders are no longer a store of MLflow's"
+    )
+
+
+def _check_sqlite(path: Path) -> None:
+    """The file is a SQLite database or can become one."""
+    if path.is_file() and path.stat().st_size:
+        with path.open("rb") as file:
+            if file.read(16) != b"SQLite format 3\0":
+                raise RaystarError(f"--tracking-uri: {path}: expected a SQLite database, found another kind of file")
+    elif path.is_dir():
+        raise RaystarError(f"--tracking-uri: {path}: expected a SQLite database, found a folder")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RaystarError(f"--tracking-uri: {path.parent}: cannot be made: {error.strerror}") from None
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise RaystarError(f"--tracking-uri: {path}: cannot be written")
+
+
+def _check_server(uri: str) -> None:
+    """An MLflow server answers at `uri`, and lets us in."""
+    shown = f"--tracking-uri {redact(uri)}"
+    try:
+        status, body = _ask(uri)
+    except (OSError, ValueError) as error:
+        raise RaystarError(
+            f"{shown}: nothing answers there ({in_a_line(error)}); start a server, for example "
+            "mlflow server --backend-store-uri sqlite:///mlflow.db --port 5000"
+        ) from None
+    if status == 403 and "host header" in body.lower():
+        raise RaystarError(f"{shown}: the server refuses this host name; start it with --allowed-hosts, or use its IP")
+    if status in (401, 403):
+        raise RaystarError(
+            f"{shown}: the server {'asks for' if status == 401 else 'refuses these'} credentials; set "
+            "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD (or MLFLOW_TRACKING_TOKEN) to valid ones"
+        )
+    if status >= 500:
+        raise RaystarError(f"{shown}: the server there is out of order (HTTP status {status}); look at its log")
+    if status != 200 or not re.fullmatch(r"\d+\.\d+\S*", body.strip()):
+        raise RaystarError(f"{shown}: what answers there is no MLflow server (HTTP status {status} for /version)")
+
+
+def _ask(uri: str) -> tuple[int, str]:
+    """HTTP status and text of the server's `/version`, asked for as MLflow's own client would ask."""
+    import requests
+
+    env = os.environ.get
+    headers, auth = {}, None
+    user, password = env("MLFLOW_TRACKING_USERNAME"), env("MLFLOW_TRACKING_PASSWORD")
+    if not user or not password:
+        user, password = _credentials_file()
+    if user and password:
+        auth = (user, password)
+    elif env("MLFLOW_TRACKING_TOKEN"):
+        headers["Authorization"] = f"Bearer {env('MLFLOW_TRACKING_TOKEN')}"
+    if urlsplit(uri).username:
+        auth = None  # requests takes the URI's
+    insecure = (env("MLFLOW_TRACKING_INSECURE_TLS") or "").lower() in ("true", "1")
+    verify = False if insecure else env("MLFLOW_TRACKING_SERVER_CERT_PATH") or True
+    with (
+        warnings.catch_warnings(action="ignore"),
+        requests.get(  # it warns of what the user asked for
+            f"{uri.rstrip('/')}/version", headers=headers, auth=auth, verify=verify, timeout=_ASK_S, stream=True
+        ) as answer,
+    ):
+        return answer.status_code, answer.raw.read(500, decode_content=True).decode(errors="replace")
+
+
+def _credentials_file() -> tuple[str | None, str | None]:
+    """User and password that MLflow keeps in the home folder."""
+    found = configparser.ConfigParser(interpolation=None)
+    with contextlib.suppress(configparser.Error, OSError):
+        found.read(Path("~/.mlflow/credentials").expanduser())
+    user, password = (found.get("mlflow", f"mlflow_tracking_{key}", fallback=None) for key in ("username", "password"))
+    return user, password

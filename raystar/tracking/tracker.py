@@ -1,0 +1,105 @@
+"""What a place to record runs must be able to do."""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import raystar
+from raystar import __version__
+
+DEFAULT_EXPERIMENT = "raystar"
+SPOOL = "spool.jsonl"
+"""Name of a tracker's file in the folder of its sweep or run."""
+
+PARENT = ""
+"""Name of the parent run, or of the only run, in calls that take a trial's name."""
+
+CHECKPOINT = "raystar.checkpoint"
+"""Tag: where a trial's best checkpoint lies, a path or an fsspec URI."""
+
+
+class Tracker(Protocol):
+    """Records runs. `trial` is a trial's name, or `PARENT`."""
+
+    def start(
+        self,
+        trial: str,
+        *,
+        params: Mapping[str, Any],
+        tags: Mapping[str, str],
+        text: Mapping[str, str],
+        name: str | None = None,
+    ) -> None:
+        """Opens a run, shown as `name` or `trial`; `text` holds artifacts by name (`{"config.yaml": "..."}`).
+
+        A trial that has a run already, from a process before this one, goes on in it as it is.
+        """
+
+    def log(self, trial: str, epoch: int, metrics: Mapping[str, float], images: Mapping[str, str | Path]) -> None:
+        """Records one epoch, once: what comes again is dropped. Epochs come in order, but for 0.
+
+        `images` are files, or fsspec URIs, that stay where they are until `close`.
+        """
+
+    def attach(
+        self, trial: str, files: Mapping[str, str | Path], tags: Mapping[str, str], metrics: Mapping[str, float]
+    ) -> None:
+        """Adds files (paths or fsspec URIs by artifact name), tags and final metrics to a run."""
+
+    def end(self, trial: str, status: str, reason: str | None) -> None:
+        """Closes a run with raystar's status and reason."""
+
+    def log_model(
+        self, trial: str, epoch: int, export: Path, params: Mapping[str, Any], tags: Mapping[str, str]
+    ) -> None:
+        """Adds the model of an epoch to a run, once. `export` is an export folder that stays there until `close`."""
+
+    def register(self, trial: str, epoch: int, score: float, description: str, comparable: str) -> None:
+        """Registers a run's model, once; it becomes the champion if no better one is known.
+
+        Args:
+            score: by the primary metric.
+            comparable: the same for scores that can be compared: of the same data, by the same ruler.
+        """
+
+    def feature(self, trials: Sequence[str]) -> None:
+        """Shows the pictures of up to ten runs beside each other, in this order."""
+
+    def model_epoch(self, trial: str) -> int:
+        """The epoch whose model was added last; 0 if there is none."""
+
+    def run_id(self, trial: str) -> str | None:
+        """The run's id in the store, once it has one."""
+
+    def last_epoch(self, trial: str) -> int:
+        """The highest epoch recorded, by this process or those before it; 0 if there is none."""
+
+    def sync(self) -> None:
+        """Returns once everything recorded so far survives a power cut."""
+
+    def close(self) -> None:
+        """Closes every run that is still open and writes what is left."""
+
+
+def provenance() -> dict[str, str]:
+    """Tags that say what ran: raystar's version, the command line's program and the git commit, if there is one."""
+    tags = {"raystar.version": __version__, "mlflow.source.name": "raystar", "mlflow.source.type": "LOCAL"}
+    package = Path(raystar.__file__).resolve().parent
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        found = subprocess.run(
+            ["git", "-C", str(package), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True
+        )
+        tags["mlflow.source.git.commit"] = found.stdout.strip()
+    return tags
+
+
+def user() -> str:
+    import getpass
+
+    with contextlib.suppress(OSError, KeyError, ImportError):
+        return getpass.getuser()
+    return "unknown"
