@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
@@ -27,10 +27,13 @@ from raystar.pictures import grid
 from raystar.pictures.codec import open_codec
 from raystar.record import finals
 from raystar.record.results import CONTACT_SHEET, REPORT
+from raystar.record.statuses import FINISHED
 from raystar.record.summary import Summary, TrialRecord
 from raystar.record.trial_files import checkpoint_name, picture_name, saved_epochs
+from raystar.ruler.ruler import measured_by
 from raystar.sweep.plan import Plan
 from raystar.tracking.mlflow import models as registry
+from raystar.tracking.tracker import CHECKPOINT, PARENT, Tracker
 
 BEST, FASTEST, FINALISTS = "best", "fastest.yaml", "finalists"
 
@@ -155,3 +158,60 @@ def _write_fastest(plan: Plan, summary: Summary, best: TrialRecord) -> Path:
     path = plan.folder / FASTEST
     write_whole(path, text + overlay_yaml(best.params))
     return path
+
+
+def close_parent(plan: Plan, summary: Summary, tracker: Tracker, files: Mapping[str, Path], error: str | None) -> None:
+    """Gives the sweep's own run what it leaves behind, features the best trials' pictures, and closes the run."""
+    best = summary.best
+    files = {**files, **{name: plan.folder / name for name in ("summary.json", "summary.csv")}}
+    tags = {"raystar.best_trial": best.trial, "raystar.best_run": best.run_id or ""} if best else {}
+    metrics = {f"final/{summary.short_metric}": best.score} if best and best.score is not None else {}
+    known = {name: summary.reference(name) for name in summary.references}
+    metrics |= {f"reference/{name}": value for name, value in known.items() if value is not None}
+    if summary.finals is not None:
+        tags["raystar.winner"] = summary.finals.winner
+        metrics["final/mean"] = summary.finals.ranked[0].mean
+    tracker.attach(PARENT, {k: v for k, v in files.items() if v.is_file()}, tags, metrics)
+    tracker.feature([record.trial for record in finals.featured(summary)])
+    tracker.end(PARENT, summary.status, error)
+
+
+def hand_in_models(
+    plan: Plan, summary: Summary, tracker: Tracker, checkpoint: Callable[[TrialRecord], str | None]
+) -> None:
+    """Gives the finalists' models to MLflow, and says of other trials where their checkpoints lie.
+
+    Last of all records: a store that has no place for models has everything else by then.
+
+    Args:
+        checkpoint: the name of a trial's best checkpoint in the storage; None if it has none.
+    """
+    for record in summary.ranked():
+        if (name := checkpoint(record)) is not None:
+            tracker.attach(record.trial, {}, {CHECKPOINT: plan.storage.at(name)}, {})
+    if summary.status != FINISHED:  # a resumed sweep's finalists may be others
+        return
+    found = finalists(plan, summary)
+    for record, epoch in found:
+        if tracker.model_epoch(record.trial) != epoch:
+            try:
+                folder = stage(plan, summary, record, epoch)
+            except (RaystarError, FileNotFoundError) as missing:
+                print(f"note: {record.trial} is not handed in as a model: {missing}", file=sys.stderr, flush=True)
+                continue
+            tracker.log_model(record.trial, epoch, folder, record.params, {"raystar.trial": record.trial})
+    best = summary.best
+    if found and found[0][0] is best and best.score is not None:
+        comparable = f"{summary.metric}-{summary.mode}-{measured_by(plan.bank, plan.config)}"
+        tracker.register(best.trial, found[0][1], best.score, _description(plan, summary, *found[0]), comparable)
+
+
+def _description(plan: Plan, summary: Summary, best: TrialRecord, epoch: int) -> str:
+    """Of a registered model, for who finds it in the store."""
+    text = f"Trial {best.trial} of sweep {plan.name} after epoch {epoch}: {summary.short_metric} {best.score:.4f}."
+    if summary.finals is not None:
+        winner = summary.finals.ranked[0]
+        text += f" Mean of {len(winner.runs)} seeds: {finals.around(winner)}."
+    if (standing := summary.standing) is not None:
+        text += f" Beside the references: {standing}."
+    return text

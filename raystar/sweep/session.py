@@ -5,18 +5,11 @@ Trials know nothing of any of this: `driver` carries their reports here, and the
 
 from __future__ import annotations
 
-import logging
 import math
 import shutil
-import signal
-import sys
-import tempfile
 import time
 import traceback
-import warnings
 from collections.abc import Callable, Mapping
-from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from raystar.backend import placing
@@ -24,7 +17,6 @@ from raystar.base.console import announce
 from raystar.base.errors import RaystarError
 from raystar.base.files import wait_for_space
 from raystar.base.journal import Journal
-from raystar.config.load import get_value, override, signature, to_mapping, to_yaml
 from raystar.record import finals
 from raystar.record.events import ALONE, ENDED, EPOCH, FINALS, NOTE, REFERENCES, SESSION, STARTED, Verdict
 from raystar.record.retention import Janitor
@@ -42,17 +34,13 @@ from raystar.record.statuses import (
     STOPPED,
 )
 from raystar.record.summary import TrialRecord
-from raystar.record.sweep_file import JOURNAL, RECORD
-from raystar.ruler.ruler import measured_by
+from raystar.record.sweep_file import JOURNAL
 from raystar.sweep import finish as outcome
-from raystar.sweep import last_lines
+from raystar.sweep import last_lines, runs, signals
 from raystar.sweep.disk import DiskWatch, checkpoint_bytes
 from raystar.sweep.live_table import Board
 from raystar.sweep.plan import Plan
-from raystar.tracking.mlflow.writer import MlflowTracker
-from raystar.tracking.tracker import CHECKPOINT, PARENT
-
-_LEARNING = 8  # trials at a time on a cluster, for a search that learns
+from raystar.tracking.tracker import PARENT, Tracker
 
 
 class Session:
@@ -66,7 +54,7 @@ class Session:
     def __init__(
         self,
         plan: Plan,
-        tracker: MlflowTracker,
+        tracker: Tracker,
         ledger: Ledger,
         placed: placing.Placed | None,
         ruler_ready: Callable[[], Mapping[str, Mapping[str, float]]],
@@ -85,8 +73,10 @@ class Session:
         self.given_up: str | None = None
         """Why the sweep ends before its trials do, where nobody asked for that."""
         self.refused: RaystarError | None = None
-        self._fitting = False
-        self._finishing = False
+        self.fitting = False
+        """Whether trials are running."""
+        self.finishing = False
+        """Whether all that is left is to write what is known."""
         self._deadline = time.time() + plan.time_budget_s if plan.time_budget_s is not None else math.inf
         self._begun: set[str] = set()  # trials, in this session
         self._ends: dict[str, tuple[str, str | None]] = {}  # status and reason that a trial's end will have
@@ -99,12 +89,12 @@ class Session:
     def run(self) -> int:
         """Runs what is left to run, then writes what is left to write; returns the exit status."""
         plan = self.plan
-        self._open_parent()
+        runs.open_parent(self.tracker, plan, self.ledger.epochs)
         self._happened(SESSION)
         if plan.resumed:
             self._catch_up()
         error: str | None = None
-        restore_signals = self._catch_signals()
+        restore_signals = signals.catch(self)
         self.board.start()
         watch = DiskWatch(plan.storage, checkpoint_bytes(plan.config))
         try:
@@ -121,25 +111,11 @@ class Session:
         finally:
             watch.close()
             self.board.stop()
-        self._finishing = True
+        self.finishing = True
         try:
             return self._finish(error or self.given_up)
         finally:
             restore_signals()
-
-    def _open_parent(self) -> None:
-        plan = self.plan
-        self.tracker.start(
-            PARENT,
-            name=plan.name,
-            params={"trials": plan.record["trials"], "epochs": self.ledger.epochs, "search": plan.space.search},
-            tags={
-                "raystar.signature": signature(plan.config),
-                "raystar.seed": str(plan.config.training.seed),
-                **({"mlflow.note.content": plan.space.description} if plan.space.description else {}),
-            },
-            text={"config.yaml": to_yaml(plan.config), RECORD: (plan.folder / RECORD).read_text(encoding="utf-8")},
-        )
 
     def _catch_up(self) -> None:
         """Does what a process that was killed between two lines left undone."""
@@ -208,139 +184,18 @@ class Session:
 
     def _fit(self, names: list[str], fresh: list[str]) -> None:
         """Has Tune run the trials `names`, whose values are known, and `fresh` ones, whose values it searches."""
-        from ray import tune
+        # Ray's modules take seconds to import, which `run` begins before anything needs them.
+        from raystar.backend import tuner
+        from raystar.sweep import assigning
 
-        from raystar.backend.reporting import Request
-        from raystar.backend.trial import run_trial
-        from raystar.backend.tune_hooks import Recorder, Release, Silent, Stop, TrialNames, Warden
-
-        plan, space = self.plan, self.plan.space
         alone = bool(names) and names[0] in self.ledger.alone
-        grouped = space.resources.workers > 1
-        gpu_share = math.ceil(plan.gpu_share) if alone else plan.gpu_share
-        # A group of workers asks for its own; the function that steers it must ask for something, or Tune refuses it.
-        resources: dict[str, float] = {"cpu": 0.01 if grouped else plan.cpus}
-        if gpu_share and not grouped:
-            resources["gpu"] = gpu_share
-        # On a cluster all trials are handed to Ray, which gives each to the first node that has room, also a new one.
-        at_a_time = 1 if alone else plan.max_concurrent or 0 if plan.address else plan.at_a_time
-        with tempfile.TemporaryDirectory(prefix="raystar-ray-", ignore_cleanup_errors=True) as scratch:
-            request = Request(
-                config=to_mapping(plan.config),
-                metric=space.metric,
-                mode=space.mode,
-                cache_dir=str(plan.cache_dir),
-                placed=self.placed,
-                bank_key=plan.bank.key,
-                storage=plan.storage.uri,
-                scratch=scratch,
-                known={name: record.epochs for name, record in self.summary.trials.items() if record.epochs},
-                gpu_share=gpu_share,
-                cpus=plan.cpus,
-                workers=space.resources.workers,
-                measure_at=tuple(self.ledger.rungs.places) if self.ledger.rungs is not None else (),
-                speed=plan.speed,
-            )
-            # What was chosen before need not lie in a range: a baseline's null cannot even be compared with one.
-            values = {
-                key: d.to_ray() if fresh else tune.choice([self.summary.trials[n].params[key] for n in names])
-                for key, d in space.space.items()
-            }
-            if seeds := sorted(
-                {self.summary.trials[n].params[finals.SEED] for n in names if n in self.summary.repeats}
-            ):
-                values[finals.SEED] = tune.choice(seeds)
-            tuner = tune.Tuner(
-                tune.with_resources(tune.with_parameters(run_trial, request=request), resources),
-                param_space=values,
-                tune_config=tune.TuneConfig(
-                    search_alg=self._search(names, fresh, at_a_time),
-                    scheduler=Warden(self),
-                    num_samples=len(names) + len(fresh),
-                    # The function of a stopped trial still waits for its group of workers: it ends with its process.
-                    # And what one setting compiled would be in the next one's way, and in its memory.
-                    reuse_actors=not grouped and not plan.speed,
-                    trial_name_creator=TrialNames([*names, *fresh]),
-                    trial_dirname_creator=str,
-                ),
-                run_config=tune.RunConfig(
-                    name="trials",
-                    storage_path=scratch,
-                    verbose=0,
-                    stop=Stop(self),
-                    callbacks=[Silent(), Release(), Recorder(self)],
-                    # A process that dies starts again from its trial's last checkpoint, as often as `Recorder` says;
-                    # what a trial raises never comes here.
-                    failure_config=tune.FailureConfig(max_failures=-1),
-                ),
-            )
-            self._fitting = True
-            try:
-                tuner.fit()
-            finally:
-                self._fitting = False
-
-    def _search(self, names: list[str], fresh: list[str], at_a_time: int) -> Any:
-        points = [dict(self.summary.trials[name].params) for name in names]
-        if not fresh:
-            from ray.tune.search.basic_variant import BasicVariantGenerator
-
-            # Drawn and checked by `Space.points`, or chosen before: Tune only hands them out.
-            return BasicVariantGenerator(points_to_evaluate=points, max_concurrent=at_a_time)
-        from ray.tune.search import ConcurrencyLimiter
-        from ray.tune.search.optuna import OptunaSearch
-        from ray.tune.search.search_generator import SearchGenerator
-
-        plan, space = self.plan, self.plan.space
-        # It tells of every study it opens, and warns of a baseline that lies outside the searched ranges.
-        logging.getLogger("optuna").setLevel(logging.ERROR)
-        warnings.filterwarnings("ignore", module="optuna")
-        if space.baseline and plan.trial_name(0) in fresh:
-            points.append({key: get_value(plan.config, key) for key in space.space})
-        told = [
-            r for r in self.summary.trials.values()
-            if r.trial not in names and r.score is not None and r.parent is None
-        ]  # fmt: skip
-        search = OptunaSearch(
-            space={key: d.to_ray() for key, d in space.space.items()},
-            metric=space.metric,
-            mode=space.mode,
-            points_to_evaluate=points or None,
-            # Begun anew with the same seed, it would first propose what it proposed before.
-            seed=space.seed + len(told) + len(names),
-        )
-        for record in told:
-            search.add_evaluated_point(record.params, record.score)
-        # A search that learns has little to go on if all its trials begin at once.
-        return SearchGenerator(ConcurrencyLimiter(search, max_concurrent=at_a_time or _LEARNING))
-
-    def _catch_signals(self) -> Callable[[], None]:
-        """The first Ctrl-C or SIGTERM stops after saving, a third at once."""
-
-        def handle(number: int, frame: FrameType | None) -> None:
-            self.interrupts += 1
-            if self._finishing:  # what is known is being written, which takes a moment and leaves no run open
-                if self.interrupts >= 3:
-                    self.tracker.hurry()
-                if self.interrupts >= 4:
-                    raise KeyboardInterrupt
-                return
-            if not self._fitting or self.interrupts >= 3:
-                raise KeyboardInterrupt
-            if self.interrupts == 1:
-                print(
-                    "\nstopping when each running trial has saved its epoch; press Ctrl-C twice more to stop at once",
-                    file=sys.stderr,
-                    flush=True,
-                )
-
-        old = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-
-        def restore() -> None:
-            for number, handler in old.items():
-                signal.signal(number, handler)
-
-        return restore
+        request = assigning.request(self.plan, self.ledger, self.placed, alone)
+        assignment = assigning.assignment(self.plan, self.summary, names, fresh, alone)
+        self.fitting = True
+        try:
+            tuner.fit(self, request, self.plan.space, assignment)
+        finally:
+            self.fitting = False
 
     # -- what `driver` asks --------------------------------------------------------------------------
 
@@ -366,23 +221,7 @@ class Session:
         if name in self._begun:
             return
         self._begun.add(name)
-        try:
-            config = override(self.plan.config, params, "trial")
-        except RaystarError:  # a combination that the search made up as it went: the trial fails and says why
-            config = self.plan.config
-        parent = self.summary.trials[name].parent
-        self.tracker.start(
-            name,
-            params=params,
-            tags={
-                "raystar.trial": name,
-                "raystar.signature": signature(config),
-                "raystar.seed": str(config.training.seed),
-                "raystar.baseline": str(name == self.summary.baseline_trial).lower(),
-                **({"raystar.parent": parent} if parent is not None else {}),
-            },
-            text={"config.yaml": to_yaml(config)},
-        )
+        runs.open_trial(self.tracker, self.plan, self.summary, self.summary.trials[name])
         self.board.changed(self.summary.trials[name])
 
     def trial_reported(self, name: str, report: dict[str, Any]) -> bool:
@@ -464,7 +303,7 @@ class Session:
         record = self.summary.trials[name]
         self._happened(ENDED, trial=name, status=status, reason=reason)
         record.run_id = self.tracker.run_id(name)
-        self._record_score(record)
+        runs.give_score(self.tracker, self.summary, record, speed=self.plan.speed)
         self.tracker.end(name, status, reason)
         self.janitor.ended(record)
         self.board.changed(record)
@@ -473,18 +312,6 @@ class Session:
             first = self.summary.trials[broken[0]]
             self.given_up = f"{len(broken)} trials in a row went wrong, the first, {first.trial}: {first.reason}"
         self._write()
-
-    def _record_score(self, record: TrialRecord) -> None:
-        """The trial's score, which the summary ranks by, where MLflow's tables can sort by it too."""
-        if record.score is None or record.score_epoch is None:
-            return
-        found = {f"final/{self.summary.short_metric}": record.score, "final/epoch": float(record.score_epoch)}
-        note = f"{record.status}: {self.summary.short_metric} {record.score:.4f} after epoch {record.score_epoch}"
-        note += f" of {record.epochs}" + (f"; {record.reason}" if record.reason else "")
-        tags = {"mlflow.note.content": note}
-        if not self.plan.speed:
-            tags["raystar.unmoved"] = str(record.unmoved).lower()
-        self.tracker.attach(record.trial, {}, tags, found)
 
     def _measure_idle(self, record: TrialRecord, report: Mapping[str, Any]) -> None:
         """How long the trial's process trained nothing between the trial before and this one's first step."""
@@ -529,25 +356,12 @@ class Session:
         late = time.time() > self._deadline
         summary.status = INTERRUPTED if self.interrupts else FINISHED if (done or late) and not error else FAILED
         summary.over = time.time()
-        best = summary.best
-        files: dict[str, Path] = {}
-        if best is not None:
-            files = outcome.leave(plan, summary, best)
+        files = outcome.leave(plan, summary, summary.best) if summary.best is not None else {}
         self._write(now=True)
         if self.interrupts < 3:  # who wants to leave at once does not wait for it
             files |= outcome.report(plan)  # from the files that have just been written
-        files |= {name: plan.folder / name for name in ("summary.json", "summary.csv")}
-        tags = {"raystar.best_trial": best.trial, "raystar.best_run": best.run_id or ""} if best else {}
-        metrics = {f"final/{self.summary.short_metric}": best.score} if best and best.score is not None else {}
-        known = {name: summary.reference(name) for name in summary.references}
-        metrics |= {f"reference/{name}": value for name, value in known.items() if value is not None}
-        if summary.finals is not None:
-            tags["raystar.winner"] = summary.finals.winner
-            metrics["final/mean"] = summary.finals.ranked[0].mean
-        self.tracker.attach(PARENT, {k: v for k, v in files.items() if v.is_file()}, tags, metrics)
-        self.tracker.feature([record.trial for record in finals.featured(summary)])
-        self.tracker.end(PARENT, summary.status, error)
-        self._hand_in_models()
+        outcome.close_parent(plan, summary, self.tracker, files, error)
+        outcome.hand_in_models(plan, summary, self.tracker, self.janitor.checkpoint)
         self.tracker.close()
         if not self.tracker.waiting:
             shutil.rmtree(plan.folder / outcome.FINALISTS, ignore_errors=True)
@@ -558,36 +372,3 @@ class Session:
         if self.interrupts:
             return 130
         return 0 if summary.status == FINISHED else 1
-
-    def _hand_in_models(self) -> None:
-        """Gives the finalists' models to MLflow, and says of other trials where their checkpoints lie.
-
-        Last of all records: a store that has no place for models has everything else by then.
-        """
-        summary, plan = self.summary, self.plan
-        for record in summary.ranked():
-            if (name := self.janitor.checkpoint(record)) is not None:
-                self.tracker.attach(record.trial, {}, {CHECKPOINT: plan.storage.at(name)}, {})
-        if summary.status != FINISHED:  # a resumed sweep's finalists may be others
-            return
-        found = outcome.finalists(plan, summary)
-        for record, epoch in found:
-            if self.tracker.model_epoch(record.trial) != epoch:
-                try:
-                    folder = outcome.stage(plan, summary, record, epoch)
-                except (RaystarError, FileNotFoundError) as missing:
-                    print(f"note: {record.trial} is not handed in as a model: {missing}", file=sys.stderr, flush=True)
-                    continue
-                tags = {"raystar.trial": record.trial}
-                self.tracker.log_model(record.trial, epoch, folder, record.params, tags)
-        best = summary.best
-        if found and found[0][0] is best and best.score is not None:
-            short = f"{summary.short_metric} {best.score:.4f}"
-            description = f"Trial {best.trial} of sweep {plan.name} after epoch {found[0][1]}: {short}."
-            if summary.finals is not None:
-                winner = summary.finals.ranked[0]
-                description += f" Mean of {len(winner.runs)} seeds: {finals.around(winner)}."
-            if (standing := summary.standing) is not None:
-                description += f" Beside the references: {standing}."
-            comparable = f"{summary.metric}-{summary.mode}-{measured_by(plan.bank, plan.config)}"
-            self.tracker.register(best.trial, found[0][1], best.score, description, comparable)

@@ -25,6 +25,32 @@ CHECKPOINT = "raystar.checkpoint"
 class Tracker(Protocol):
     """Records runs. `trial` is a trial's name, or `PARENT`."""
 
+    registered: str | None
+    """What was done with the last model that was registered, in a line."""
+
+    @property
+    def waiting(self) -> int:
+        """How many records the store has not taken yet."""
+
+    def begin(self) -> None:
+        """Starts to write; what was recorded before that has waited."""
+
+    def wait_until_connected(self) -> None:
+        """Returns once the store is there.
+
+        Raises:
+            RaystarError: it cannot be reached or opened, or does not know the runs that are to be gone on with.
+        """
+
+    def hurry(self) -> None:
+        """Has `close` wait no longer for a store that is away."""
+
+    def grids_address(self) -> str | None:
+        """Where the featured runs' pictures can be looked at; None where no run is featured."""
+
+    def how_to_compare(self) -> tuple[str, str]:
+        """The command that starts what shows the runs, empty where it is running, and the address of the trials."""
+
     def start(
         self,
         trial: str,

@@ -1,0 +1,118 @@
+"""Trials handed to Ray Tune: in which order, with which values, and what proposes new ones."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ray import tune
+
+from raystar.backend.reporting import Request
+from raystar.backend.trial import run_trial
+from raystar.backend.tune_hooks import Listener, Recorder, Release, Silent, Stop, TrialNames, Warden
+from raystar.record.finals import SEED
+from raystar.search.space import Space
+
+_LEARNING = 8  # trials at a time on a cluster, for a search that learns
+
+
+@dataclass(frozen=True, kw_only=True)
+class Assignment:
+    """Trials that Tune runs in one go."""
+
+    known: Mapping[str, Mapping[str, Any]]
+    """Trials whose values are known, in their order."""
+    fresh: Sequence[str]
+    """Trials whose values the searcher proposes."""
+    first: Sequence[Mapping[str, Any]] = ()
+    """What it proposes first."""
+    scores: Sequence[tuple[Mapping[str, Any], float]] = ()
+    """Values and scores of earlier trials, which it learns from."""
+    at_a_time: int
+    """Trials that run beside each other; 0: as many as there is room for."""
+
+
+def fit(listener: Listener, request: Request, space: Space, assignment: Assignment) -> None:
+    """Has Tune run the trials, and returns when all have ended.
+
+    Args:
+        request: what all trials share; its folder `scratch` is set here.
+    """
+    grouped = request.workers > 1
+    # A group of workers asks for its own; the function that steers it must ask for something, or Tune refuses it.
+    resources: dict[str, float] = {"cpu": 0.01 if grouped else request.cpus}
+    if request.gpu_share and not grouped:
+        resources["gpu"] = request.gpu_share
+    names = [*assignment.known, *assignment.fresh]
+    with tempfile.TemporaryDirectory(prefix="raystar-ray-", ignore_cleanup_errors=True) as scratch:
+        request = replace(request, scratch=scratch)
+        tuner = tune.Tuner(
+            tune.with_resources(tune.with_parameters(run_trial, request=request), resources),
+            param_space=_param_space(space, assignment),
+            tune_config=tune.TuneConfig(
+                search_alg=_searcher(space, assignment),
+                scheduler=Warden(listener),
+                num_samples=len(names),
+                # The function of a stopped trial still waits for its group of workers: it ends with its process.
+                # And what one setting compiled would be in the next one's way, and in its memory.
+                reuse_actors=not grouped and not request.speed,
+                trial_name_creator=TrialNames(names),
+                trial_dirname_creator=str,
+            ),
+            run_config=tune.RunConfig(
+                name="trials",
+                storage_path=scratch,
+                verbose=0,
+                stop=Stop(listener),
+                callbacks=[Silent(), Release(), Recorder(listener)],
+                # A process that dies starts again from its trial's last checkpoint, as often as `Recorder` says;
+                # what a trial raises never comes here.
+                failure_config=tune.FailureConfig(max_failures=-1),
+            ),
+        )
+        tuner.fit()
+
+
+def _param_space(space: Space, assignment: Assignment) -> dict[str, Any]:
+    known = list(assignment.known.values())
+    # What was chosen before need not lie in a range: a baseline's null cannot even be compared with one.
+    values = {
+        key: d.to_ray() if assignment.fresh else tune.choice([params[key] for params in known])
+        for key, d in space.space.items()
+    }
+    if SEED not in values and (seeds := sorted({params[SEED] for params in known if SEED in params})):
+        values[SEED] = tune.choice(seeds)
+    return values
+
+
+def _searcher(space: Space, assignment: Assignment) -> Any:
+    points = [dict(params) for params in assignment.known.values()]
+    if not assignment.fresh:
+        from ray.tune.search.basic_variant import BasicVariantGenerator
+
+        # Drawn and checked by `Space.points`, or chosen before: Tune only hands them out.
+        return BasicVariantGenerator(points_to_evaluate=points, max_concurrent=assignment.at_a_time)
+    from ray.tune.search import ConcurrencyLimiter
+    from ray.tune.search.optuna import OptunaSearch
+    from ray.tune.search.search_generator import SearchGenerator
+
+    # It tells of every study it opens, and warns of a baseline that lies outside the searched ranges.
+    logging.getLogger("optuna").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="optuna")
+    points += [dict(params) for params in assignment.first]
+    search = OptunaSearch(
+        space={key: d.to_ray() for key, d in space.space.items()},
+        metric=space.metric,
+        mode=space.mode,
+        points_to_evaluate=points or None,
+        # Begun anew with the same seed, it would first propose what it proposed before.
+        seed=space.seed + len(assignment.scores) + len(assignment.known),
+    )
+    for params, score in assignment.scores:
+        search.add_evaluated_point(dict(params), score)
+    # A search that learns has little to go on if all its trials begin at once.
+    return SearchGenerator(ConcurrencyLimiter(search, max_concurrent=assignment.at_a_time or _LEARNING))
