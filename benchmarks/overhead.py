@@ -26,7 +26,7 @@ from raystar.data.bank import Bank, open_bank
 from raystar.pictures import grid
 from raystar.pictures.codec import open_codec
 from raystar.ruler.ruler import Ruler
-from raystar.tracking.mlflow.writer import MlflowTracker
+from raystar.tracking.mlflow.writer import mlflow_tracker
 from raystar.tracking.tracker import PARENT
 from raystar.training.display import Display
 from raystar.training.step import LOGGED
@@ -59,7 +59,7 @@ def report(args: argparse.Namespace, config: Config, bank: Bank, folder: Path) -
     codec, _ = open_codec(config, step.state.device)
     chosen = grid.choose(bank, config, codec)
     pictures: dict[str, Image.Image] = {}
-    tracker = MlflowTracker(
+    tracker = mlflow_tracker(
         f"sqlite:///{folder}/mlflow.db", folder / "artifacts", {"name": "b", "digest": "b", "source": "b"}, {},
         "eval/score", lower_is_better=True, spool=folder / "spool.jsonl",
     )  # fmt: skip

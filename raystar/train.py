@@ -23,7 +23,7 @@ from raystar.record.statuses import DIVERGED, FAILED, FINISHED, INTERRUPTED
 from raystar.ruler.ruler import NOTHING, TRANSFER, Ruler
 from raystar.ruler.ruler import check as check_ruler
 from raystar.tracking.mlflow.address import check_uri, default_uri
-from raystar.tracking.mlflow.writer import MlflowTracker
+from raystar.tracking.mlflow.writer import mlflow_tracker
 from raystar.tracking.tracker import CHECKPOINT, PARENT, SPOOL, Tracker, provenance
 from raystar.training.losses import outlasting
 from raystar.training.state import TrainState
@@ -96,7 +96,7 @@ def main(argv: list[str] | None = None) -> int:
         flush=True,
     )
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache / "inductor"))
-    tracker = MlflowTracker(
+    tracker = mlflow_tracker(
         uri,
         args.out / "artifacts",
         {"name": Path(bank.root).name or "latents", "digest": bank.digest, "source": bank.root},

@@ -29,7 +29,7 @@ from raystar.pictures.codec import open_codec
 from raystar.tracking import tracker as tracker_module
 from raystar.tracking.mlflow import models as registry
 from raystar.tracking.mlflow import writer as tracking
-from raystar.tracking.mlflow.writer import MlflowTracker
+from raystar.tracking.relay import Relay
 from raystar.tracking.tracker import PARENT
 from tests.support import ROOT, SHARED, needs_shared
 from tests.test_export import CONFIG, FACTS, make_checkpoint, make_nets, some_latents
@@ -183,7 +183,7 @@ def finalist(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def sweep(store: Path, finalist: Path, number: int, score: float, comparable: str = "same") -> MlflowTracker:
+def sweep(store: Path, finalist: Path, number: int, score: float, comparable: str = "same") -> Relay:
     """A sweep of one trial, whose model is registered; not closed yet."""
     tracker = opened(store, spool=store / f"spool{number}.jsonl", common_tags={"raystar.sweep": f"s{number}"})
     tracker.start(PARENT, params={}, tags={}, text={}, name=f"s{number}")
@@ -197,7 +197,7 @@ def sweep(store: Path, finalist: Path, number: int, score: float, comparable: st
     return tracker
 
 
-def hand_in(tracker: MlflowTracker, finalist: Path, score: float, comparable: str = "same") -> None:
+def hand_in(tracker: Relay, finalist: Path, score: float, comparable: str = "same") -> None:
     tracker.log_model("t00", 8, finalist, {"loss.w_cyc": 2.5}, {"raystar.trial": "t00"})
     tracker.register("t00", 8, score, "a description", comparable)
 
@@ -263,7 +263,7 @@ def test_a_resumed_sweep_registers_nothing_twice(store: Path, finalist: Path) ->
     once(store)
 
 
-def second_trial(tracker: MlflowTracker) -> None:
+def second_trial(tracker: Relay) -> None:
     """Returns once the store has all of it, and all that was recorded before."""
     delivered(tracker)
     tracker.start("t01", params={}, tags={}, text={})
@@ -271,7 +271,7 @@ def second_trial(tracker: MlflowTracker) -> None:
     delivered(tracker)
 
 
-def delivered(tracker: MlflowTracker) -> None:
+def delivered(tracker: Relay) -> None:
     until = time.monotonic() + 60
     while tracker.waiting:
         assert time.monotonic() < until
@@ -284,7 +284,7 @@ def test_a_server_whose_answers_are_lost_gets_a_model_once(
     monkeypatch.setattr(tracking, "_LAST_S", 60.0)
     tracker = sweep(store, finalist, 1, 1.5)
     second_trial(tracker)
-    tracker._client = client = Mute(tracker._client, missing=40)
+    tracker.store.client = client = Mute(tracker.store.client, missing=40)
     tracker.log_model("t01", 3, finalist, {}, {})
     tracker.register("t01", 3, 1.4, "better", "same")
     tracker.close()
@@ -300,7 +300,7 @@ def test_models_wait_for_a_server_that_is_away(store: Path, finalist: Path, monk
     monkeypatch.setattr(tracking, "_LAST_S", 0.2)
     tracker = sweep(store, finalist, 1, 1.5)
     second_trial(tracker)
-    tracker._client = Flaky(tracker._client, missing=10**9)
+    tracker.store.client = Flaky(tracker.store.client, missing=10**9)
     tracker.log_model("t01", 3, finalist, {}, {})
     tracker.register("t01", 3, 1.4, "better", "same")
     tracker.close()
@@ -324,7 +324,7 @@ def test_a_store_without_models_costs_a_note_and_nothing_else(
             return getattr(self.client, name)
 
     tracker = opened(store, spool=store / "spool1.jsonl")
-    tracker._client = Declining(tracker._client, 0)
+    tracker.store.client = Declining(tracker.store.client, 0)
     tracker.start("t00", params={}, tags={}, text={})
     hand_in(tracker, finalist, 1.5)
     tracker.end("t00", "finished", None)

@@ -31,7 +31,8 @@ from raystar.tracking.mlflow import address as address_module
 from raystar.tracking.mlflow import client as client_module
 from raystar.tracking.mlflow import writer as tracking
 from raystar.tracking.mlflow.address import check_uri
-from raystar.tracking.mlflow.writer import MlflowTracker
+from raystar.tracking.mlflow.writer import mlflow_tracker
+from raystar.tracking.relay import Relay
 from raystar.tracking.spool import Spool
 from raystar.tracking.tracker import PARENT
 from tests.support import ROOT
@@ -107,15 +108,15 @@ def copy_store(store: Path, folder: Path) -> None:
 
 
 @pytest.fixture
-def tracker(folder: Path) -> MlflowTracker:
+def tracker(folder: Path) -> Relay:
     return opened(folder)
 
 
-def opened(folder: Path, uri: str | None = None, **changed: Any) -> MlflowTracker:
+def opened(folder: Path, uri: str | None = None, **changed: Any) -> Relay:
     """A tracker on the store and the spool in `folder`."""
     dataset = {"name": "d", "digest": "abc", "source": "here"}
     arguments: dict[str, Any] = {"common_tags": {"raystar.sweep": "s"}, "spool": folder / "spool.jsonl"} | changed
-    made = MlflowTracker(
+    made = mlflow_tracker(
         uri or f"sqlite:///{folder}/mlflow.db", folder / "artifacts", dataset,
         primary_metric="eval/score", lower_is_better=True, **arguments,
     )  # fmt: skip
@@ -128,7 +129,7 @@ def rows(folder: Path, query: str) -> list[tuple[Any, ...]]:
     return sqlite3.connect(folder / "mlflow.db").execute(query).fetchall()
 
 
-def record(tracker: MlflowTracker, folder: Path) -> None:
+def record(tracker: Relay, folder: Path) -> None:
     """A parent, a trial with two epochs and a picture, and a trial that nobody ends."""
     picture = folder / "grid.png"
     Image.fromarray(np.zeros((32, 32, 3), np.uint8)).save(picture)
@@ -140,8 +141,8 @@ def record(tracker: MlflowTracker, folder: Path) -> None:
     tracker.end("t00", "diverged", "a loss became NaN")
 
 
-def test_a_server_that_is_away_for_a_while_loses_nothing(tracker: MlflowTracker, tmp_path: Path) -> None:
-    tracker._client = Flaky(tracker._client, missing=6)
+def test_a_server_that_is_away_for_a_while_loses_nothing(tracker: Relay, tmp_path: Path) -> None:
+    tracker.store.client = Flaky(tracker.store.client, missing=6)
     record(tracker, tmp_path)
     tracker.close()
     assert rows(tmp_path, "select step, value from metrics where key = 'eval/score' order by step") == [
@@ -159,7 +160,7 @@ def test_a_server_that_is_away_for_a_while_loses_nothing(tracker: MlflowTracker,
 
 
 def test_a_record_that_mlflow_refuses_is_told_and_holds_up_nothing(
-    tracker: MlflowTracker, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tracker: Relay, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tracker.start(PARENT, params={}, tags={}, text={}, name="s")
     tracker.log(PARENT, 1, {"not a key!": 1.0}, {"grid_ref": tmp_path / "gone.png"})
@@ -169,7 +170,7 @@ def test_a_record_that_mlflow_refuses_is_told_and_holds_up_nothing(
     assert capsys.readouterr().err.count("error: MLflow refuses a record") == 2
 
 
-def test_the_experiment_opens_on_the_metric_that_is_searched(tracker: MlflowTracker, tmp_path: Path) -> None:
+def test_the_experiment_opens_on_the_metric_that_is_searched(tracker: Relay, tmp_path: Path) -> None:
     record(tracker, tmp_path)
     tracker.start("t02", params={}, tags={}, text={})
     for epoch in (1, 2, 3):  # t00 has been drawn after its first epoch only: there, all can be compared
@@ -188,7 +189,7 @@ def test_the_experiment_opens_on_the_metric_that_is_searched(tracker: MlflowTrac
     assert f"#/experiments/{tracker.experiment_id}/runs?" in address
 
 
-def test_the_best_runs_have_a_view_of_their_pictures(tracker: MlflowTracker, tmp_path: Path) -> None:
+def test_the_best_runs_have_a_view_of_their_pictures(tracker: Relay, tmp_path: Path) -> None:
     """The order in which the store gives them is the reverse of that in which MLflow's charts draw them."""
     record(tracker, tmp_path)
     for name, epochs in (("t02", 3), ("t03", 4), ("t04", 0)):
@@ -258,10 +259,10 @@ def content(folder: Path) -> dict[str, Any]:
 
 
 def test_a_server_whose_answers_are_lost_gets_nothing_twice(
-    tracker: MlflowTracker, folder: Path, monkeypatch: pytest.MonkeyPatch
+    tracker: Relay, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tracker._patience_s = 60.0  # on a busy machine
-    tracker._client = client = Mute(tracker._client, missing=50)
+    tracker.store.client = client = Mute(tracker.store.client, missing=50)
     record(tracker, folder)
     tracker.close()
     assert {"create_run", "search_runs", "log_batch", "log_text", "log_image"} <= set(client.lost)
@@ -275,7 +276,7 @@ def test_a_server_whose_answers_are_lost_gets_nothing_twice(
     assert found["inputs"] == 3
 
 
-def test_records_that_were_taken_but_not_marked_are_not_written_twice(tracker: MlflowTracker, folder: Path) -> None:
+def test_records_that_were_taken_but_not_marked_are_not_written_twice(tracker: Relay, folder: Path) -> None:
     """As if every mark was lost: all records are written again, into the same runs."""
     record(tracker, folder)
     tracker.attach("t00", {"more/grid.png": folder / "grid.png"}, {"a": "b"}, {"final/score": 1.5})
@@ -301,7 +302,7 @@ def test_records_that_were_taken_but_not_marked_are_not_written_twice(tracker: M
     assert again.run_id("t00") in {path.name for path in (folder / "artifacts").iterdir()}
 
 
-def test_a_resumed_sweep_goes_on_in_its_runs(tracker: MlflowTracker, folder: Path) -> None:
+def test_a_resumed_sweep_goes_on_in_its_runs(tracker: Relay, folder: Path) -> None:
     record(tracker, folder)
     tracker.attach("t00", {}, {}, {"final/score": 1.5})
     tracker.end(PARENT, "interrupted", "Ctrl-C")
@@ -335,9 +336,9 @@ def test_a_resumed_sweep_goes_on_in_its_runs(tracker: MlflowTracker, folder: Pat
 
 
 def test_what_waits_at_the_end_is_told_and_written_by_the_next(
-    tracker: MlflowTracker, folder: Path, capsys: pytest.CaptureFixture[str]
+    tracker: Relay, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    tracker._client = Flaky(tracker._client, missing=10**9)
+    tracker.store.client = Flaky(tracker.store.client, missing=10**9)
     record(tracker, folder)
     tracker.close()
     told = capsys.readouterr().err.splitlines()[-1]
@@ -354,7 +355,7 @@ def test_what_waits_at_the_end_is_told_and_written_by_the_next(
     assert all(row[4] <= began * 1000 for row in found["metrics"])  # the time when it happened, not when it was written
 
 
-def test_another_store_is_refused(tracker: MlflowTracker, folder: Path, empty_store: Path) -> None:
+def test_another_store_is_refused(tracker: Relay, folder: Path, empty_store: Path) -> None:
     record(tracker, folder)
     tracker.close()
     copy_store(empty_store, folder)
@@ -367,12 +368,12 @@ import json, os, random, signal, sys, time
 from pathlib import Path
 import mlflow  # once, for all that are forked
 from PIL import Image
-from raystar.tracking import MlflowTracker, PARENT
+from raystar.tracking import mlflow_tracker, PARENT
 
 folder, trials, epochs = Path(sys.argv[1]), ("t00", "t01"), 20
 
 def write():
-    tracker = MlflowTracker(
+    tracker = mlflow_tracker(
         f"sqlite:///{folder}/mlflow.db", folder / "artifacts", {"name": "d", "digest": "d", "source": "d"},
         {"raystar.sweep": "s"}, "eval/score", True, spool=folder / "spool.jsonl",
     )
@@ -433,8 +434,8 @@ def test_kill_9_at_any_moment_leaves_every_record_once(folder: Path) -> None:
     assert found["inputs"] == 3
 
 
-def test_waiting_records_take_no_memory(tracker: MlflowTracker, folder: Path) -> None:
-    tracker._client = Flaky(tracker._client, missing=10**9)
+def test_waiting_records_take_no_memory(tracker: Relay, folder: Path) -> None:
+    tracker.store.client = Flaky(tracker.store.client, missing=10**9)
     tracker.start(PARENT, params={}, tags={}, text={}, name="s")
     metrics = {f"train/loss_{n}": 0.5 for n in range(10)}
     for epoch in range(1, 101):
@@ -635,9 +636,7 @@ def test_which_servers_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
 # -- what is written ------------------------------------------------------------------------------
 
 
-def test_pictures_and_files_behind_uris(
-    tracker: MlflowTracker, folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_pictures_and_files_behind_uris(tracker: Relay, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     import fsspec
 
     Image.fromarray(np.full((8, 8, 3), 7, np.uint8)).save(folder / "a.png")
@@ -662,7 +661,7 @@ def test_pictures_and_files_behind_uris(
 
 def test_credentials_reach_neither_the_store_nor_the_spool(folder: Path) -> None:
     tracker = opened(folder, common_tags={"raystar.sweep": "s", "command": "tune --tracking-uri http://a:hunter2@b"})
-    tracker._client = Flaky(tracker._client, missing=1000)
+    tracker.store.client = Flaky(tracker.store.client, missing=1000)
     uri = "s3://key:hunter2@bucket"
     tracker.start(
         PARENT,
@@ -673,7 +672,7 @@ def test_credentials_reach_neither_the_store_nor_the_spool(folder: Path) -> None
     tracker.attach(PARENT, {}, {"more": "password=hunter2"}, {})
     tracker.end(PARENT, "failed", f"no access to {uri}")
     assert b"hunter2" not in (folder / "spool.jsonl").read_bytes()
-    tracker._client.missing = 0
+    tracker.store.client.missing = 0
     tracker.close()
     assert ("raystar.signature", "0123") in rows(folder, "select key, value from tags")
     texts = [path.read_bytes() for path in (folder / "artifacts").rglob("*") if path.is_file()]

@@ -35,3 +35,8 @@ def _hide(found: re.Match[str]) -> str:
     # YAML takes a bare *** for a mistake.
     quote = value[0] if value[0] in "\"'" else '"' if ":" in name else ""
     return f"{name}{quote}{_HIDDEN}{quote}"
+
+
+def in_a_line(error: Exception) -> str:
+    """The first line of what an error says, without secrets."""
+    return redact((str(error).strip().splitlines() or [type(error).__name__])[0])[:300]

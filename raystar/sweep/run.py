@@ -33,7 +33,7 @@ from raystar.sweep.plan import Plan
 from raystar.sweep.resources import share_of_gpu
 from raystar.sweep.session import Session
 from raystar.tracking.mlflow import client
-from raystar.tracking.mlflow.writer import MlflowTracker
+from raystar.tracking.mlflow.writer import mlflow_tracker
 from raystar.tracking.tracker import SPOOL, provenance
 
 _PLACING_S = 3600.0  # for nodes to fetch latents from a distant storage
@@ -88,7 +88,7 @@ def _run(plan: Plan) -> int:
 
 
 def _tracked(plan: Plan, ledger: Ledger, placed: placing.Placed | None, ruler_ready: Callable[[], Any]) -> int:
-    tracker = MlflowTracker(
+    tracker = mlflow_tracker(
         plan.tracking_uri,
         plan.out / "artifacts",
         {"name": Path(plan.bank.root).name or "latents", "digest": plan.bank.digest, "source": plan.bank.root},

@@ -25,8 +25,9 @@ CHECKPOINT = "raystar.checkpoint"
 class Tracker(Protocol):
     """Records runs. `trial` is a trial's name, or `PARENT`."""
 
-    registered: str | None
-    """What was done with the last model that was registered, in a line."""
+    @property
+    def registered(self) -> str | None:
+        """What was done with the last model that was registered, in a line."""
 
     @property
     def waiting(self) -> int:

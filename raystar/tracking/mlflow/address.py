@@ -11,8 +11,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from raystar.base.errors import RaystarError
-from raystar.base.secrets import redact
-from raystar.tracking.mlflow.client import in_a_line
+from raystar.base.secrets import in_a_line, redact
 
 _ASK_S = 5.0  # how long a server may take to say what it is
 

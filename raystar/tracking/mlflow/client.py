@@ -7,8 +7,6 @@ import os
 import warnings
 from typing import Any
 
-from raystar.base.secrets import redact
-
 _ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",  # it would look for the network
     "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
@@ -36,7 +34,3 @@ def connect(uri: str) -> Any:
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="mlflow")
     return mlflow.MlflowClient(tracking_uri=uri)
-
-
-def in_a_line(error: Exception) -> str:
-    return redact((str(error).strip().splitlines() or [type(error).__name__])[0])[:300]

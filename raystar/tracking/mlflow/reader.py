@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from raystar.base.errors import RaystarError
-from raystar.base.secrets import redact
+from raystar.base.secrets import in_a_line, redact
 from raystar.tracking.mlflow import models as registry
 from raystar.tracking.mlflow.address import check_uri
-from raystar.tracking.mlflow.client import connect, in_a_line
+from raystar.tracking.mlflow.client import connect
 from raystar.tracking.tracker import CHECKPOINT
 
 
