@@ -39,7 +39,7 @@ def simulated(params: dict[str, Any], request: Any) -> None:
         metrics = {f"train/{name}": rng.random() for name in "abcdefghijklmnopqrst"}
         metrics |= {request.metric: score, "eval/outlook": score, "eval/movement": 0.5}
         tune.report(
-            reporting._message(told | {"epoch": epoch, "metrics": metrics}, request.metric, score) | {"saved": True}
+            reporting.message(told | {"epoch": epoch, "metrics": metrics}, request.metric, score) | {"saved": True}
         )
 
 
@@ -77,11 +77,11 @@ def main() -> None:
 
     ray_start.settle_token(create=True)  # before the trial's module imports Ray
     from raystar import tune
-    from raystar.backend import trial as trials
+    from raystar.backend import tuner
     from raystar.sweep import live_table as table
     from raystar.sweep import plan, session
     from raystar.sweep import run as sweep
-    from raystar.tracking.mlflow import writer as tracking
+    from raystar.tracking import relay
 
     with tempfile.TemporaryDirectory(prefix="raystar-driver-") as out:
         space = {
@@ -103,10 +103,10 @@ def main() -> None:
             return goes_on
 
         session.Session.trial_reported = counted  # type: ignore[method-assign]
-        trials.run_trial = simulated
+        tuner.run_trial = simulated
         table.Board.changed = lambda *_: None  # type: ignore[method-assign,assignment]
         if args.mlflow_away:
-            away = tracking.MlflowTracker
+            away = relay.Relay
             away.begin = away.wait_until_connected = away.close = lambda self: None  # type: ignore[method-assign]
         began = time.perf_counter()
         status = sweep.run(wanted)

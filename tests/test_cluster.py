@@ -32,18 +32,18 @@ pytestmark = pytest.mark.slow
 PROBE_READ = cluster._probe_read
 DRIVER = """
 import json, os, sys
-from raystar import cluster
-from raystar.errors import RaystarError
+from raystar.backend import ray_start
+from raystar.base.errors import RaystarError
 from tests import test_cluster as tests
 
 address, check, *arguments = sys.argv[1:]
 try:
-    cluster.start(address or None, cpus=1, environment={"RAYSTAR_TEST_SHARED": "everywhere"})
+    ray_start.start(address or None, cpus=1, environment={"RAYSTAR_TEST_SHARED": "everywhere"})
     print(json.dumps(getattr(tests, check)(*arguments)))
 except RaystarError as error:
     print(json.dumps({"error": str(error)}))
 finally:
-    cluster.stop()
+    ray_start.stop()
 """
 
 

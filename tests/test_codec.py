@@ -200,7 +200,8 @@ def test_loading_leaves_stderr_and_loggers_as_they_were(models: Models) -> None:
 def test_the_first_load_of_a_process_is_silent(models: Models) -> None:
     """Imports included, which a test in this process would not see."""
     program = (
-        "import sys; from raystar.codec import open_codec; from raystar.config import Config, override; "
+        "import sys; from raystar.pictures.codec import open_codec; from raystar.config.load import override; "
+        "from raystar.config.schema import Config; "
         "c = override(Config(), {'visualization.vae_model_name_or_path': sys.argv[1]}); print(open_codec(c)[1])"
     )
     command = [sys.executable, "-c", program, str(models["AutoencoderTiny"][1])]

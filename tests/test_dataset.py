@@ -237,8 +237,8 @@ def test_what_a_killed_process_left_is_removed_and_what_another_writes_is_not(tm
 OPEN_AT_ONCE = """
 import sys, time, torch
 from pathlib import Path
-from raystar.config import from_mapping
-from raystar.dataset import open_bank
+from raystar.config.load import from_mapping
+from raystar.data.bank import open_bank
 config = from_mapping({"data": {"data_root": sys.argv[1], "domains": ["a", "b"]}}, "test")
 Path(sys.argv[3]).touch()
 while not Path(sys.argv[4]).exists():

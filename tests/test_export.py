@@ -19,6 +19,7 @@ from raystar.base.errors import RaystarError
 from raystar.config.load import load_config, override, to_mapping, to_yaml
 from raystar.exported import model as model_module
 from raystar.model import checkpoint as checkpoints
+from raystar.model import networks
 from raystar.model.networks import NAMES, Nets
 from raystar.training import resume
 from raystar.training.state import TrainState
@@ -138,7 +139,7 @@ def test_by_seed_is_the_networks_own_output(folder: Path, nets: Nets) -> None:
     model = model_module.load(folder, "cpu")
     latents = some_latents(2)
     z = torch.from_numpy(np.random.default_rng(11).standard_normal((1, 5), dtype=np.float32))
-    assert torch.equal(export.noise(11, 5), z)
+    assert torch.equal(networks.noise(11, 5), z)
     y = torch.tensor([1, 1])
     with torch.no_grad():
         wanted = nets.G(latents * 0.2, nets.F(z.expand(2, -1), y)) / 0.2
@@ -288,7 +289,7 @@ def test_a_users_compiled_checkpoint_becomes_an_export(tmp_path: Path, nets: Net
     assert export.main(["--checkpoint", str(tmp_path / "latest.pt"), "--out", str(tmp_path / "out")]) == 0
     latents = some_latents(1)
     with torch.no_grad():
-        wanted = nets.G(latents * 0.2, nets.F(export.noise(0, 5), torch.tensor([2]))) / 0.2
+        wanted = nets.G(latents * 0.2, nets.F(networks.noise(0, 5), torch.tensor([2]))) / 0.2
     assert torch.equal(model_module.load(tmp_path / "out", "cpu").translate(latents, "vangogh"), wanted)
 
 

@@ -58,7 +58,7 @@ def test_a_long_torn_line_and_damage_between_whole_lines(tmp_path: Path, capsys:
 WRITER = """
 import sys
 from pathlib import Path
-from raystar.journal import Journal
+from raystar.base.journal import Journal
 journal = Journal(Path(sys.argv[1]))
 for n in range(10**9):
     journal.append({"n": n, "text": "x" * (n % 9000)})

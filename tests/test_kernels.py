@@ -240,7 +240,7 @@ def test_compiled_without_graph_breaks(backend: str) -> None:
 
 REPORT = """
 import torch
-from raystar import kernels
+from raystar.model.native import kernels
 with torch.autocast("cpu", torch.bfloat16):
     print(kernels.serves(torch.ones(1, 32, 4, 4), 32))
 """

@@ -25,10 +25,11 @@ from raystar.config.load import override
 from raystar.exported import model as model_module
 from raystar.exported import onnx as graphs
 from raystar.exported.picture_translator import PictureTranslator
+from raystar.model import networks
 from raystar.pictures.codec import open_codec
+from raystar.tracking import relay
 from raystar.tracking import tracker as tracker_module
 from raystar.tracking.mlflow import models as registry
-from raystar.tracking.mlflow import writer as tracking
 from raystar.tracking.relay import Relay
 from raystar.tracking.tracker import PARENT
 from tests.support import ROOT, SHARED, needs_shared
@@ -68,7 +69,7 @@ def test_onnx_graphs_translate_as_pytorch_does(onnx_export: Path) -> None:
     reference = some_latents(1, seed=3)
     for number, domain in enumerate(model.domains):
         y = np.array([number])
-        by_noise = run_graph(onnx_export, "mapping", noise=export.noise(7, 5).numpy(), domain=y)
+        by_noise = run_graph(onnx_export, "mapping", noise=networks.noise(7, 5).numpy(), domain=y)
         by_reference = run_graph(onnx_export, "style_encoder", reference=reference.numpy(), domain=y)
         for style, how in ((by_noise, {"seed": 7}), (by_reference, {"reference": reference})):
             wanted = model.translate(latents, domain, **how)
@@ -163,7 +164,7 @@ def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def _quickly(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tracking, "_RETRY_S", (0.01,))
+    monkeypatch.setattr(relay, "_RETRY_S", (0.01,))
     monkeypatch.delenv("MLFLOW_EXPERIMENT_NAME", raising=False)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.delenv("RAYSTAR_VAE", raising=False)
@@ -281,7 +282,7 @@ def delivered(tracker: Relay) -> None:
 def test_a_server_whose_answers_are_lost_gets_a_model_once(
     store: Path, finalist: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tracking, "_LAST_S", 60.0)
+    monkeypatch.setattr(relay, "_LAST_S", 60.0)
     tracker = sweep(store, finalist, 1, 1.5)
     second_trial(tracker)
     tracker.store.client = client = Mute(tracker.store.client, missing=40)
@@ -297,7 +298,7 @@ def test_a_server_whose_answers_are_lost_gets_a_model_once(
 
 
 def test_models_wait_for_a_server_that_is_away(store: Path, finalist: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tracking, "_LAST_S", 0.2)
+    monkeypatch.setattr(relay, "_LAST_S", 0.2)
     tracker = sweep(store, finalist, 1, 1.5)
     second_trial(tracker)
     tracker.store.client = Flaky(tracker.store.client, missing=10**9)
@@ -342,7 +343,7 @@ def test_a_store_without_models_costs_a_note_and_nothing_else(
 def test_models_go_through_a_server(
     store: Path, finalist: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tracking, "_LAST_S", 60.0)
+    monkeypatch.setattr(relay, "_LAST_S", 60.0)
     monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "remote")  # whose artifacts go through the server as well
     server = Server(store)
     server.start()

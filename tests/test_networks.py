@@ -21,6 +21,7 @@ from raystar.data.batches import Batch, LatentDataset
 from raystar.exported import model as model_module
 from raystar.exported import onnx as graphs
 from raystar.model import checkpoint as checkpoints
+from raystar.model import networks
 from raystar.model.native import kernels
 from raystar.model.networks import NAMES, Discriminator, Generator, Nets
 from raystar.search import space
@@ -247,7 +248,7 @@ def test_an_export_translates_as_the_networks_do(saved: Path, config: Config, tm
     F.load_state_dict(weights["F"])
     latents = 5 * torch.randn(2, 4, 16, 16)
     with torch.no_grad():
-        s = F(export.noise(3, config.model.latent_dim).expand(2, -1), torch.tensor([1, 1]))
+        s = F(networks.noise(3, config.model.latent_dim).expand(2, -1), torch.tensor([1, 1]))
         wanted = plain_generator(G, latents * scale, s) / scale
     torch.testing.assert_close(model.translate(latents, "b", seed=3), wanted, rtol=1e-4, atol=1e-4)
     assert "added to the picture" in (tmp_path / "model/README.md").read_text()

@@ -23,6 +23,7 @@ from raystar.config.load import from_mapping, load_config, to_mapping
 from raystar.exported import model as model_module
 from raystar.exported.picture_translator import PictureTranslator
 from raystar.model import checkpoint as checkpoints
+from raystar.model import networks
 from raystar.model.networks import Nets
 from raystar.pictures.codec import open_codec
 from tests.support import ROOT, tiny_config, write_latents
@@ -191,7 +192,7 @@ def test_the_best_model_is_what_was_trained(sweep: tuple[Path, str]) -> None:
     nets = Nets.create(config.model, 3, seed=0)
     nets.load_state_dict({name: saved[name] for name in "GFED"}, "saved")
     x = torch.randn(2, 4, 16, 16) * 5
-    z = export.noise(3, config.model.latent_dim)
+    z = networks.noise(3, config.model.latent_dim)
     scale = config.training.latent_scale
     wanted = nets.translate(x * scale, nets.F(z.expand(2, -1), torch.tensor([1, 1]))) / scale
     assert torch.equal(model_module.load(runs / "s/best", "cpu").translate(x, "b", seed=3), wanted)

@@ -27,9 +27,9 @@ from PIL import Image
 
 from raystar.base.errors import RaystarError
 from raystar.base.journal import Journal
+from raystar.tracking import relay
 from raystar.tracking.mlflow import address as address_module
 from raystar.tracking.mlflow import client as client_module
-from raystar.tracking.mlflow import writer as tracking
 from raystar.tracking.mlflow.address import check_uri
 from raystar.tracking.mlflow.writer import mlflow_tracker
 from raystar.tracking.relay import Relay
@@ -89,8 +89,8 @@ def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def _quickly(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tracking, "_RETRY_S", (0.01,))
-    monkeypatch.setattr(tracking, "_LAST_S", 0.5)
+    monkeypatch.setattr(relay, "_RETRY_S", (0.01,))
+    monkeypatch.setattr(relay, "_LAST_S", 0.5)
     monkeypatch.delenv("MLFLOW_EXPERIMENT_NAME", raising=False)
 
 
@@ -368,7 +368,8 @@ import json, os, random, signal, sys, time
 from pathlib import Path
 import mlflow  # once, for all that are forked
 from PIL import Image
-from raystar.tracking import mlflow_tracker, PARENT
+from raystar.tracking.mlflow.writer import mlflow_tracker
+from raystar.tracking.tracker import PARENT
 
 folder, trials, epochs = Path(sys.argv[1]), ("t00", "t01"), 20
 
@@ -466,7 +467,7 @@ def test_a_full_disk_is_waited_for(
         pytest.skip("a small file system cannot be mounted here")
     try:
         monkeypatch.setattr("raystar.base.files._FULL_S", 0.05)
-        monkeypatch.setattr(tracking, "_LAST_S", 20.0)
+        monkeypatch.setattr(relay, "_LAST_S", 20.0)
         copy_store(empty_store, tmp_path)
         tracker = opened(tmp_path)
         ballast = tmp_path / "ballast"
@@ -543,8 +544,8 @@ def test_a_real_server_that_is_killed_in_mid_run(
     server: Server, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Killed while it is written to, away for a while, started again: every record once, in order, in the same run."""
-    monkeypatch.setattr(tracking, "_RETRY_S", (0.05, 0.1, 0.2))
-    monkeypatch.setattr(tracking, "_LAST_S", 60.0)
+    monkeypatch.setattr(relay, "_RETRY_S", (0.05, 0.1, 0.2))
+    monkeypatch.setattr(relay, "_LAST_S", 60.0)
     monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "served")  # artifacts go through the server as well
     tracker = opened(folder, server.uri)
     Image.fromarray(np.zeros((32, 32, 3), np.uint8)).save(folder / "grid.png")

@@ -86,10 +86,10 @@ def test_resume_is_bitwise(config: Config, bank: Bank, tmp_path: Path) -> None:
 GO_ON = """
 import json, sys
 from pathlib import Path
-from raystar import checkpoint as checkpoints
-from raystar.config import from_mapping
-from raystar.dataset import open_bank
-from raystar.trainer import Trainer
+from raystar.model import checkpoint as checkpoints
+from raystar.config.load import from_mapping
+from raystar.data.bank import open_bank
+from raystar.training.trainer import Trainer
 for folder in map(Path, sys.argv[1:]):
     config = from_mapping(json.loads((folder / "config.json").read_text()), "config.json")
     trainer = Trainer(config, open_bank(config, folder / "cache"), checkpoint=checkpoints.load(folder / "half.pt"))

@@ -96,7 +96,7 @@ def test_a_run_is_told_of_a_schedule_that_outlasts_it(
     def stop(config: Any, device: Any) -> None:
         raise RaystarError("far enough")
 
-    monkeypatch.setattr(train, "_initial_state", stop)
+    monkeypatch.setattr(train, "initial_state", stop)
     arguments = ["--config", str(files.config), "--out", str(files.out), "--name", "x", "--epochs", "8"]
     with pytest.raises(RaystarError, match="far enough"):
         train_main([*arguments, "--set", f"loss.ds_decay_epochs={setting}"])
@@ -256,7 +256,7 @@ def test_train_and_export_refuse_too(files: Files, capsys: pytest.CaptureFixture
 
 def test_ray_and_mlflow_are_not_even_imported(files: Files) -> None:
     code = (
-        "import sys\nfrom raystar import tune\nfrom raystar.errors import RaystarError\n"
+        "import sys\nfrom raystar import tune\nfrom raystar.base.errors import RaystarError\n"
         "try:\n    tune.main(sys.argv[1:])\nexcept RaystarError as error:\n    print(error)\n"
         "print([m for m in ('ray', 'mlflow', 'diffusers') if m in sys.modules])"
     )

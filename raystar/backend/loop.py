@@ -79,6 +79,7 @@ def _settle_process() -> None:
 
 
 def train(settings: dict[str, Any], report: Report, group: Group) -> None:
+    """Trains one configuration, alone or as one of a group of workers; whatever goes wrong is raised."""
     request: Request = settings["request"]
     config = override(from_mapping(request.config, "sweep"), settings["params"], "trial")
     if 0 < request.gpu_share < 1:

@@ -103,7 +103,7 @@ class Report:
     def _send(self, report: dict[str, Any], *, saved: bool = False) -> None:
         note, self.note = self.note, None
         self.value = report["metrics"].get(self.request.metric, self.value)
-        self._tell(_message(report | {"note": note}, self.request.metric, self.value) | {"saved": saved})
+        self._tell(message(report | {"note": note}, self.request.metric, self.value) | {"saved": saved})
 
     def _tell(self, message: dict[str, Any]) -> None:
         tune.report(message)
@@ -133,7 +133,7 @@ class GroupReport(Report):
         ray.train.report(message | held if self.first else {})
 
 
-def _message(report: dict[str, Any], metric: str, value: float) -> dict[str, Any]:
+def message(report: dict[str, Any], metric: str, value: float) -> dict[str, Any]:
     """What Tune is told: the metric for its searchers, and the report in one piece, which it need not take apart."""
     who = {"pid": os.getpid(), "host": os.uname().nodename}
     return {"report": json.dumps(report | who), metric: value}
@@ -141,7 +141,7 @@ def _message(report: dict[str, Any], metric: str, value: float) -> dict[str, Any
 
 def ended(request: Request, status: str, reason: str) -> dict[str, Any]:
     """A message without an epoch: the trial did not come to its end, or has not begun."""
-    return _message({"status": status, "reason": reason}, request.metric, _worst(request))
+    return message({"status": status, "reason": reason}, request.metric, _worst(request))
 
 
 def _worst(request: Request) -> float:

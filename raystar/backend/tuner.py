@@ -14,8 +14,8 @@ from ray import tune
 from raystar.backend.reporting import Request
 from raystar.backend.trial import run_trial
 from raystar.backend.tune_hooks import Listener, Recorder, Release, Silent, Stop, TrialNames, Warden
-from raystar.record.finals import SEED
-from raystar.search.space import Space
+from raystar.search.distributions import Distribution
+from raystar.search.space import SEED, Space
 
 _LEARNING = 8  # trials at a time on a cluster, for a search that learns
 
@@ -81,12 +81,20 @@ def _param_space(space: Space, assignment: Assignment) -> dict[str, Any]:
     known = list(assignment.known.values())
     # What was chosen before need not lie in a range: a baseline's null cannot even be compared with one.
     values = {
-        key: d.to_ray() if assignment.fresh else tune.choice([params[key] for params in known])
+        key: _domain(d) if assignment.fresh else tune.choice([params[key] for params in known])
         for key, d in space.space.items()
     }
     if SEED not in values and (seeds := sorted({params[SEED] for params in known if SEED in params})):
         values[SEED] = tune.choice(seeds)
     return values
+
+
+def _domain(distribution: Distribution) -> Any:
+    """A distribution as Ray Tune's."""
+    if distribution.kind == "choice":
+        return tune.choice(list(distribution.values))
+    make = {"randint": tune.randint, "uniform": tune.uniform, "loguniform": tune.loguniform}[distribution.kind]
+    return make(*distribution.values)
 
 
 def _searcher(space: Space, assignment: Assignment) -> Any:
@@ -105,7 +113,7 @@ def _searcher(space: Space, assignment: Assignment) -> Any:
     warnings.filterwarnings("ignore", module="optuna")
     points += [dict(params) for params in assignment.first]
     search = OptunaSearch(
-        space={key: d.to_ray() for key, d in space.space.items()},
+        space={key: _domain(d) for key, d in space.space.items()},
         metric=space.metric,
         mode=space.mode,
         points_to_evaluate=points or None,

@@ -91,6 +91,7 @@ def wait_for_space(path: Path | str, operation: Callable[[], T]) -> T:
 
 
 def notify(line: str) -> None:
+    """Prints a line to stderr, if there is room for it."""
     with contextlib.suppress(OSError):  # stderr may go to a file on the same disk
         print(line, file=sys.stderr, flush=True)
 

@@ -12,6 +12,11 @@ from raystar.config.schema import MAX_WHOLE
 
 
 def convert(hint: Any, value: Any) -> Any:
+    """A value as a key's type has it.
+
+    Raises:
+        ValueError: what was expected, without what was found.
+    """
     origin = typing.get_origin(hint)
     if origin in (typing.Union, types.UnionType):
         inner = [arg for arg in typing.get_args(hint) if arg is not type(None)]
@@ -71,6 +76,7 @@ def _number(value: Any) -> float | None:
 
 
 def check_limits(value: Any, limits: Mapping[str, float | None]) -> None:
+    """Raises ValueError, saying what was expected, for a number beyond a key's limits."""
     if value is None or isinstance(value, bool) or not isinstance(value, int | float):
         return
     if limits["at_least"] is not None and value < limits["at_least"]:

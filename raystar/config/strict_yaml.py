@@ -102,6 +102,7 @@ StrictLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _ma
 
 
 def parse_yaml(text: str) -> Any:
+    """A YAML document; raises `yaml.YAMLError` for what is none, or says something twice."""
     return yaml.load(text, Loader=StrictLoader)
 
 

@@ -15,6 +15,7 @@ from raystar.base import torch_file as pt
 
 
 def check_row(row: Tensor, channels: int) -> NDArray[Any]:
+    """A row of a packed file, checked as a latent of `channels` channels: [C,H,W]."""
     return check_latent(_as_array(row), channels)
 
 

@@ -57,6 +57,15 @@ def data_root(root: str) -> Path:
 
 
 def list_parts(root: str, domains: Sequence[str], key: str, held: bool) -> list[Part]:
+    """The latents of each domain below `root`, in order.
+
+    Args:
+        key: where `root` was written, for messages.
+        held: whether they are to be held out.
+
+    Raises:
+        RaystarError: the root or a domain is not there, holds no latents, or cannot be read.
+    """
     path = data_root(root)
     try:
         return _list_files(path, domains, key, held)

@@ -45,6 +45,8 @@ class _PackedPart(NamedTuple):
 
 
 class Packed(NamedTuple):
+    """A packed bank, opened."""
+
     latents: Tensor  # [n,C,H,W], memory-mapped
     digest: str
     parts: list[_PackedPart]

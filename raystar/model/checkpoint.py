@@ -28,6 +28,7 @@ _COMPILED_PREFIX = "_orig_mod."
 
 
 def networks_of(networks: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """The entries `names` of a checkpoint; None for what it lacks."""
     return {name: networks.get(name) for name in names}
 
 

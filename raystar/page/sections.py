@@ -345,4 +345,5 @@ def as_number(value: float | None) -> str:
 
 
 def as_value(value: Any) -> str:
+    """A value as the page's tables have it; a dash for None."""
     return "\N{EN DASH}" if value is None else charts.text(value)

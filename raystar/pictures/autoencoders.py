@@ -80,6 +80,7 @@ def to_bytes(rgb: Tensor) -> NDArray[np.uint8]:
 
 
 def check_vae(name: str, key: str) -> None:
+    """Refuses a folder without a model; a hub name is left to `load_autoencoder`."""
     path = Path(name).expanduser()
     if path.is_dir():
         _model_folder(path, key)
@@ -130,6 +131,7 @@ def open_vae(name: str, device: torch.device | str = "cpu", key: str = "--vae") 
 
 
 def load_autoencoder(name: str) -> Any:
+    """An AutoencoderKL or AutoencoderTiny from a folder or the hub; raises what diffusers raises."""
     os.environ.setdefault("HF_HUB_ETAG_TIMEOUT", str(_HUB_TIMEOUT_S))
     os.environ.setdefault("HF_HUB_DOWNLOAD_TIMEOUT", str(_HUB_TIMEOUT_S))
     from diffusers import AutoencoderKL, AutoencoderTiny

@@ -44,10 +44,12 @@ _LARGE = 0.2  # an error from which on it counts as such, not squared: 25 of 255
 
 
 def settings_line(values: dict[str, float]) -> str:
+    """Decibels by kind of latent, as a line."""
     return ", ".join(f"{kind} {value:.2f} dB" for kind, value in values.items())
 
 
 def header_facts(teacher: str, reached: dict[str, float]) -> dict[str, str]:
+    """What the decoder's file says of how it came about."""
     return {"teacher": teacher, "held_out_psnr_db": ", ".join(f"{k} {v:.2f}" for k, v in reached.items())}
 
 

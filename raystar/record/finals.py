@@ -18,8 +18,6 @@ from raystar.record.summary import Finalist, Finals, Summary, TrialRecord
 
 INTERVAL = 0.9
 """Probability that an interval stands for."""
-SEED = "training.seed"
-"""The key that differs between the runs of a finalist."""
 _FEATURED = 3  # trials beside the baseline, where there were no finals
 
 

@@ -15,7 +15,7 @@ from raystar.record.events import ALONE, ENDED, EPOCH, FINALS, NOTE, REFERENCES,
 from raystar.record.statuses import BROKEN, COLLAPSED, FINISHED, INTERRUPTED, PENDING, RUNNING, STOPPED, UNFINISHED
 from raystar.record.summary import Summary
 from raystar.search.asha import Rungs
-from raystar.search.space import Collapse
+from raystar.search.space import SEED, Collapse
 
 UNTOLD = "its translations cannot be told from their sources"
 """What `unmoved` means, in words."""
@@ -99,7 +99,7 @@ class Ledger:
             if summary.trials[name].status == PENDING and name not in wanted:
                 summary.drop(name)
         for name, (finalist, seed) in wanted.items():
-            record = summary.add(name, {**summary.trials[finalist].params, finals.SEED: seed}, finalist)
+            record = summary.add(name, {**summary.trials[finalist].params, SEED: seed}, finalist)
             if record.status == STOPPED:  # by a choice that left it out
                 summary.settle(name, PENDING)
 

@@ -12,6 +12,7 @@ def energy_distance(a: Tensor, b: Tensor) -> Tensor:
 
 
 def distances(a: Tensor, b: Tensor) -> Tensor:
+    """Euclidean distances [n,m] of the rows of [n,d] and [m,d]."""
     return torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist")
 
 

@@ -48,17 +48,13 @@ class Distribution:
             return len(set(self.values))
         return self.values[1] - self.values[0] if self.kind == "randint" else math.inf
 
-    def to_ray(self) -> Any:
-        """The same distribution as Ray Tune's."""
-        from ray import tune
-
-        if self.kind == "choice":
-            return tune.choice(list(self.values))
-        make = {"randint": tune.randint, "uniform": tune.uniform, "loguniform": tune.loguniform}[self.kind]
-        return make(*self.values)
-
 
 def read_distribution(key: str, value: Any, source: str) -> Distribution:
+    """How a key of a space file is drawn, checked against the key.
+
+    Raises:
+        RaystarError: it cannot be searched, or its kind or values are wrong.
+    """
     where = f"{source}: space: {key}"
     spec = key_field(key, f"{source}: space")
     if key.partition(".")[0] in _FIXED_SECTIONS or key in _FIXED_KEYS or not spec.metadata["result"]:

@@ -10,6 +10,7 @@ from raystar.config.schema import MAX_WHOLE
 
 
 def section(content: Any, known: tuple[str, ...], where: str) -> None:
+    """Refuses what is no mapping, or has a key that is not known."""
     if not isinstance(content, Mapping):
         raise RaystarError(f"{where}: expected keys {', '.join(known)}, found {show(content)}")
     for key in content:
@@ -18,18 +19,21 @@ def section(content: Any, known: tuple[str, ...], where: str) -> None:
 
 
 def one_of(value: Any, choices: tuple[str, ...], where: str) -> str:
+    """A text that is one of `choices`."""
     if not isinstance(value, str) or value not in choices:
         raise RaystarError(f"{where}: expected one of {', '.join(choices)}, found {show(value)}")
     return value
 
 
 def boolean(value: Any, where: str) -> bool:
+    """True or False."""
     if not isinstance(value, bool):
         raise RaystarError(f"{where}: expected true or false, found {show(value)}")
     return value
 
 
 def whole(value: Any, where: str, at_least: int, at_most: int = MAX_WHOLE) -> int:
+    """A whole number within limits."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise RaystarError(f"{where}: expected a whole number, found {show(value)}")
     if value < at_least:
@@ -40,6 +44,7 @@ def whole(value: Any, where: str, at_least: int, at_most: int = MAX_WHOLE) -> in
 
 
 def number(value: Any, where: str) -> float:
+    """A number."""
     # A whole number that is no float is beyond every limit here, and beyond isfinite.
     if isinstance(value, bool) or not isinstance(value, int | float) or not -1e300 < value < 1e300:
         raise RaystarError(f"{where}: expected a number, found {show(value)}")

@@ -17,7 +17,6 @@ from raystar.base.errors import RaystarError, key_text, misspelt, show
 from raystar.config.load import get_value, override
 from raystar.config.schema import MAX_WHOLE, Config
 from raystar.config.strict_yaml import read_mapping
-from raystar.record.finals import SEED
 from raystar.ruler.ruler import HIGHER
 from raystar.ruler.ruler import METRICS as RULER_METRICS
 from raystar.search.distributions import Distribution, read_distribution
@@ -26,6 +25,8 @@ from raystar.training.compile import SPEED_KEYS, canonical
 from raystar.training.speed import METRICS as SPEED_METRICS
 from raystar.training.trainer import METRICS
 
+SEED = "training.seed"
+"""The key that differs between the runs of a finalist."""
 _KNOWN = (
     "description", "purpose", "metric", "mode", "trials", "baseline", "search", "seed", "scheduler", "resources",
     "space", "collapse", "keep", "finalists", "abort_after",

@@ -356,6 +356,7 @@ class Relay:
 
 
 def without_credentials(tags: Mapping[str, str]) -> dict[str, str]:
+    """Tags as text, with what looks like a secret hidden."""
     return {key: redact_value(key, str(value)) for key, value in tags.items()}
 
 

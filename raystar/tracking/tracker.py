@@ -125,6 +125,7 @@ def provenance() -> dict[str, str]:
 
 
 def user() -> str:
+    """Who runs this."""
     import getpass
 
     with contextlib.suppress(OSError, KeyError, ImportError):

@@ -31,5 +31,6 @@ def pictured(step: int) -> dict[str, Any]:
 
 
 def saved_view(name: str, state: Mapping[str, Any]) -> str:
+    """A view of MLflow's UI, as its experiment tags hold it."""
     now = int(time.time() * 1000)
     return json.dumps({"name": name, "createdAt": now, "updatedAt": now, "state": json.dumps(state)})
