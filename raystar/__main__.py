@@ -1,4 +1,4 @@
-"""`raystar VERB ...`, or `python -m raystar VERB ...`: every command by its verb; `python -m raystar.VERB` works, too."""
+"""`raystar VERB ...`, or `python -m raystar VERB ...`: every command by its verb."""
 
 from __future__ import annotations
 
