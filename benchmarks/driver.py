@@ -93,7 +93,7 @@ def main() -> None:
         }
         (Path(out) / "space.yaml").write_text(yaml.safe_dump(space))
         request = ["--space", f"{out}/space.yaml", "--out", out, "--name", "long", "--epochs", str(args.epochs)]
-        wanted = plan.make_plan(tune.parser().parse_args(request))
+        wanted = plan.make_plan(tune.request_of(tune.parser().parse_args(request)))
         watch = Watch(max(1, args.trials // 5))
         reported = session.Session.trial_reported
 

@@ -1,3 +1,28 @@
-"""raystar: hyper-parameter search for a latent-space StarGAN v2."""
+"""raystar: hyper-parameter search for a latent-space StarGAN v2.
+
+From Python: `run_sweep` starts a sweep, `load` opens an exported model. Both come when they are first asked for, since
+torch and Ray take seconds.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from raystar.exported.model import load
+    from raystar.sweep.api import run_sweep
+    from raystar.sweep.request import SweepRequest
 
 __version__ = "0.1.0"
+__all__ = ["SweepRequest", "__version__", "load", "run_sweep"]
+
+_WHERE = {
+    "SweepRequest": "raystar.sweep.request",
+    "load": "raystar.exported.model",
+    "run_sweep": "raystar.sweep.api",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module 'raystar' has no attribute {name!r}")
+    return getattr(import_module(_WHERE[name]), name)

@@ -10,7 +10,8 @@ from pathlib import Path
 from raystar.base.console import run_cli
 from raystar.base.secrets import redact
 from raystar.config.load import override
-from raystar.sweep.plan import DEFAULT_CONFIG, Plan, make_plan
+from raystar.sweep.plan import Plan, make_plan
+from raystar.sweep.request import DEFAULT_CONFIG, SweepRequest
 from raystar.training.losses import outlasting
 
 _SCHEDULE = ("loss.ds_decay_epochs", "loss.w_ds")
@@ -58,7 +59,7 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """`python -m raystar.tune`."""
     args = parser().parse_args(argv)
-    plan = make_plan(args)
+    plan = make_plan(request_of(args))
     if not plan.resumed:
         note_schedules(plan)
     if args.dry_run:
@@ -67,6 +68,11 @@ def main(argv: list[str] | None = None) -> int:
     from raystar.sweep.run import run  # Ray takes seconds to import; a wrong request is answered before that
 
     return run(plan)
+
+
+def request_of(args: argparse.Namespace) -> SweepRequest:
+    """What a command line asks for."""
+    return SweepRequest(**{key: value for key, value in vars(args).items() if key != "dry_run"})
 
 
 def note_schedules(plan: Plan) -> None:

@@ -446,7 +446,7 @@ class TestResumeRefuses:
 
     def refused(self, runs: Path, *flags: str) -> str:
         with pytest.raises(RaystarError) as caught:
-            make_plan(tune.parser().parse_args(["--resume", "s", "--out", str(runs), *flags]))
+            make_plan(tune.request_of(tune.parser().parse_args(["--resume", "s", "--out", str(runs), *flags])))
         return str(caught.value)
 
     def test_a_changed_space_configuration_and_code(self, runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -466,7 +466,7 @@ class TestResumeRefuses:
         assert "configuration: loss.w_id: 1.0 then, 0.25 now" in shown
         assert "space: space.loss.w_cyc.choice: [1.0, 2.0, 3.0] then, [1.0, 2.0, 3.0, 9.0] now" in shown
         assert "--force" in shown
-        plan = make_plan(tune.parser().parse_args(["--resume", "s", "--out", str(runs), "--force"]))
+        plan = make_plan(tune.request_of(tune.parser().parse_args(["--resume", "s", "--out", str(runs), "--force"])))
         assert plan.trials == 4
         assert plan.config.loss.w_id == 0.25
         assert "3 things have changed" in capsys.readouterr().err
@@ -508,11 +508,11 @@ class TestResumeRefuses:
             (runs.parent / "space.yaml").read_text().replace("search: grid", "search: random")
         )
         with pytest.raises(RaystarError, match=re.escape(said)):
-            make_plan(tune.parser().parse_args([*flags, "--out", str(runs)]))
+            make_plan(tune.request_of(tune.parser().parse_args([*flags, "--out", str(runs)])))
 
     def test_what_it_was_made_from_is_gone(self, runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (runs.parent / "space.yaml").unlink()
-        plan = make_plan(tune.parser().parse_args(["--resume", "s", "--out", str(runs)]))
+        plan = make_plan(tune.request_of(tune.parser().parse_args(["--resume", "s", "--out", str(runs)])))
         assert plan.points == [{"loss.w_cyc": weight} for weight in WEIGHTS]
         assert "not there any more; the sweep's record counts" in capsys.readouterr().err
 
@@ -522,7 +522,7 @@ class TestResumeRefuses:
         assert "belongs to user 12345, not to you" in self.refused(runs)
 
     def test_a_sweep_that_is_running(self, runs: Path) -> None:
-        plan = make_plan(tune.parser().parse_args(["--resume", "s", "--out", str(runs)]))
+        plan = make_plan(tune.request_of(tune.parser().parse_args(["--resume", "s", "--out", str(runs)])))
         with (
             locked(runs / "s"),
             pytest.raises(RaystarError, match=rf"s: this sweep is running already, in process {os.getpid()}"),

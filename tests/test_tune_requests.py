@@ -121,7 +121,7 @@ def test_workers_are_listed_and_counted(
     files.space.write_text(yaml.safe_dump(SPACE | {"trials": 9, "resources": {"workers": 3, "cpus": 2}}))
     assert tune.main(files.arguments("--dry-run")) == 0
     assert "a trial takes 2 cpu and 0 gpu for each of 3 workers" in capsys.readouterr().out
-    assert plan.make_plan(tune.parser().parse_args(files.arguments())).at_a_time == 2
+    assert plan.make_plan(tune.request_of(tune.parser().parse_args(files.arguments()))).at_a_time == 2
 
 
 CASES: list[tuple[list[str], list[str]]] = [

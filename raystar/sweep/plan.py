@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import re
 import shlex
@@ -32,12 +31,11 @@ from raystar.ruler.ruler import measured_by
 from raystar.search.space import SEED, Space
 from raystar.search.space import from_mapping as space_from_mapping
 from raystar.sweep.disk import check_space, checkpoint_bytes, needed_bytes
+from raystar.sweep.request import DEFAULT_CONFIG, SweepRequest
 from raystar.sweep.resources import trial_resources
 from raystar.tracking.mlflow.address import check_uri, default_uri
 from raystar.tracking.tracker import provenance
 from raystar.training.speed import check_steps
-
-DEFAULT_CONFIG = "configs/demo.yaml"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,41 +109,41 @@ class Plan:
         return f"t{number:0{self.width}d}"
 
 
-def make_plan(args: argparse.Namespace) -> Plan:
+def make_plan(request: SweepRequest) -> Plan:
     """Checks the whole request.
 
     Raises:
         RaystarError: the first thing that is wrong.
     """
     for flag, value in (
-        ("--trials", args.trials),
-        ("--epochs", args.epochs),
-        ("--max-concurrent", args.max_concurrent),
+        ("--trials", request.trials),
+        ("--epochs", request.epochs),
+        ("--max-concurrent", request.max_concurrent),
     ):
         if value is not None and value < 1:
             raise RaystarError(f"{flag}: expected at least 1, found {value}")
-    budget = _time_budget(args.time_budget) if args.time_budget else None
-    if args.resume is not None:
-        return _resumed(args, budget)
-    if args.space is None:
+    budget = _time_budget(request.time_budget) if request.time_budget else None
+    if request.resume is not None:
+        return _resumed(request, request.resume, budget)
+    if request.space is None:
         raise RaystarError("--space: expected a space file, for example search_spaces/loss.yaml, or --resume NAME")
-    name = args.name if args.name is not None else f"{Path(args.space).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+    name = request.name if request.name is not None else f"{Path(request.space).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
     check_name(name)
-    folder = args.out / name
+    folder = request.out / name
     if folder.exists():
         goes_on = f"go on with --resume {name}, " if (folder / RECORD).exists() else ""
         raise RaystarError(f"--name {name}: {folder} is there already; {goes_on}choose another name or remove it")
     asked = {
-        "space": str(args.space),
-        "config": str(args.config),
-        "overlay": list(args.overlay),
-        "set": list(args.set),
-        "epochs": args.epochs,
-        "trials": args.trials,
+        "space": str(request.space),
+        "config": str(request.config),
+        "overlay": list(map(str, request.overlay)),
+        "set": list(request.set),
+        "epochs": request.epochs,
+        "trials": request.trials,
     }
     config, content = _read(asked)
     config, space = _settle(asked, config, content)
-    return _check(args, budget, name, asked, config, content, space)
+    return _check(request, budget, name, asked, config, content, space)
 
 
 def _read(asked: Mapping[str, Any]) -> tuple[Config, dict[str, Any]]:
@@ -174,7 +172,7 @@ def _settle(asked: Mapping[str, Any], config: Config, content: Mapping[str, Any]
 
 
 def _check(
-    args: argparse.Namespace,
+    request: SweepRequest,
     budget: float | None,
     name: str,
     asked: Mapping[str, Any],
@@ -185,13 +183,13 @@ def _check(
     before: Mapping[str, Any] | None = None,
 ) -> Plan:
     """Everything that must hold before Ray starts. `before`: the record of the sweep that goes on."""
-    gpu_share, cpus = trial_resources(config, space, args.address)
-    points = space.points(config, resolve_device(config) if args.address is None else torch.device("cpu"))
+    gpu_share, cpus = trial_resources(config, space, request.address)
+    points = space.points(config, resolve_device(config) if request.address is None else torch.device("cpu"))
     trials = len(points) if points is not None else space.trials
-    uri = _tracking_uri(args, before)
+    uri = _tracking_uri(request, before)
     check_uri(uri)
-    storage = Storage(args.storage or (before or {}).get("storage") or str(args.out)).child(name)
-    bank = open_bank(config, cache_dir(config, args.out))
+    storage = Storage(request.storage or (before or {}).get("storage") or str(request.out)).child(name)
+    bank = open_bank(config, cache_dir(config, request.out))
     if space.purpose == "speed":
         check_steps(config, bank)
     else:
@@ -214,7 +212,7 @@ def _check(
         "signature": signature(config),
         "data": {"root": bank.root, "digest": bank.digest, "latents": len(bank.names)},
         **({"ruler": measured_by(bank, config)} if space.purpose == "quality" else {}),
-        "storage": args.storage or (before or {}).get("storage"),
+        "storage": request.storage or (before or {}).get("storage"),
         "tracking_uri": redact(uri),
         "code": code(),
         "command": (before or {}).get("command") or redact(shlex.join(["python", *sys.orig_argv[1:]])),
@@ -222,43 +220,43 @@ def _check(
     }
     width = max(2, len(str((before or record)["trials"] - 1)))
     return Plan(
-        name, args.out, config, space, points, trials, width, gpu_share, cpus, args.max_concurrent, budget, uri, bank,
-        record, before is not None, args.address, storage=storage,
+        name, request.out, config, space, points, trials, width, gpu_share, cpus, request.max_concurrent, budget, uri,
+        bank, record, before is not None, request.address, storage=storage,
     )  # fmt: skip
 
 
-def _tracking_uri(args: argparse.Namespace, before: Mapping[str, Any] | None) -> str:
+def _tracking_uri(request: SweepRequest, before: Mapping[str, Any] | None) -> str:
     """Where records go; a sweep that goes on stays with its store."""
-    given = args.tracking_uri or default_uri(args.out)
+    given = request.tracking_uri or default_uri(request.out)
     if before is None:
         return given
     then = str(before["tracking_uri"])
     if redact(given) == then:
         return given
-    if args.tracking_uri is not None or redact(then + "x") != then + "x":
+    if request.tracking_uri is not None or redact(then + "x") != then + "x":
         raise RaystarError(
             f"--tracking-uri: this sweep's runs are in {then}"
-            + (f", not in {redact(given)}" if args.tracking_uri else "; give it again, with its password")
+            + (f", not in {redact(given)}" if request.tracking_uri else "; give it again, with its password")
         )
     return then
 
 
-def _resumed(args: argparse.Namespace, budget: float | None) -> Plan:
+def _resumed(request: SweepRequest, name: str, budget: float | None) -> Plan:
     """The plan of a sweep that goes on: its record's, unless what it was made from has changed and `--force` is given.
 
     Raises:
         RaystarError: what has changed; or anything that `make_plan` refuses.
     """
-    name = args.resume
     check_name(name, "--resume")
     for flag, given in (
-        ("--name", args.name), ("--space", args.space), ("--overlay", args.overlay), ("--set", args.set),
-        ("--epochs", args.epochs), ("--storage", args.storage), ("--config", args.config != DEFAULT_CONFIG),
+        ("--name", request.name), ("--space", request.space), ("--overlay", request.overlay), ("--set", request.set),
+        ("--epochs", request.epochs), ("--storage", request.storage),
+        ("--config", str(request.config) != DEFAULT_CONFIG),
     ):  # fmt: skip
         if given:
             raise RaystarError(f"--resume {name} goes on as the sweep was asked for; leave out {flag}")
-    before = read_record(args.out, name)
-    asked = {**before["request"], **({"trials": args.trials} if args.trials is not None else {})}
+    before = read_record(request.out, name)
+    asked = {**before["request"], **({"trials": request.trials} if request.trials is not None else {})}
     config, content = config_from_mapping(before["config"], RECORD), before["space"]
     changed = differences(before["code"], code(), "code")
     gone = [file for file in (asked["space"], asked["config"], *asked["overlay"]) if not find_shipped(file).is_file()]
@@ -269,10 +267,10 @@ def _resumed(args: argparse.Namespace, budget: float | None) -> Plan:
         config_now, _ = _settle(asked, config_now, content_now)
         changed += differences(to_mapping(config), to_mapping(config_now), "configuration")
         changed += differences(content, content_now, "space")
-        if args.force:
+        if request.force:
             config, content = config_now, content_now
     config, space = _settle(asked, config, content)
-    plan = _check(args, budget, name, asked, config, content, space, before=before)
+    plan = _check(request, budget, name, asked, config, content, space, before=before)
     changed += differences(before["data"], plan.record["data"], "data")
     if plan.trials < before["trials"]:
         raise RaystarError(f"--trials: sweep {name} has {before['trials']} trials; expected at least as many")
@@ -283,7 +281,7 @@ def _resumed(args: argparse.Namespace, budget: float | None) -> Plan:
             f"and cannot be compared with those of {plan.record.get('ruler', 'none')} now, not even with --force; "
             + (f"put back what has changed, or start a new sweep:{listed}" if changed else "start a new sweep")
         )
-    if changed and not args.force:
+    if changed and not request.force:
         listed = "".join(f"\n  {line}" for line in changed)
         raise RaystarError(
             f"--resume {name}: not what the sweep began with:{listed}\n"
