@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from raystar.base.console import announce, duration
@@ -32,51 +33,69 @@ def tell(
     announce(f"\nsweep {summary.status} in {duration(summary.wall_s)}: {counts}")
     if error is not None:
         print(f"error: {error}", file=sys.stderr, flush=True)
+    left = plan.folder / (FASTEST if plan.speed else BEST)
+    for line in (
+        *_troubles(summary),
+        *(ranking(summary) if plan.speed else []),
+        *_best(plan, summary, left, registered),
+        *_where_to_go_on(plan, summary, how_to_compare, left),
+    ):
+        announce(line)
+
+
+def _troubles(summary: Summary) -> Iterator[str]:
+    """Trials that went wrong, and what is to be known of others."""
     for record in summary.trials.values():
         if record.status in BROKEN:
             out = f" (left out of the mean of {record.parent})" if record.parent in summary.finalists else ""
-            announce(f"  {record.trial} {record.status}: {record.reason}{out}")
+            yield f"  {record.trial} {record.status}: {record.reason}{out}"
         if record.note is not None:
-            announce(f"  {record.trial}: {record.note}")
-    if plan.speed:
-        for line in ranking(summary):
-            announce(line)
+            yield f"  {record.trial}: {record.note}"
+
+
+def _best(plan: Plan, summary: Summary, left: Path, registered: str | None) -> Iterator[str]:
+    """Who is best, by how much, and what there is of it."""
     best = summary.best
-    left = plan.folder / (FASTEST if plan.speed else BEST)
     if best is None or best.score is None:
-        announce("no trial has a score")
-    else:
-        announce(_in_a_line(summary, best, best.score))
-        announce("  " + "  ".join(f"{key}={value}" for key, value in summary.changed(best).items()))
-        for line in (*_finalists(plan, summary), *reference_lines(summary)):
-            announce(line)
-        if (standing := summary.standing) is not None:
-            announce(standing)
-        if not plan.speed and (rungs := results.read(plan.folder).foresight()):
-            announce(rungs[0].words)
-        if left.exists():
-            of = f" (of {best.trial}: {summary.short_metric} {best.score:.4f})" if summary.finals is not None else ""
-            announce(f"  {'overlay' if plan.speed else 'files'}: {left}{of}")
-        if registered is not None:
-            announce(f"  model: {registered}")
+        yield "no trial has a score"
+        return
+    yield _in_a_line(summary, best, best.score)
+    yield "  " + "  ".join(f"{key}={value}" for key, value in summary.changed(best).items())
+    yield from _finalists(plan, summary)
+    yield from reference_lines(summary)
+    if (standing := summary.standing) is not None:
+        yield standing
+    if not plan.speed and (rungs := results.read(plan.folder).foresight()):
+        yield rungs[0].words
+    if left.exists():
+        of = f" (of {best.trial}: {summary.short_metric} {best.score:.4f})" if summary.finals is not None else ""
+        yield f"  {'overlay' if plan.speed else 'files'}: {left}{of}"
+    if registered is not None:
+        yield f"  model: {registered}"
+
+
+def _where_to_go_on(
+    plan: Plan, summary: Summary, how_to_compare: tuple[str, str, str | None], left: Path
+) -> Iterator[str]:
+    """The commands that come next, each at its place."""
     waiting = any(record.status in UNFINISHED for record in summary.trials.values())
-    finals_wait = bool(plan.seeds) and not summary.repeats and best is not None
+    finals_wait = bool(plan.seeds) and not summary.repeats and summary.best is not None
     if waiting or finals_wait or len(summary.trials) < summary.expected:
         out = "" if plan.out == Path("runs") else f" --out {plan.out}"
-        announce(f"go on:   python -m raystar.tune --resume {plan.name}{out}")
+        yield f"go on:   python -m raystar.tune --resume {plan.name}{out}"
     if (page := plan.folder / REPORT).exists():
-        announce(f"report:  {page}")
+        yield f"report:  {page}"
     command, address, pictures = how_to_compare
-    announce(f"compare: {command}".rstrip() if command else f"compare: {address}")
+    yield f"compare: {command}".rstrip() if command else f"compare: {address}"
     if command:
-        announce(f"         then open {address}")
+        yield f"         then open {address}"
     if pictures is not None:
-        announce(f"         pictures: {pictures}")
+        yield f"         pictures: {pictures}"
     if plan.speed and left.exists():
-        announce(f"use it:  python -m raystar.tune --overlay {left} --space ...")
+        yield f"use it:  python -m raystar.tune --overlay {left} --space ..."
     elif left.exists():
         runs = "" if plan.out == Path("runs") else f" --runs {plan.out}"
-        announce(f"export:  python -m raystar.export --sweep {plan.name}{runs} --out my_model")
+        yield f"export:  python -m raystar.export --sweep {plan.name}{runs} --out my_model"
 
 
 def _finalists(plan: Plan, summary: Summary) -> list[str]:
