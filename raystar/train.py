@@ -153,7 +153,7 @@ def initial_state(config: Config, device: Any) -> TrainState:
 
 def _run(trainer: Trainer, tracker: Tracker, config: Config, folder: Path) -> int:
     vis = Path(config.visualization.save_dir) if config.visualization.save_dir else folder / "vis"
-    best: tuple[float, int] | None = None
+    measured: tuple[float, int] | None = None
     status, reason = FAILED, None
     try:
         for progress in trainer.run():
@@ -171,8 +171,8 @@ def _run(trainer: Trainer, tracker: Tracker, config: Config, folder: Path) -> in
             tracker.log(PARENT, progress.epoch, progress.metrics, images)
             _save(progress, config, folder, tracker)
             score = progress.metrics.get("eval/score")
-            if score is not None and (best is None or score < best[0]):
-                best = (score, progress.epoch)
+            if score is not None:
+                measured = (score, progress.epoch)
         status = FINISHED
     except KeyboardInterrupt:
         status = INTERRUPTED
@@ -185,8 +185,8 @@ def _run(trainer: Trainer, tracker: Tracker, config: Config, folder: Path) -> in
             tracker.attach(PARENT, {}, {CHECKPOINT: str((folder / "latest.pt").resolve())}, {})
         tracker.end(PARENT, status, reason)
         tracker.close()
-    if best is not None:
-        print(f"{status}; best score {best[0]:.4f} at epoch {best[1]}; checkpoints and grids in {folder}")
+    if measured is not None:
+        print(f"{status}; score {measured[0]:.4f} after epoch {measured[1]}; checkpoints and grids in {folder}")
     if (folder / "latest.pt").is_file():
         print(f"export: python -m raystar.export --checkpoint {folder / 'latest.pt'} --out my_model")
     if status == INTERRUPTED:
