@@ -187,7 +187,8 @@ def tell(
         announce("no trial has a score")
     else:
         announce(_in_a_line(summary, best, best.score))
-        announce("  " + "  ".join(f"{key}={value}" for key, value in summary.changed(best).items()))
+        searched = {key: value for key, value in summary.changed(best).items() if key != finals.SEED or not best.parent}
+        announce("  " + "  ".join(f"{key}={value}" for key, value in searched.items()))
         for line in (*_finalists(plan, summary), *reference_lines(summary)):
             announce(line)
         if (standing := summary.standing) is not None:
