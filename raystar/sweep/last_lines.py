@@ -11,6 +11,7 @@ from raystar.record import finals, results
 from raystar.record.results import REPORT
 from raystar.record.statuses import BROKEN, FINISHED, UNFINISHED
 from raystar.record.summary import Summary, TrialRecord
+from raystar.search.space import SEED
 from raystar.sweep.finish import BEST, FASTEST
 from raystar.sweep.live_table import ranking, reference_lines
 from raystar.sweep.plan import Plan
@@ -60,7 +61,9 @@ def _best(plan: Plan, summary: Summary, left: Path, registered: str | None) -> I
         yield "no trial has a score"
         return
     yield _in_a_line(summary, best, best.score)
-    yield "  " + "  ".join(f"{key}={value}" for key, value in summary.changed(best).items())
+    # What was searched, not the seed of the winner's best run.
+    searched = {key: value for key, value in summary.changed(best).items() if key != SEED or best.parent is None}
+    yield "  " + "  ".join(f"{key}={value}" for key, value in searched.items())
     yield from _finalists(plan, summary)
     yield from reference_lines(summary)
     if (standing := summary.standing) is not None:
