@@ -21,7 +21,7 @@ from raystar.model.networks import NAMES
 from raystar.pictures.codec import check_codec, open_codec
 from raystar.record.statuses import DIVERGED, FAILED, FINISHED, INTERRUPTED
 from raystar.ruler.ruler import NOTHING, TRANSFER, Ruler
-from raystar.ruler.ruler import check as check_ruler
+from raystar.ruler.samples import check as check_ruler
 from raystar.tracking.mlflow.address import check_uri, default_uri
 from raystar.tracking.mlflow.writer import mlflow_tracker
 from raystar.tracking.tracker import CHECKPOINT, PARENT, SPOOL, Tracker, provenance

@@ -531,7 +531,7 @@ def test_the_registered_name() -> None:
 
 def test_scores_under_one_key_were_measured_alike(tmp_path: Path) -> None:
     from raystar.data.bank import open_bank
-    from raystar.ruler.ruler import measured_by
+    from raystar.ruler.samples import measured_by
     from tests.support import tiny_config, write_latents
 
     config = tiny_config(write_latents(tmp_path / "latents", count=8, size=8))

@@ -21,7 +21,8 @@ from raystar.data.bank import Bank, open_bank
 from raystar.model.networks import Nets
 from raystar.ruler.distances import channel_transfer, energy_distance
 from raystar.ruler.picture_stats import content_lost, sketch, statistics
-from raystar.ruler.ruler import METRICS, NOTHING, TRANSFER, UNMOVED, Ruler, measured_by, ruler_file
+from raystar.ruler.ruler import METRICS, NOTHING, TRANSFER, UNMOVED, Ruler, ruler_file
+from raystar.ruler.samples import measured_by
 from raystar.training.state import TrainState
 from tests.support import SHARED, needs_shared, tiny_config, write_latents
 

@@ -27,8 +27,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import functools
-import hashlib
 import json
 import os
 from collections.abc import Iterator
@@ -41,19 +39,16 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from raystar.base.errors import RaystarError
 from raystar.config.schema import Config
 from raystar.data.bank import Bank
 from raystar.model.checkpoint import digest
 from raystar.model.networks import Nets
-from raystar.pictures import decoder as decoders
 from raystar.ruler.distances import channel_transfer, distances, energy_distance, mean_pairwise
 from raystar.ruler.eye import CHUNK, Eye
-from raystar.ruler.feature_file import file_digest
-from raystar.ruler.feature_file import load as load_features
 from raystar.ruler.features import Features
 from raystar.ruler.outlook import progress
 from raystar.ruler.picture_stats import content_lost, statistics
+from raystar.ruler.samples import SEED, check, choose, measured_by
 from raystar.ruler.subjects import NetsSubject, Subject
 
 METRICS = ("score", "style", "content", "diversity", "worst_pair", "accuracy", "movement", "outlook")
@@ -72,10 +67,6 @@ NOTHING, TRANSFER = "nothing", "transfer"
 UNMOVED = 0.005
 """A model whose `movement` is below this cannot be told from doing nothing. Generators that stay the identity have up
 to 0.002, by rounding; those that went on to move had more at a fifth of their run (benchmarks/RESULTS.md)."""
-
-MIN_HELD_OUT = 4
-_VERSION = 3  # part of what scores are compared by: raise it when anything that is measured changes
-_SEED = 20_251_121
 _PERFECT = 0.1
 _DIVERSITY_WANTED = 0.2
 _IGNORED_FROM, _IGNORED_AT = 0.6, 0.85  # of what unrelated pictures lose; other renderings of one scene lose half of it
@@ -281,41 +272,6 @@ class Ruler:
         return 1 + (energy_distance(found, self.target_features[target]) - nothing) / unit
 
 
-def check(bank: Bank, config: Config) -> None:
-    """Refuses data and settings that the ruler cannot measure with.
-
-    Raises:
-        RaystarError: a domain with too few held-out latents, latents that are not of four channels, or a feature file
-            that is none.
-    """
-    if config.ruler.features is not None:
-        load_features(config.ruler.features)
-    if bank.shape[0] != 4 or min(bank.shape[1:]) < 4:
-        raise RaystarError(
-            f"{bank.root}: the ruler looks at decoded pictures, and SD1.5's decoder takes latents [4,H,W] of 4 cells "
-            f"or more; found {list(bank.shape)}"
-        )
-    for domain, rows in zip(bank.domains, bank.held, strict=True):
-        if len(rows) < MIN_HELD_OUT:
-            raise RaystarError(
-                f"data.holdout: the ruler needs {MIN_HELD_OUT} held-out latents of every domain, '{domain}' has "
-                f"{len(rows)}; raise data.holdout or name data.eval_data_root"
-            )
-
-
-def measured_by(bank: Bank, config: Config) -> str:
-    """A key of what is measured on what, by which sources and noises: scores under one key can be compared."""
-    facts = [_VERSION, _decoder_digest(), bank.digest, list(bank.domains), config.training.latent_scale]
-    facts += [config.model.latent_dim, config.ruler.sources, config.ruler.targets, config.ruler.styles]
-    facts += [] if config.ruler.features is None else [file_digest(config.ruler.features)]
-    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
-
-
-@functools.cache
-def _decoder_digest() -> str:
-    return hashlib.sha256(decoders.PACKAGED.read_bytes()).hexdigest()[:16]
-
-
 # -- building --------------------------------------------------------------------------------------
 
 
@@ -323,11 +279,11 @@ def _decoder_digest() -> str:
 def _fresh(cls: type[Ruler], bank: Bank, config: Config) -> Ruler:
     with _one_thread():
         eye, scale = Eye(config.ruler.features), config.training.latent_scale
-        rng = np.random.default_rng(_SEED)
+        rng = np.random.default_rng(SEED)
         train = [bank.rows(np.sort(rng.permutation(rows)[:_MAX_TRAIN])) for rows in bank.train]
         raw = [torch.cat([found for found, _ in eye.look(x)]) for x in train]
         features = Features.fit(raw, _own_statistics(bank))
-        chosen = _choose(bank, config)
+        chosen = choose(bank, config)
         pairs = [(i, j) for i in range(len(bank.domains)) for j in range(len(bank.domains)) if i != j]
         looks = [list(zip(*eye.look(x / scale), strict=True)) for x in chosen.targets]
         seen = [_Seen(features(torch.cat(raw)), torch.cat(sketches)) for raw, sketches in looks]
@@ -362,28 +318,6 @@ def _references(ruler: Ruler) -> dict[str, dict[str, float]]:
         measured = ruler._judge(ruler._look(torch.cat(fakes)), None) | {"outlook": ruler._outlook(fakes)}
         found[name] = {f"eval/{key}": measured[key].item() for key in METRICS if key in measured}
     return found
-
-
-@dataclass
-class _Chosen:
-    """What is drawn of the held-out latents: the same in every process."""
-
-    targets: list[Tensor]
-    sources: Tensor
-    reference: Tensor
-    noise: Tensor
-
-
-def _choose(bank: Bank, config: Config) -> _Chosen:
-    settings, scale = config.ruler, config.training.latent_scale
-    rng = np.random.default_rng(_SEED)
-    N = len(bank.domains)
-    targets = [bank.rows(rng.permutation(rows)[: settings.targets]) * scale for rows in bank.held]
-    n = min(settings.sources, *map(len, targets))
-    sources = torch.stack([t[:n] for t in targets])
-    drawn = [rng.permutation(len(targets[j]))[:n] for i in range(N) for j in range(N) if i != j]
-    noise = rng.standard_normal((settings.styles, N * (N - 1), n, config.model.latent_dim), dtype=np.float32)
-    return _Chosen(targets, sources, torch.from_numpy(np.stack(drawn)), torch.from_numpy(noise))
 
 
 @contextlib.contextmanager
@@ -431,7 +365,7 @@ def _read(path: Path, bank: Bank, config: Config) -> Ruler | None:
             return None
         features = Features(len(bank.domains), _own_statistics(bank), len(state["features.mean"]))
         features.load_state_dict({name.partition(".")[2]: v for name, v in state.items() if name[:9] == "features."})
-        chosen = _choose(bank, config)
+        chosen = choose(bank, config)
         return Ruler(
             features=features.eval().requires_grad_(False),
             eye=Eye(config.ruler.features),

@@ -30,7 +30,7 @@ from raystar.record.results import CONTACT_SHEET, REPORT
 from raystar.record.statuses import FINISHED
 from raystar.record.summary import Summary, TrialRecord
 from raystar.record.trial_files import checkpoint_name, picture_name, saved_epochs
-from raystar.ruler.ruler import measured_by
+from raystar.ruler.samples import measured_by
 from raystar.sweep.plan import Plan
 from raystar.tracking.mlflow import models as registry
 from raystar.tracking.tracker import CHECKPOINT, PARENT, Tracker

@@ -26,8 +26,8 @@ from raystar.data.bank import Bank, open_bank
 from raystar.model.device import resolve_device
 from raystar.pictures.codec import check_codec
 from raystar.record.sweep_file import RECORD, code, differences, read_record
-from raystar.ruler.ruler import check as check_ruler
-from raystar.ruler.ruler import measured_by
+from raystar.ruler.samples import check as check_ruler
+from raystar.ruler.samples import measured_by
 from raystar.search.space import SEED, Space
 from raystar.search.space import from_mapping as space_from_mapping
 from raystar.sweep.disk import check_space, checkpoint_bytes, needed_bytes

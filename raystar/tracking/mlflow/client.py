@@ -5,7 +5,10 @@ from __future__ import annotations
 import logging
 import os
 import warnings
+from pathlib import Path
 from typing import Any
+
+from raystar.tracking.tracker import DEFAULT_EXPERIMENT
 
 _ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",  # it would look for the network
@@ -34,3 +37,29 @@ def connect(uri: str) -> Any:
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="mlflow")
     return mlflow.MlflowClient(tracking_uri=uri)
+
+
+def experiment(client: Any, uri: str, artifacts: Path) -> str:
+    """The id of raystar's experiment (`MLFLOW_EXPERIMENT_NAME`), which is made if it is not there.
+
+    Args:
+        artifacts: folder of a new local experiment's artifacts.
+
+    Raises:
+        ValueError: it is deleted there.
+    """
+    from mlflow.exceptions import MlflowException
+
+    name = os.environ.get("MLFLOW_EXPERIMENT_NAME", DEFAULT_EXPERIMENT)
+    found = client.get_experiment_by_name(name)
+    if found is None:
+        location = artifacts.resolve().as_uri() if uri.startswith("sqlite:") else None
+        try:
+            return str(client.create_experiment(name, artifact_location=location))
+        except MlflowException as error:
+            found = client.get_experiment_by_name(name)
+            if error.error_code != "RESOURCE_ALREADY_EXISTS" or found is None:  # else another sweep was first
+                raise
+    if found.lifecycle_stage != "active":
+        raise ValueError(f"experiment {name} is deleted there; restore it, or set MLFLOW_EXPERIMENT_NAME")
+    return str(found.experiment_id)

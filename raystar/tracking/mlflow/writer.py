@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
-import os
 import re
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -15,11 +14,11 @@ from typing import Any
 from raystar.base.errors import RaystarError
 from raystar.base.secrets import in_a_line, redact
 from raystar.tracking.mlflow import models as registry
-from raystar.tracking.mlflow.client import connect, set_environment
-from raystar.tracking.mlflow.views import PICTURED_RUNS, RANK, SHOWN, VIEW, pictured, saved_view
+from raystar.tracking.mlflow.client import connect, experiment, set_environment
+from raystar.tracking.mlflow.views import PICTURED_RUNS, RANK, SHOWN, VIEW, grids_state, saved_view, table_state
 from raystar.tracking.relay import Declined, Delivery, Refused, Relay, Unreadable, local_file, without_credentials
 from raystar.tracking.spool import Spool, Told
-from raystar.tracking.tracker import DEFAULT_EXPERIMENT, PARENT, user
+from raystar.tracking.tracker import PARENT, user
 
 _MARK = "raystar.record"  # tag by which a run is found whose creation was not answered
 _ENDED = {
@@ -124,7 +123,7 @@ class MlflowStore:
         """See `Store`."""
         self._spool = spool
         client = connect(self.uri)
-        self.experiment_id = self._known_experiment(client) or self._experiment(client)
+        self.experiment_id = self._known_experiment(client) or experiment(client, self.uri, self.artifacts)
         metric, lower = self.primary
         client.set_experiment_tag(self.experiment_id, "mlflow.experiment.primaryMetric.name", metric)
         greater = "false" if lower else "true"
@@ -132,23 +131,6 @@ class MlflowStore:
         client.set_experiment_tag(self.experiment_id, "mlflow.experimentKind", "custom_model_development")
         self._save_view(client)
         self.client = client
-
-    def _experiment(self, client: Any) -> str:
-        from mlflow.exceptions import MlflowException
-
-        name = os.environ.get("MLFLOW_EXPERIMENT_NAME", DEFAULT_EXPERIMENT)
-        found = client.get_experiment_by_name(name)
-        if found is None:
-            location = self.artifacts.resolve().as_uri() if self.uri.startswith("sqlite:") else None
-            try:
-                return client.create_experiment(name, artifact_location=location)
-            except MlflowException as error:
-                found = client.get_experiment_by_name(name)
-                if error.error_code != "RESOURCE_ALREADY_EXISTS" or found is None:  # else another sweep was first
-                    raise
-        if found.lifecycle_stage != "active":
-            raise ValueError(f"experiment {name} is deleted there; restore it, or set MLFLOW_EXPERIMENT_NAME")
-        return found.experiment_id
 
     def _known_experiment(self, client: Any) -> str | None:
         """Where the runs of an existing spool lie."""
@@ -173,47 +155,17 @@ class MlflowStore:
         client.set_experiment_tag(self.experiment_id, f"mlflow.sharedViewState.{VIEW}", self._view())
 
     def _view(self) -> str:
-        """A saved view of the UI: every run in one table, best first, with the columns that matter.
-
-        Its charts begin with the grids, large and all at one epoch, the last to which every trial came, instead of
-        ending with them: at the last of all, trials that were stopped early would show nothing.
-        The form is what MLflow 3.17 writes itself; another version ignores what it does not know.
-        """
-        metric, lower = self.primary
-        final = f"metrics.`final/{metric.partition('/')[2]}`"
-        shown = [final, f"metrics.`{metric}`", "tags.`raystar.status`", "tags.`raystar.sweep`"]
-        state = {
-            "orderByKey": final,
-            "orderByAsc": lower,
-            "runsHiddenMode": "SHOW_ALL",
-            "selectedColumns": [*shown, *(f"params.`{column}`" for column in self.columns)],
-        }
-        if not metric.startswith("perf/"):  # who measures speed draws nothing
-            state |= pictured(min((told.pictured for told in self._spool.trials.values() if told.pictured), default=0))
-        return saved_view(VIEW, state)
+        """A saved view of every run."""
+        pictures = [told.pictured for told in self._spool.trials.values() if told.pictured]
+        return saved_view(VIEW, table_state(self.primary, self.columns, min(pictures, default=0)))
 
     @property
     def _view_name(self) -> str:
         return f"{VIEW}-{self.common_tags.get('raystar.sweep', 'run')}"
 
     def _save_grids_view(self, epoch: int) -> None:
-        """A saved view of nothing but the featured runs, at one epoch.
-
-        MLflow 3.17 draws the first ten runs of its table, from the last to the first: so these are sorted backwards,
-        and stand in the charts with the best at the left. Pinned and hidden runs would be simpler, but a view that is
-        opened by its address leaves those out.
-        """
-        metric, _ = self.primary
-        shown = [f"metrics.`{RANK}`", f"metrics.`final/{metric.partition('/')[2]}`", "tags.`raystar.status`"]
-        state = {
-            "searchFilter": f"tags.`{SHOWN}` = '{self._view_name}'",
-            "orderByKey": shown[0],
-            "orderByAsc": False,
-            "runsHiddenMode": "SHOW_ALL",
-            "selectedColumns": [*shown, *(f"params.`{column}`" for column in self.columns)],
-            **pictured(epoch),
-        }
-        view = saved_view(self._view_name, state)
+        """A saved view of nothing but the featured runs, at one epoch."""
+        view = saved_view(self._view_name, grids_state(self.primary, self.columns, self._view_name, epoch))
         self.client.set_experiment_tag(self.experiment_id, f"mlflow.sharedViewState.{self._view_name}", view)
 
     def marks(

@@ -1,0 +1,81 @@
+"""What is measured on what: the pictures, references and noises, and the key under which scores can be compared."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from raystar.base.errors import RaystarError
+from raystar.config.schema import Config
+from raystar.data.bank import Bank
+from raystar.pictures import decoder as decoders
+from raystar.ruler.feature_file import file_digest
+from raystar.ruler.feature_file import load as load_features
+
+MIN_HELD_OUT = 4
+_VERSION = 3  # part of what scores are compared by: raise it when anything that is measured changes
+SEED = 20_251_121
+
+
+def check(bank: Bank, config: Config) -> None:
+    """Refuses data and settings that the ruler cannot measure with.
+
+    Raises:
+        RaystarError: a domain with too few held-out latents, latents that are not of four channels, or a feature file
+            that is none.
+    """
+    if config.ruler.features is not None:
+        load_features(config.ruler.features)
+    if bank.shape[0] != 4 or min(bank.shape[1:]) < 4:
+        raise RaystarError(
+            f"{bank.root}: the ruler looks at decoded pictures, and SD1.5's decoder takes latents [4,H,W] of 4 cells "
+            f"or more; found {list(bank.shape)}"
+        )
+    for domain, rows in zip(bank.domains, bank.held, strict=True):
+        if len(rows) < MIN_HELD_OUT:
+            raise RaystarError(
+                f"data.holdout: the ruler needs {MIN_HELD_OUT} held-out latents of every domain, '{domain}' has "
+                f"{len(rows)}; raise data.holdout or name data.eval_data_root"
+            )
+
+
+def measured_by(bank: Bank, config: Config) -> str:
+    """A key of what is measured on what, by which sources and noises: scores under one key can be compared."""
+    facts = [_VERSION, _decoder_digest(), bank.digest, list(bank.domains), config.training.latent_scale]
+    facts += [config.model.latent_dim, config.ruler.sources, config.ruler.targets, config.ruler.styles]
+    facts += [] if config.ruler.features is None else [file_digest(config.ruler.features)]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+
+
+@functools.cache
+def _decoder_digest() -> str:
+    return hashlib.sha256(decoders.PACKAGED.read_bytes()).hexdigest()[:16]
+
+
+@dataclass
+class Chosen:
+    """What is drawn of the held-out latents: the same in every process."""
+
+    targets: list[Tensor]
+    sources: Tensor
+    reference: Tensor
+    noise: Tensor
+
+
+def choose(bank: Bank, config: Config) -> Chosen:
+    """Draws what is measured of a bank's held-out latents."""
+    settings, scale = config.ruler, config.training.latent_scale
+    rng = np.random.default_rng(SEED)
+    N = len(bank.domains)
+    targets = [bank.rows(rng.permutation(rows)[: settings.targets]) * scale for rows in bank.held]
+    n = min(settings.sources, *map(len, targets))
+    sources = torch.stack([t[:n] for t in targets])
+    drawn = [rng.permutation(len(targets[j]))[:n] for i in range(N) for j in range(N) if i != j]
+    noise = rng.standard_normal((settings.styles, N * (N - 1), n, config.model.latent_dim), dtype=np.float32)
+    return Chosen(targets, sources, torch.from_numpy(np.stack(drawn)), torch.from_numpy(noise))
