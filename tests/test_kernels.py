@@ -15,11 +15,11 @@ from torch.nn import functional
 
 from raystar.config.load import override
 from raystar.config.schema import Config
-from raystar.model.native import kernels
+from raystar.model.native import kernels, library
 from raystar.model.networks import Generator
 from tests.support import ROOT
 
-REASON = kernels.unavailable()
+REASON = library.unavailable()
 COMPILER = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
 needs_kernels = pytest.mark.skipif(REASON is not None, reason=f"no native kernels here: {REASON}")
 EPS, SLOPE = 1e-5, 0.2
@@ -203,7 +203,7 @@ def test_the_generator_with_and_without(monkeypatch, size: tuple[int, int], styl
     net, x, s = generator(), randn(2, 4, *size, seed=1), randn(2 * styles_each, 8, seed=2)
     wide = run(net, x, s, amp=False)
     native = run(net, x, s, amp=True)
-    monkeypatch.setattr(kernels, "_told", lambda: False)
+    monkeypatch.setattr(kernels, "announced", lambda: False)
     usual = run(net, x, s, amp=True)
     assert not torch.equal(native, usual)  # otherwise nothing native has run
     assert error(native, wide) <= 1.5 * error(usual, wide) <= 0.03
@@ -214,7 +214,7 @@ def test_the_generator_with_and_without(monkeypatch, size: tuple[int, int], styl
 def test_what_does_not_fit_runs_as_before(monkeypatch, base: int, size: tuple[int, int]) -> None:
     net, x, s = generator(base), randn(2, 4, *size, seed=1), randn(2, 8, seed=2)
     found = run(net, x, s, amp=True)
-    monkeypatch.setattr(kernels, "_told", lambda: False)
+    monkeypatch.setattr(kernels, "announced", lambda: False)
     assert torch.equal(found, run(net, x, s, amp=True))
 
 
@@ -261,12 +261,12 @@ def test_two_processes_build_at_once(tmp_path: Path) -> None:
 
 @needs_kernels
 def test_another_compiler_or_source_is_another_file(tmp_path: Path, monkeypatch) -> None:
-    first = kernels.build(tmp_path, str(COMPILER))
-    assert kernels.build(tmp_path, str(COMPILER)) == first
+    first = library.build(tmp_path, str(COMPILER))
+    assert library.build(tmp_path, str(COMPILER)) == first
     source = tmp_path / "kernels.cpp"
-    source.write_text(kernels._SOURCE.read_text() + "\n// changed\n")
-    monkeypatch.setattr(kernels, "_SOURCE", source)
-    assert kernels.build(tmp_path, str(COMPILER)) != first
+    source.write_text(library._SOURCE.read_text() + "\n// changed\n")
+    monkeypatch.setattr(library, "_SOURCE", source)
+    assert library.build(tmp_path, str(COMPILER)) != first
 
 
 @pytest.fixture
@@ -274,12 +274,12 @@ def afresh(tmp_path: Path, monkeypatch):
     """Looks for the kernels as a new process would, with its cache in this folder."""
 
     def forget() -> None:
-        kernels._library.cache_clear()
-        kernels._told.cache_clear()
+        library.loaded.cache_clear()
+        library.announced.cache_clear()
 
     folder = tmp_path / "cache"
     monkeypatch.setenv("RAYSTAR_CACHE_DIR", str(folder))
-    monkeypatch.delenv(kernels.SWITCH, raising=False)
+    monkeypatch.delenv(library.SWITCH, raising=False)
     forget()
     yield folder
     forget()
@@ -300,7 +300,7 @@ def test_troubles_are_one_line_of_note(afresh: Path, monkeypatch, capsys, troubl
         afresh.write_text("")
     else:
         monkeypatch.setenv("CXX", str(COMPILER))
-        kernels.build(afresh, str(COMPILER)).write_bytes(b"\x7fELF")
+        library.build(afresh, str(COMPILER)).write_bytes(b"\x7fELF")
     with torch.autocast("cpu", torch.bfloat16):
         assert not any(kernels.serves(torch.ones(1, 32, 4, 4), 32) for _ in range(3))
     told = capsys.readouterr().err
@@ -309,7 +309,7 @@ def test_troubles_are_one_line_of_note(afresh: Path, monkeypatch, capsys, troubl
 
 
 def test_the_switch(afresh: Path, monkeypatch, capsys) -> None:
-    monkeypatch.setenv(kernels.SWITCH, "0")
+    monkeypatch.setenv(library.SWITCH, "0")
     with torch.autocast("cpu", torch.bfloat16):
         assert not kernels.serves(torch.ones(1, 32, 4, 4), 32)
     assert capsys.readouterr().err == ""
@@ -318,6 +318,6 @@ def test_the_switch(afresh: Path, monkeypatch, capsys) -> None:
 
 @pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
 def test_no_warnings(tmp_path: Path) -> None:
-    command = [str(COMPILER), *kernels._COMPILE, "-Werror", "-c", str(kernels._SOURCE), "-o", str(tmp_path / "k.o")]
+    command = [str(COMPILER), *library._COMPILE, "-Werror", "-c", str(library._SOURCE), "-o", str(tmp_path / "k.o")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -22,7 +22,7 @@ from raystar.exported import model as model_module
 from raystar.exported import onnx as graphs
 from raystar.model import checkpoint as checkpoints
 from raystar.model import networks
-from raystar.model.native import kernels
+from raystar.model.native import kernels, library
 from raystar.model.networks import NAMES, Discriminator, Generator, Nets
 from raystar.search import space
 from raystar.sweep.disk import checkpoint_bytes
@@ -86,7 +86,7 @@ def test_it_begins_as_exactly_the_identity(amp: bool, base_dim: int, layout: tor
     x = torch.randn(2, 4, 8, 8).contiguous(memory_format=layout)
     s = torch.randn(2 * each, 6)
     with torch.autocast("cpu", torch.bfloat16) if amp else contextlib.nullcontext():
-        assert kernels.serves(x, base_dim) == (amp and base_dim == 32 and kernels.unavailable() is None)
+        assert kernels.serves(x, base_dim) == (amp and base_dim == 32 and library.unavailable() is None)
         found = G(x, s)
     assert found.dtype == torch.float32
     assert torch.equal(found, x.repeat(each, 1, 1, 1))
