@@ -5,7 +5,6 @@ Trials know nothing of any of this: `driver` carries their reports here, and the
 
 from __future__ import annotations
 
-import math
 import shutil
 import time
 import traceback
@@ -36,8 +35,9 @@ from raystar.record.statuses import (
 from raystar.record.summary import TrialRecord
 from raystar.record.sweep_file import JOURNAL
 from raystar.sweep import finish as outcome
-from raystar.sweep import last_lines, runs, signals
+from raystar.sweep import last_lines, runs
 from raystar.sweep.disk import DiskWatch, checkpoint_bytes
+from raystar.sweep.ending import Ending
 from raystar.sweep.live_table import Board
 from raystar.sweep.plan import Plan
 from raystar.tracking.tracker import PARENT, Tracker
@@ -69,15 +69,8 @@ class Session:
         self.board = Board(self.summary, plan.config.training.epochs, plan.repeats)
         top = plan.space.finalists.top if plan.seeds else 0
         self.janitor = Janitor(plan.storage, plan.space.keep, plan.space.mode, top, self.summary.baseline_trial)
-        self.interrupts = 0
-        self.given_up: str | None = None
-        """Why the sweep ends before its trials do, where nobody asked for that."""
+        self.ending = Ending(plan.time_budget_s, tracker.hurry)
         self.refused: RaystarError | None = None
-        self.fitting = False
-        """Whether trials are running."""
-        self.finishing = False
-        """Whether all that is left is to write what is known."""
-        self._deadline = time.time() + plan.time_budget_s if plan.time_budget_s is not None else math.inf
         self._begun: set[str] = set()  # trials, in this session
         self._ends: dict[str, tuple[str, str | None]] = {}  # status and reason that a trial's end will have
         self._last_report: dict[tuple[str, int], tuple[str, float]] = {}  # by process: trial and time
@@ -94,13 +87,13 @@ class Session:
         if plan.resumed:
             self._catch_up()
         error: str | None = None
-        restore_signals = signals.catch(self)
+        restore_signals = self.ending.catch_signals()
         self.board.start()
         watch = DiskWatch(plan.storage, checkpoint_bytes(plan.config))
         try:
             self._run_trials()
         except KeyboardInterrupt:
-            self.interrupts = max(self.interrupts, 1)
+            self.ending.interrupts = max(self.ending.interrupts, 1)
         # Tune's own failures, not a trial's: what is done is kept and recorded, then the reason is told.
         except Exception as failure:
             if self.refused is not None:
@@ -111,9 +104,9 @@ class Session:
         finally:
             watch.close()
             self.board.stop()
-        self.finishing = True
+        self.ending.finishing = True
         try:
-            return self._finish(error or self.given_up)
+            return self._finish(error or self.ending.given_up)
         finally:
             restore_signals()
 
@@ -191,25 +184,25 @@ class Session:
         alone = bool(names) and names[0] in self.ledger.alone
         request = assigning.request(self.plan, self.ledger, self.placed, alone)
         assignment = assigning.assignment(self.plan, self.summary, names, fresh, alone)
-        self.fitting = True
+        self.ending.fitting = True
         try:
             tuner.fit(self, request, self.plan.space, assignment)
         finally:
-            self.fitting = False
+            self.ending.fitting = False
 
     # -- what `driver` asks --------------------------------------------------------------------------
 
     @property
     def stopping(self) -> bool:
         """Whether no trial is to be begun, and those that run are to end with their next report."""
-        return bool(self.interrupts) or self.given_up is not None or time.time() > self._deadline
+        return self.ending.near
 
     @property
     def stop_now(self) -> bool:
         """Whether the running trials are to end at once."""
-        if self.given_up is not None or time.time() > self._deadline:
+        if self.ending.given_up is not None or self.ending.late:
             return True
-        return bool(self.interrupts) and not self.summary.counts().get(RUNNING)
+        return bool(self.ending.interrupts) and not self.summary.counts().get(RUNNING)
 
     # -- what `driver` tells -------------------------------------------------------------------------
 
@@ -283,7 +276,7 @@ class Session:
         elif record.epochs >= self.ledger.epochs:
             status, reason = FINISHED, None
         elif self.stopping:
-            status, reason = INTERRUPTED, self._why_stopping()
+            status, reason = INTERRUPTED, self.ending.why
         else:
             status, reason = FAILED, f"ended after epoch {record.epochs} of {self.ledger.epochs} without a word"
         if status == OUT_OF_MEMORY and name not in self.ledger.alone:
@@ -293,11 +286,6 @@ class Session:
             self.board.changed(record)
             return
         self._end(name, status, reason)
-
-    def _why_stopping(self) -> str:
-        if self.interrupts:
-            return "interrupted"
-        return f"the sweep gave up: {self.given_up}" if self.given_up is not None else "the time budget was used up"
 
     def _end(self, name: str, status: str, reason: str | None) -> None:
         record = self.summary.trials[name]
@@ -310,7 +298,7 @@ class Session:
         broken, limit = self.ledger.broken_in_a_row, self.plan.space.abort_after
         if limit and len(broken) >= limit and not self.stopping:
             first = self.summary.trials[broken[0]]
-            self.given_up = f"{len(broken)} trials in a row went wrong, the first, {first.trial}: {first.reason}"
+            self.ending.given_up = f"{len(broken)} trials in a row went wrong, the first, {first.trial}: {first.reason}"
         self._write()
 
     def _measure_idle(self, record: TrialRecord, report: Mapping[str, Any]) -> None:
@@ -347,18 +335,18 @@ class Session:
         summary, plan = self.summary, self.plan
         for record in summary.trials.values():
             if record.status == RUNNING:
-                reason = self._why_stopping() if self.stopping else error
+                reason = self.ending.why if self.stopping else error
                 self._end(record.trial, INTERRUPTED, reason)
             elif record.status == PENDING and not self.stopping and error is None:
                 self._happened(ENDED, trial=record.trial, status=FAILED, reason="Ray did not run it")
         self.janitor.close()
         done = [r for r in summary.trials.values() if r.status in (FINISHED, STOPPED)]
-        late = time.time() > self._deadline
-        summary.status = INTERRUPTED if self.interrupts else FINISHED if (done or late) and not error else FAILED
+        whole = bool(done or self.ending.late) and not error
+        summary.status = INTERRUPTED if self.ending.interrupts else FINISHED if whole else FAILED
         summary.over = time.time()
         files = outcome.leave(plan, summary, summary.best) if summary.best is not None else {}
         self._write(now=True)
-        if self.interrupts < 3:  # who wants to leave at once does not wait for it
+        if self.ending.interrupts < 3:  # who wants to leave at once does not wait for it
             files |= outcome.report(plan)  # from the files that have just been written
         outcome.close_parent(plan, summary, self.tracker, files, error)
         outcome.hand_in_models(plan, summary, self.tracker, self.janitor.checkpoint)
@@ -369,6 +357,6 @@ class Session:
         self.journal.close()
         addresses = (*self.tracker.how_to_compare(), self.tracker.grids_address())
         last_lines.tell(plan, summary, addresses, self.tracker.registered, error)
-        if self.interrupts:
+        if self.ending.interrupts:
             return 130
         return 0 if summary.status == FINISHED else 1
