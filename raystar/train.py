@@ -14,7 +14,7 @@ from raystar.base.errors import RaystarError, TrialDiverged, TrialOutOfMemory
 from raystar.config.folders import cache_dir, check_name
 from raystar.config.load import override, request_config, signature, to_yaml
 from raystar.config.schema import Config
-from raystar.data.bank import open_bank
+from raystar.data.bank import Bank, open_bank
 from raystar.model import checkpoint as checkpoints
 from raystar.model.device import resolve_device
 from raystar.model.networks import NAMES
@@ -24,6 +24,7 @@ from raystar.ruler.ruler import NOTHING, TRANSFER, Ruler
 from raystar.ruler.samples import check as check_ruler
 from raystar.tracking.mlflow.address import check_uri, default_uri
 from raystar.tracking.mlflow.writer import mlflow_tracker
+from raystar.tracking.relay import Relay
 from raystar.tracking.tracker import CHECKPOINT, PARENT, SPOOL, Tracker, provenance
 from raystar.training.losses import outlasting
 from raystar.training.state import TrainState
@@ -62,21 +63,7 @@ def main(argv: list[str] | None = None) -> int:
     config = request_config(args.config, args.overlay, args.set)
     if args.epochs is not None:
         config = override(config, {"training.epochs": args.epochs}, "--epochs")
-    if args.resume and args.name is None:
-        raise RaystarError("--resume: name the run that goes on with --name")
-    name = args.name if args.name is not None else f"{Path(args.config).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
-    check_name(name)
-    folder = Path(config.checkpoint.save_dir) if config.checkpoint.save_dir else args.out / name
-    saved = sorted(folder.glob("epoch_*.pt"), reverse=True)
-    latest = folder / "latest.pt"
-    begun = bool(saved) or latest.exists()
-    # Stopped before its first checkpoint, a run begins anew, but in the same record.
-    if begun or (folder / SPOOL).exists():
-        if not args.resume:
-            held = "checkpoints" if begun else "the record of a run"
-            raise RaystarError(f"{folder} holds {held} already; go on with --resume, or choose another name")
-    elif args.resume:
-        raise RaystarError(f"--resume: {folder} holds no checkpoint (latest.pt)")
+    name, folder, begun = _place(args, config)
     uri = args.tracking_uri or default_uri(args.out)
     check_uri(uri)
     check_codec(config)
@@ -86,7 +73,7 @@ def main(argv: list[str] | None = None) -> int:
     check_ruler(bank, config)
     if note := outlasting(config):
         print(f"note: {note}", file=sys.stderr)
-    checkpoint, source = checkpoints.load_latest([latest, *saved]) if begun else (None, folder)
+    checkpoint, source = checkpoints.load_latest(begun) if begun else (None, folder)
     state = initial_state(config, device)
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -96,15 +83,7 @@ def main(argv: list[str] | None = None) -> int:
         flush=True,
     )
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache / "inductor"))
-    tracker = mlflow_tracker(
-        uri,
-        args.out / "artifacts",
-        {"name": Path(bank.root).name or "latents", "digest": bank.digest, "source": bank.root},
-        {**provenance(), "raystar.run": name},
-        "eval/score",
-        lower_is_better=True,
-        spool=folder / SPOOL,
-    )
+    tracker = _tracker(uri, args.out, bank, name, folder)
     late = tracker.waiting
     tracker.begin()
     try:
@@ -138,6 +117,41 @@ def main(argv: list[str] | None = None) -> int:
         name=name,
     )
     return _run(trainer, tracker, config, folder)
+
+
+def _place(args: argparse.Namespace, config: Config) -> tuple[str, Path, list[Path]]:
+    """The run's name, its folder, and the checkpoints from which it goes on, newest first.
+
+    Raises:
+        RaystarError: there is a run already, or none, and the opposite was asked for.
+    """
+    if args.resume and args.name is None:
+        raise RaystarError("--resume: name the run that goes on with --name")
+    name = args.name if args.name is not None else f"{Path(args.config).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+    check_name(name)
+    folder = Path(config.checkpoint.save_dir) if config.checkpoint.save_dir else args.out / name
+    saved, latest = sorted(folder.glob("epoch_*.pt"), reverse=True), folder / "latest.pt"
+    begun = [latest, *saved] if saved or latest.exists() else []
+    # Stopped before its first checkpoint, a run begins anew, but in the same record.
+    if begun or (folder / SPOOL).exists():
+        if not args.resume:
+            held = "checkpoints" if begun else "the record of a run"
+            raise RaystarError(f"{folder} holds {held} already; go on with --resume, or choose another name")
+    elif args.resume:
+        raise RaystarError(f"--resume: {folder} holds no checkpoint (latest.pt)")
+    return name, folder, begun
+
+
+def _tracker(uri: str, out: Path, bank: Bank, name: str, folder: Path) -> Relay:
+    return mlflow_tracker(
+        uri,
+        out / "artifacts",
+        {"name": Path(bank.root).name or "latents", "digest": bank.digest, "source": bank.root},
+        {**provenance(), "raystar.run": name},
+        "eval/score",
+        lower_is_better=True,
+        spool=folder / SPOOL,
+    )
 
 
 def initial_state(config: Config, device: Any) -> TrainState:

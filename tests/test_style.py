@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -166,3 +167,28 @@ def test_public_functions_have_docstrings() -> None:
             if public and not ast.get_docstring(node):
                 missing.append(f"{path.name}:{node.name}")
     assert not missing
+
+
+LONG = {"demo/painter.py", "demo/scene.py", "demo/sprites.py"}  # pictures in code
+"""Files that may be longer than the others, and hold longer functions and classes."""
+
+
+def test_nothing_is_too_long_to_be_read() -> None:
+    """Files of 400 lines, classes of 300, functions of 60; and half of all functions under 10."""
+    found, lengths = [], []
+    for path in PACKAGE.rglob("*.py"):
+        text = path.read_text()
+        if _name(path) in LONG:
+            continue
+        if text.count("\n") > 400:
+            found.append(f"{_name(path)}: {text.count(chr(10))} lines")
+        for node in ast.walk(ast.parse(text)):
+            if not isinstance(node, ast.ClassDef | ast.FunctionDef):
+                continue
+            length = (node.end_lineno or 0) - node.lineno + 1
+            if isinstance(node, ast.FunctionDef):
+                lengths.append(length)
+            if length > (300 if isinstance(node, ast.ClassDef) else 60):
+                found.append(f"{_name(path)}: {node.name}, {length} lines")
+    assert not found
+    assert statistics.median(lengths) < 10

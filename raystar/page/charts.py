@@ -218,19 +218,7 @@ def front(results: Results) -> go.Figure | None:
                 "outlinewidth": 0,
             },
         }
-    beside = [(words, results.summary.references.get(name, {})) for name, words in REFERENCES.items()]
-    beside = [(words, found) for words, found in beside if _finite(found.get(across)) and _finite(found.get(up))]
-    if beside:
-        figure.add_scatter(
-            x=[found[across] for _, found in beside],
-            y=[found[up] for _, found in beside],
-            mode="markers+text",
-            marker={"symbol": "x", "size": 11, "color": INK},
-            text=[words for words, _ in beside],
-            textposition="top center",
-            hovertemplate="%{text}<extra></extra>",
-            showlegend=False,
-        )
+    _mark_references(figure, results, across, up)
     names = {id(results.summary.best): "best", id(results.summary.baseline): "baseline"}
     figure.add_scatter(
         x=x,
@@ -253,6 +241,23 @@ def front(results: Results) -> go.Figure | None:
         showlegend=False,
     )
     return figure
+
+
+def _mark_references(figure: go.Figure, results: Results, across: str, up: str) -> None:
+    """What a model has to beat, as crosses."""
+    beside = [(words, results.summary.references.get(name, {})) for name, words in REFERENCES.items()]
+    beside = [(words, found) for words, found in beside if _finite(found.get(across)) and _finite(found.get(up))]
+    if beside:
+        figure.add_scatter(
+            x=[found[across] for _, found in beside],
+            y=[found[up] for _, found in beside],
+            mode="markers+text",
+            marker={"symbol": "x", "size": 11, "color": INK},
+            text=[words for words, _ in beside],
+            textposition="top center",
+            hovertemplate="%{text}<extra></extra>",
+            showlegend=False,
+        )
 
 
 def undominated(results: Results, records: Sequence[TrialRecord]) -> list[str]:

@@ -218,6 +218,13 @@ def rate(share: float) -> float:
     return PEAK_RATE * (0.005 + 0.995 * 0.5 * (1 + math.cos(math.pi * min(1.0, (share - _WARM_UP) / (1 - _WARM_UP)))))
 
 
+def _batch(lesson: Lesson, rng: np.random.Generator, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Scaled latents [B,4,h,w], and their pictures [B,3,8h,8w] in [-1,1]."""
+    rows = np.sort(rng.choice(len(lesson.latents), BATCH, replace=len(lesson.latents) < BATCH))
+    scaled = (lesson.latents[torch.from_numpy(rows)] * SCALE).to(device, memory_format=torch.channels_last)
+    return scaled, torch.from_numpy(lesson.pictures[rows]).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
 def train(
     lesson: Lesson,
     held: Mapping[str, Lesson],
@@ -246,10 +253,7 @@ def train(
     last_said, last = spent, time.monotonic()
     running: list[Tensor] = []
     while spent < seconds:
-        rng = np.random.default_rng([seed, 2, step])
-        rows = np.sort(rng.choice(len(lesson.latents), BATCH, replace=len(lesson.latents) < BATCH))
-        scaled = (lesson.latents[torch.from_numpy(rows)] * SCALE).to(device, memory_format=torch.channels_last)
-        wanted = torch.from_numpy(lesson.pictures[rows]).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
+        scaled, wanted = _batch(lesson, np.random.default_rng([seed, 2, step]), device)
         for group in optimiser.param_groups:
             group["lr"] = rate(spent / seconds)
         with torch.autocast(device.type, torch.bfloat16):

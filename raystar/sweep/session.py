@@ -14,7 +14,6 @@ from typing import Any
 from raystar.backend import placing
 from raystar.base.console import announce
 from raystar.base.errors import RaystarError
-from raystar.base.files import wait_for_space
 from raystar.base.journal import Journal
 from raystar.record import finals
 from raystar.record.events import ALONE, ENDED, EPOCH, FINALS, NOTE, REFERENCES, SESSION, STARTED, Verdict
@@ -32,12 +31,12 @@ from raystar.record.statuses import (
     STARTING,
     STOPPED,
 )
-from raystar.record.summary import TrialRecord
 from raystar.record.sweep_file import JOURNAL
 from raystar.sweep import finish as outcome
 from raystar.sweep import last_lines, runs
 from raystar.sweep.disk import DiskWatch, checkpoint_bytes
 from raystar.sweep.ending import Ending
+from raystar.sweep.keeping import IdleClock, Keeper
 from raystar.sweep.live_table import Board
 from raystar.sweep.plan import Plan
 from raystar.tracking.tracker import PARENT, Tracker
@@ -69,13 +68,12 @@ class Session:
         self.board = Board(self.summary, plan.config.training.epochs, plan.repeats)
         top = plan.space.finalists.top if plan.seeds else 0
         self.janitor = Janitor(plan.storage, plan.space.keep, plan.space.mode, top, self.summary.baseline_trial)
+        self.keeper = Keeper(plan.folder, self.summary, tracker, self.journal, self.janitor)
         self.ending = Ending(plan.time_budget_s, tracker.hurry)
         self.refused: RaystarError | None = None
         self._begun: set[str] = set()  # trials, in this session
         self._ends: dict[str, tuple[str, str | None]] = {}  # status and reason that a trial's end will have
-        self._last_report: dict[tuple[str, int], tuple[str, float]] = {}  # by process: trial and time
-        self._written = 0.0
-        self._write_every = 1.0
+        self.idle = IdleClock()
 
     # -- the run ------------------------------------------------------------------------------------
 
@@ -219,7 +217,7 @@ class Session:
 
     def trial_reported(self, name: str, report: dict[str, Any]) -> bool:
         """A trial reports an epoch, or that it cannot go on; returns whether it may."""
-        if not self._last_report:  # what started beside Ray must have worked before the first result counts
+        if not self.idle.running:  # what started beside Ray must have worked before the first result counts
             try:
                 self.tracker.wait_until_connected()
                 references = self.ruler_ready()
@@ -230,7 +228,7 @@ class Session:
                 self._happened(REFERENCES, values=references)
                 self.board.told_references()
         record = self.summary.trials[name]
-        self._measure_idle(record, report)
+        self.idle.heard(record, report)
         if report["status"] == STARTING:
             return True
         if report["status"] in BROKEN:
@@ -247,7 +245,7 @@ class Session:
         if not self.plan.speed:
             self.janitor.epoch(record, epoch)
         self.board.changed(record, report["metrics"].get(self.summary.metric))
-        self._write()
+        self.keeper.write()
         if verdict.ends is not None:
             self._ends[name] = (verdict.ends, verdict.reason)
         return verdict.ends is None
@@ -299,35 +297,13 @@ class Session:
         if limit and len(broken) >= limit and not self.stopping:
             first = self.summary.trials[broken[0]]
             self.ending.given_up = f"{len(broken)} trials in a row went wrong, the first, {first.trial}: {first.reason}"
-        self._write()
-
-    def _measure_idle(self, record: TrialRecord, report: Mapping[str, Any]) -> None:
-        """How long the trial's process trained nothing between the trial before and this one's first step."""
-        process, first_step, now = (report["host"], report["pid"]), report.get("first_step_at"), time.time()
-        before = self._last_report.get(process)
-        if before is not None and before[0] != record.trial and first_step is not None:
-            record.idle_s = round(max(0.0, first_step - before[1]), 3)
-        self._last_report[process] = (record.trial, now)
+        self.keeper.write()
 
     def _happened(self, event: str, **facts: Any) -> Verdict:
         """Writes an event to the journal, then takes it in."""
         record = {"event": event, "at": time.time(), **facts}
         self.journal.append(record)
         return self.ledger.apply(record)
-
-    def _write(self, *, now: bool = False) -> None:
-        """Keeps the files current, seldom enough that a long sweep does nothing else."""
-        began = time.time()
-        if not now and began - self._written < self._write_every:
-            return
-        for record in self.summary.trials.values():
-            record.run_id = record.run_id or self.tracker.run_id(record.trial)
-            record.checkpoint = self.janitor.checkpoint(record)
-        wait_for_space(self.plan.folder, lambda: self.summary.write(self.plan.folder))
-        self.journal.sync()
-        self.tracker.sync()
-        self._written = time.time()
-        self._write_every = max(1.0, 20 * (self._written - began))
 
     # -- the end ------------------------------------------------------------------------------------
 
@@ -345,7 +321,7 @@ class Session:
         summary.status = INTERRUPTED if self.ending.interrupts else FINISHED if whole else FAILED
         summary.over = time.time()
         files = outcome.leave(plan, summary, summary.best) if summary.best is not None else {}
-        self._write(now=True)
+        self.keeper.write(now=True)
         if self.ending.interrupts < 3:  # who wants to leave at once does not wait for it
             files |= outcome.report(plan)  # from the files that have just been written
         outcome.close_parent(plan, summary, self.tracker, files, error)
@@ -353,7 +329,7 @@ class Session:
         self.tracker.close()
         if not self.tracker.waiting:
             shutil.rmtree(plan.folder / outcome.FINALISTS, ignore_errors=True)
-        self._write(now=True)
+        self.keeper.write(now=True)
         self.journal.close()
         addresses = (*self.tracker.how_to_compare(), self.tracker.grids_address())
         last_lines.tell(plan, summary, addresses, self.tracker.registered, error)

@@ -7,6 +7,7 @@ are one call: the same function of the same inputs, so the same losses and gradi
 from __future__ import annotations
 
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,10 +34,33 @@ def train_step(state: TrainState, batch: Batch, *, epoch: int, step: int) -> dic
         several workers, on those whose share it is), and the optimisers have not moved on it: check before the next
         step's result is used.
     """
-    nets, weights = state.nets, state.config.loss
-    G, F, E, D = (state.call(name) for name in ("G", "F", "E", "D"))
-    precision = autocast(state.config, state.device)
+    shared = _translations(state, batch)
+    d_loss, r1 = _update_d(state, shared, step)
+    g_losses = _update_g(state, shared, epoch)
+    values = {"d_loss": d_loss, **g_losses, "r1": r1}
+    return {name: values[name].detach() for name in LOGGED}
 
+
+class _Shared(NamedTuple):
+    """What both updates use."""
+
+    content: Tensor  # [B,C,H,W] scaled, as the references
+    x_ref: Tensor
+    y_trg: Tensor  # [B]
+    s_ref: Tensor  # [B,S] styles of the references, of the contents, and [3B,S] of the noises lat, 1, 2
+    s_src: Tensor
+    s_noise: Tensor
+    fakes: Tensor  # [4B or 5B,C,H,W]: by reference, by noise, by noises 1 and 2, and the identity if it has a weight
+
+    @property
+    def fake(self) -> Tensor:
+        """[2B,C,H,W]: by reference, by noise."""
+        return self.fakes[: 2 * len(self.content)]
+
+
+def _translations(state: TrainState, batch: Batch) -> _Shared:
+    """Styles and every translation that starts from the contents."""
+    G, F, E = (state.call(name) for name in ("G", "F", "E"))
     content = batch.content * state.config.training.latent_scale  # [B,C,H,W]
     x_ref = batch.x_ref * state.config.training.latent_scale
     if layout(state.config, content) == torch.channels_last:
@@ -44,57 +68,63 @@ def train_step(state: TrainState, batch: Batch, *, epoch: int, step: int) -> dic
         x_ref = x_ref.contiguous(memory_format=torch.channels_last)
     y_src, y_trg = batch.y_src, batch.y_trg
     B = content.shape[0]
-    use_id = weights.w_id > 0
-
-    # Styles and every translation that starts from `content`, once for both updates.
-    with precision:
+    with autocast(state.config, state.device):
         s_ref, s_src = E(torch.cat([x_ref, content]), torch.cat([y_trg, y_src])).split(B)
         s_noise = F(torch.cat([batch.z_trg, batch.z_1, batch.z_2]), y_trg.repeat(3))  # [3B,S]: lat, 1, 2
-        styles = [s_ref, s_noise, s_src] if use_id else [s_ref, s_noise]
-        fakes = G(content, torch.cat([s.to(s_noise.dtype) for s in styles]))  # [4B or 5B,C,H,W]
-    fake = fakes[: 2 * B]  # [2B,C,H,W]: by reference, by noise
-    fake_1, fake_2 = fakes[2 * B : 4 * B].split(B)
+        styles = [s_ref, s_noise, s_src] if state.config.loss.w_id > 0 else [s_ref, s_noise]
+        fakes = G(content, torch.cat([s.to(s_noise.dtype) for s in styles]))
+    return _Shared(content, x_ref, y_trg, s_ref, s_src, s_noise, fakes)
 
-    # D: hinge loss of both paths against one pass over the real latents, R1 every r1_interval steps.
-    with precision:
-        logits = D(torch.cat([x_ref.to(fake.dtype), fake.detach()]), y_trg.repeat(3))
+
+def _update_d(state: TrainState, shared: _Shared, step: int) -> tuple[Tensor, Tensor]:
+    """Hinge loss of both paths against one pass over the real latents, R1 every `r1_interval` steps; both, 0-d."""
+    weights, D = state.config.loss, state.call("D")
+    fake, B = shared.fake, len(shared.content)
+    with autocast(state.config, state.device):
+        logits = D(torch.cat([shared.x_ref.to(fake.dtype), fake.detach()]), shared.y_trg.repeat(3))
     real_logits, fake_logits = logits.split([B, 2 * B])
     # Both paths have B fakes, so the mean over all 2B is the mean of the two paths' losses.
     d_loss = losses.d_hinge_loss(real_logits, fake_logits)
     r1 = d_loss.new_zeros(())
     if step % weights.r1_interval == 0:
         # Second derivatives: the original network (compiled ones cannot), in float32 even under autocast.
-        x_real = x_ref.detach().requires_grad_(True)
+        x_real = shared.x_ref.detach().requires_grad_(True)
         with torch.autocast(state.device.type, enabled=False):
-            r1 = losses.r1_penalty(nets.D(x_real, y_trg), x_real)
+            r1 = losses.r1_penalty(state.nets.D(x_real, shared.y_trg), x_real)
         d_loss = d_loss + (weights.w_r1 * weights.r1_interval) * r1
     _update(state, state.opt_d, d_loss, B)
+    return d_loss, r1
 
-    # G, E, F. D is frozen: its gradients here would be computed for nothing.
-    nets.D.requires_grad_(False)
+
+def _update_g(state: TrainState, shared: _Shared, epoch: int) -> dict[str, Tensor]:
+    """G, E and F, with D as it is now; the losses by name, 0-d."""
+    weights = state.config.loss
+    G, E, D = (state.call(name) for name in ("G", "E", "D"))
+    content, y_trg, s_ref, fake, B = shared.content, shared.y_trg, shared.s_ref, shared.fake, len(shared.content)
+    fake_1, fake_2 = shared.fakes[2 * B : 4 * B].split(B)
+    # D is frozen: its gradients here would be computed for nothing.
+    state.nets.D.requires_grad_(False)
     try:
-        with precision:
+        with autocast(state.config, state.device):
             fake_logits = D(fake, y_trg.repeat(2))
             s_hat = E(fake, y_trg.repeat(2))
-            rec = G(fake, s_src.repeat(2, 1))  # [2B,C,H,W]
+            rec = G(fake, shared.s_src.repeat(2, 1))  # [2B,C,H,W]
         # Means over 2B stand for both paths; loss_terms.md adds the paths, hence the factor 2.
         adv = 2 * losses.g_adversarial_loss(fake_logits)
-        sty = 2 * losses.style_reconstruction_loss(s_hat, torch.cat([s_ref, s_noise[:B].to(s_ref.dtype)]))
+        sty = 2 * losses.style_reconstruction_loss(s_hat, torch.cat([s_ref, shared.s_noise[:B].to(s_ref.dtype)]))
         cyc = 2 * losses.cycle_consistency_loss(rec, content.repeat(2, 1, 1, 1))
         whole = partial(state.group.mean, rows=B) if state.group.size > 1 else None
         ds = losses.diversity_sensitive_loss(fake_1, fake_2, weights.ds_margin, whole)
         w_ds = losses.lambda_ds(epoch, weights.w_ds, state.config.ds_decay)
         g_loss = weights.w_adv * adv + weights.w_sty * sty + weights.w_cyc * cyc - w_ds * ds
         identity = g_loss.new_zeros(())
-        if use_id:
-            identity = losses.cycle_consistency_loss(fakes[4 * B :], content)
+        if weights.w_id > 0:
+            identity = losses.cycle_consistency_loss(shared.fakes[4 * B :], content)
             g_loss = g_loss + weights.w_id * identity
         _update(state, state.opt_g, g_loss, B)
     finally:
-        nets.D.requires_grad_(True)
-
-    values = (d_loss, g_loss, adv, sty, ds, cyc, identity, r1)
-    return {name: value.detach() for name, value in zip(LOGGED, values, strict=True)}
+        state.nets.D.requires_grad_(True)
+    return {"g_loss": g_loss, "g_adv": adv, "sty": sty, "ds": ds, "cyc": cyc, "id": identity}
 
 
 def _update(state: TrainState, optimizer: torch.optim.AdamW, loss: Tensor, rows: int) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 from raystar.base.errors import RaystarError, TrialDiverged, TrialOutOfMemory
 from raystar.config.schema import Config
 from raystar.data.bank import Bank
-from raystar.data.batches import LatentDataset
+from raystar.data.batches import Batch, LatentDataset
 from raystar.model.device import resolve_device, set_backends
 from raystar.model.networks import Nets
 from raystar.pictures import grid
@@ -208,45 +208,18 @@ class Trainer:
         }
         started = time.perf_counter()
         for step, batch in enumerate(self.data.batches(), start=1):
-            if training.compile_cudagraphs and training.use_compile:
-                torch.compiler.cudagraph_mark_step_begin()
-            logs: dict[str, Tensor] | None = None
-            try:
-                logs = train_step(self.state, batch, epoch=epoch, step=step)
-                self.state.average(self.data.steps)
-            except RuntimeError as error:
-                if not _out_of_memory(error):
-                    raise
-                logs = None
-            if logs is None and self.group.size > 1:
-                # The others wait for this worker's gradients, of which it has none; only its end can free them.
-                raise TrialOutOfMemory(
-                    f"worker {self.group.rank} was out of memory in step {step} of epoch {epoch} (peak "
-                    f"{self._peak_memory_gib():.1f} GiB), and several workers cannot skip a batch; "
-                    "lower training.batch_size or model.base_dim"
-                )
+            logs = self._try(batch, epoch, step)
             if logs is None:  # only here, where the exception no longer holds the step's activations
                 skipped += 1
                 self._recover_memory(epoch, skipped)
                 continue
             values = torch.stack([logs[name].double() for name in LOGGED])
-            weight = self.data.weight(step)
-            sums.add_(values, alpha=weight)
+            sums.add_(values, alpha=self.data.weight(step))
             done += 1
             samples += self.data.rows(step)
             if self.first_step_at is None:
                 self.first_step_at = time.time()
-            shown = step % training.display_interval == 0
-            logged = training.log_json and step % training.log_interval == 0
-            if shown or logged:
-                everywhere = self.group.sum(torch.stack([values * weight, sums])).tolist()
-                current = dict(zip(LOGGED, everywhere[0], strict=True))
-                _check_losses(current, everywhere[1], epoch, step)
-                if shown and self.group.rank == 0:
-                    self.display.step(epoch, step, current)
-                if logged and self.group.rank == 0:
-                    line = {"epoch": epoch, "step": step, **current, **now}
-                    print(json.dumps(line), flush=True)
+            self._show(epoch, step, values, sums, now)
         sums = self.group.sum(sums)
         means = dict(zip(LOGGED, (sums / max(done, 1)).tolist(), strict=True))
         _check_losses(means, means.values(), epoch, self.data.steps)
@@ -259,6 +232,41 @@ class Trainer:
             "perf/skipped_batches": float(skipped),
         }
         return metrics
+
+    def _try(self, batch: Batch, epoch: int, step: int) -> dict[str, Tensor] | None:
+        """The losses of one step; None where there was no memory for it."""
+        if self.config.training.compile_cudagraphs and self.config.training.use_compile:
+            torch.compiler.cudagraph_mark_step_begin()
+        try:
+            logs = train_step(self.state, batch, epoch=epoch, step=step)
+            self.state.average(self.data.steps)
+            return logs
+        except RuntimeError as error:
+            if not _out_of_memory(error):
+                raise
+        if self.group.size > 1:
+            # The others wait for this worker's gradients, of which it has none; only its end can free them.
+            raise TrialOutOfMemory(
+                f"worker {self.group.rank} was out of memory in step {step} of epoch {epoch} (peak "
+                f"{self._peak_memory_gib():.1f} GiB), and several workers cannot skip a batch; "
+                "lower training.batch_size or model.base_dim"
+            )
+        return None
+
+    def _show(self, epoch: int, step: int, values: Tensor, sums: Tensor, now: Mapping[str, float]) -> None:
+        """A step's losses on the screen and as JSON, where it is their turn; one that is not finite is found here."""
+        training = self.config.training
+        shown = step % training.display_interval == 0
+        logged = training.log_json and step % training.log_interval == 0
+        if not shown and not logged:
+            return
+        everywhere = self.group.sum(torch.stack([values * self.data.weight(step), sums])).tolist()
+        current = dict(zip(LOGGED, everywhere[0], strict=True))
+        _check_losses(current, everywhere[1], epoch, step)
+        if shown and self.group.rank == 0:
+            self.display.step(epoch, step, current)
+        if logged and self.group.rank == 0:
+            print(json.dumps({"epoch": epoch, "step": step, **current, **now}), flush=True)
 
     def _recover_memory(self, epoch: int, skipped: int) -> None:
         self.state.opt_g.zero_grad(set_to_none=True)

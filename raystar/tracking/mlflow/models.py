@@ -156,53 +156,45 @@ def register(
     Raises:
         RaystarError: the run has no model of that epoch.
     """
-    from mlflow.exceptions import MlflowException
-
     model = find(client, run_id, epoch)
     if model is None:
         raise RaystarError(f"run {run_id} has no model of epoch {epoch} to register")
-    try:
-        client.create_registered_model(
-            name, description="Made by raystar sweeps; the alias champion is the best that they found."
-        )
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_ALREADY_EXISTS":
-            raise
+    _make_registered_model(client, name)
     there = client.search_model_versions(f"name = '{name}'")
     made = next((v for v in there if v.run_id == run_id and v.tags.get(EPOCH) == str(epoch)), None)
     if made is None:
         tags = {EPOCH: str(epoch), _SCORE: repr(score), _KEY: comparable, _METRIC: metric}
-        made = client.create_model_version(
-            # Not models:/ID, which MLflow would look up in its process's own store instead of the client's.
-            name,
-            model.artifact_location,
-            run_id,
-            tags,
-            None,
-            description,
-            model_id=model.model_id,
-        )
+        # Not models:/ID, which MLflow would look up in its process's own store instead of the client's.
+        place = model.artifact_location
+        made = client.create_model_version(name, place, run_id, tags, None, description, model_id=model.model_id)
     number = str(made.version)
     known = client.get_registered_model(name).aliases
     holder = next((v for v in there if str(v.version) == str(known.get(CHAMPION))), None)
     if holder is not None and str(holder.version) == number:
         return f"models:/{name}@{CHAMPION} (version {number})"
     why = ""
-    if holder is not None:
-        before = f"version {holder.version} was"
-        if holder.tags.get(_KEY) == comparable:
-            theirs = float(holder.tags[_SCORE])
-            if not (score < theirs if lower else score > theirs):
-                short = metric.rpartition("/")[2]
-                return (
-                    f"models:/{name}/{number}; models:/{name}@{CHAMPION} stays version {holder.version}, "
-                    f"{short} {theirs:.4f}"
-                )
-            why = f"; {before}, {theirs:.4f}"
-        else:
-            why = f"; {before}, on other data or by another measure"
+    if holder is not None and holder.tags.get(_KEY) == comparable:
+        theirs = float(holder.tags[_SCORE])
+        if not (score < theirs if lower else score > theirs):
+            stays = f"stays version {holder.version}, {metric.rpartition('/')[2]} {theirs:.4f}"
+            return f"models:/{name}/{number}; models:/{name}@{CHAMPION} {stays}"
+        why = f"; version {holder.version} was, {theirs:.4f}"
+    elif holder is not None:
+        why = f"; version {holder.version} was, on other data or by another measure"
     client.set_registered_model_alias(name, CHAMPION, number)
     return f"models:/{name}@{CHAMPION} (version {number}{why})"
+
+
+def _make_registered_model(client: Any, name: str) -> None:
+    """Makes it, unless it is there."""
+    from mlflow.exceptions import MlflowException
+
+    meaning = "Made by raystar sweeps; the alias champion is the best that they found."
+    try:
+        client.create_registered_model(name, description=meaning)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
 
 
 def fetch(uri: str, model: Any, folder: Path) -> Path:
