@@ -3,17 +3,29 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: sweep test lint
+.PHONY: sweep test test-slow lint format types
 
 sweep: $(VENV)/.ready
 	$(BIN)/python -m raystar.tune --space search_spaces/loss.yaml
 
 # Two files of tests at a time, each on one thread: most of the time goes into starting Ray and MLflow.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
 test: $(VENV)/.ready
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	$(PYTEST) -m "not slow"
+
+# Whole sweeps, killed processes, clusters, groups of workers.
+test-slow: $(VENV)/.ready
+	$(PYTEST) -m slow
 
 lint: $(VENV)/.ready
-	$(BIN)/python -m pytest tests/test_style.py
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+format: $(VENV)/.ready
+	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
+
+types: $(VENV)/.ready
+	$(BIN)/mypy
 
 # A marker inside, so that an environment whose installation broke off is finished, not used.
 $(VENV)/.ready: pyproject.toml constraints.txt
