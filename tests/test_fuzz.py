@@ -381,7 +381,7 @@ def test_space_files(tmp_path_factory: pytest.TempPathFactory, text: str) -> Non
 searched = st.sampled_from([key for key in known_keys() if key.partition(".")[0] in ("loss", "training", "model")])
 ranges = st.builds(
     lambda kind, content: {kind: content},
-    st.sampled_from(KINDS),
+    st.sampled_from(list(KINDS)),
     st.lists(numbers | st.booleans() | st.sampled_from(["bf16", "default"]), min_size=2, max_size=2) | nested,
 )
 good_ranges = st.fixed_dictionaries({}, optional={

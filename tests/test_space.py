@@ -11,7 +11,7 @@ import torch
 from raystar.base.errors import RaystarError
 from raystar.config.load import load_config, override
 from raystar.config.schema import Config
-from raystar.search.distributions import Distribution
+from raystar.search.distributions import LogUniform
 from raystar.search.space import from_mapping, load_space
 from raystar.training.compile import canonical
 from tests.support import ROOT
@@ -73,7 +73,7 @@ def test_loguniform_is_uniform_in_the_logarithm() -> None:
     import numpy as np
 
     rng = np.random.default_rng(0)
-    logs = [math.log10(Distribution("loguniform", (0.01, 100.0)).draw(rng)) for _ in range(4000)]
+    logs = [math.log10(LogUniform((0.01, 100.0)).draw(rng)) for _ in range(4000)]
     assert np.mean(logs) == pytest.approx(0.0, abs=0.08)
     assert np.mean([x < -1 for x in logs]) == pytest.approx(0.25, abs=0.03)
 

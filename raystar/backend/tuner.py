@@ -91,10 +91,12 @@ def _param_space(space: Space, assignment: Assignment) -> dict[str, Any]:
 
 def _domain(distribution: Distribution) -> Any:
     """A distribution as Ray Tune's."""
-    if distribution.kind == "choice":
+    if distribution.listed:
         return tune.choice(list(distribution.values))
-    make = {"randint": tune.randint, "uniform": tune.uniform, "loguniform": tune.loguniform}[distribution.kind]
-    return make(*distribution.values)
+    low, high = distribution.values
+    if distribution.whole:
+        return tune.lograndint(low, high) if distribution.logarithmic else tune.randint(low, high)
+    return tune.loguniform(low, high) if distribution.logarithmic else tune.uniform(low, high)
 
 
 def _searcher(space: Space, assignment: Assignment) -> Any:

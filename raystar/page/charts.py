@@ -122,11 +122,11 @@ def slices(results: Results) -> dict[str, go.Figure]:
     for key, (kind, _) in results.drawn.items():
         figure = _figure(results, short(key), unit(summary.metric))
         values = [record.params[key] for record in ranked]
-        if kind == "choice":
+        if kind.listed:
             order = sorted(set(values), key=lambda v: (isinstance(v, str), str(v) if isinstance(v, str) else v or 0))
             figure.update_xaxes(type="category", categoryorder="array", categoryarray=[text(v) for v in order])
             values = [text(value) for value in values]
-        elif kind == "loguniform" and all(value > 0 for value in values):
+        elif kind.logarithmic and all(value > 0 for value in values):
             ticks = _ticks(min(values), max(values))
             figure.update_xaxes(
                 type="log", tickvals=ticks, ticktext=[f"{t:g}" for t in ticks], title=f"{short(key)} (log)"

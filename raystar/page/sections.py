@@ -156,25 +156,16 @@ def changes(found: Results) -> list[tuple[str, Any, Any, str]]:
             key,
             baseline.params.get(key) if baseline is not None else None,
             best.params.get(key),
-            _drawn(kind, values),
+            kind.describe(values),
         )
         for key, (kind, values) in found.drawn.items()
     ]
 
 
-def _drawn(kind: str, values: Any) -> str:
-    """From what a key's values were drawn: `0.5 to 4, log`, or the choices."""
-    if kind == "choice":
-        return ", ".join(as_value(value) for value in dict.fromkeys(values))
-    low, high = values
-    highest = high - 1 if kind == "randint" else high
-    return f"{as_value(low)} to {as_value(highest)}" + (", log" if kind == "loguniform" else "")
-
-
 def weights(found: Results) -> Importance | None:
     """What each key weighs in the search's trials; None where there are too few."""
     known = [r for r in found.summary.ranked() if r.parent is None and found.curve(r.trial)]
-    logarithmic = [key for key, (kind, _) in found.drawn.items() if kind == "loguniform"]
+    logarithmic = [key for key, (kind, _) in found.drawn.items() if kind.logarithmic]
     return importance([r.params for r in known], [found.curve(r.trial) for r in known], logarithmic)
 
 

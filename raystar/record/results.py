@@ -18,6 +18,7 @@ from raystar.record.summary import Summary, TrialRecord
 from raystar.record.sweep_file import JOURNAL, RECORD
 from raystar.ruler.ruler import UNMOVED
 from raystar.search.asha import Rungs
+from raystar.search.distributions import KINDS, Distribution
 from raystar.search.space import Scheduler, ranking, read_scheduler
 from raystar.training.speed import METRICS as SPEED_METRICS
 from raystar.training.trainer import METRICS
@@ -84,9 +85,10 @@ class Results:
         return int(self.record["config"]["training"]["epochs"])
 
     @property
-    def drawn(self) -> Mapping[str, tuple[str, Any]]:
-        """How each swept key was drawn: `loguniform` and the like, and its range or choices."""
-        return {key: next(iter(how.items())) for key, how in self.record["space"]["space"].items()}
+    def drawn(self) -> Mapping[str, tuple[type[Distribution], Any]]:
+        """How each swept key was drawn, and its range or choices."""
+        spelt = {key: next(iter(how.items())) for key, how in self.record["space"]["space"].items()}
+        return {key: (KINDS[kind], values) for key, (kind, values) in spelt.items()}
 
     @property
     def rungs(self) -> list[int]:

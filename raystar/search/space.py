@@ -132,12 +132,12 @@ class Space:
         base = [{key: get_value(config, key) for key in self.space}] if self.baseline else []
         if self.search == "tpe":
             for key, value in base[0].items() if base else ():
-                if self.space[key].kind == "choice" and value not in self.space[key].values:
+                if self.space[key].listed and value not in self.space[key].values:
                     raise RaystarError(
                         f"{self.source}: space: {key}: search tpe begins with the baseline, whose value {value} is not "
                         "among the choices; add it, or set baseline: false"
                     )
-                if self.space[key].kind != "choice" and value is None:
+                if not self.space[key].listed and value is None:
                     raise RaystarError(
                         f"{self.source}: space: {key}: search tpe begins with the baseline, whose value null is not a "
                         "number; set it, or baseline: false"
@@ -193,7 +193,7 @@ def from_mapping(content: Mapping[str, Any], config: Config, source: str) -> Spa
         )
     space = {key_text(key): read_distribution(key_text(key), value, source) for key, value in ranges.items()}
     search = one_of(content.get("search", "random"), _SEARCHES, f"{source}: search")
-    if search == "grid" and (ranged := [key for key, d in space.items() if d.kind != "choice"]):
+    if search == "grid" and (ranged := [key for key, d in space.items() if not d.listed]):
         raise RaystarError(f"{source}: search grid needs choices, but {', '.join(ranged)} has a range")
     if search == "tpe" and importlib.util.find_spec("optuna") is None:
         raise RaystarError(f"{source}: search tpe needs the package optuna; install raystar[tpe]")
