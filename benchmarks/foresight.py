@@ -23,11 +23,12 @@ import numpy as np
 import torch
 
 from raystar.base.console import run_cli
+from raystar.base.metrics import higher_is_better
 from raystar.config.load import override, request_config
 from raystar.config.schema import Config
 from raystar.data.bank import Bank, open_bank
 from raystar.record.finals import rank_correlation
-from raystar.ruler.ruler import HIGHER, UNMOVED, Ruler
+from raystar.ruler.ruler import UNMOVED, Ruler
 from raystar.search.space import load_space
 from raystar.training.trainer import Trainer
 
@@ -53,7 +54,7 @@ def ranked(run: Measured, epoch: str, metric: str) -> float:
     metrics = run[epoch]
     if metrics["movement"] < UNMOVED:
         return _LAST
-    return -metrics[metric] if metric in HIGHER else metrics[metric]
+    return -metrics[metric] if higher_is_better(f"eval/{metric}") else metrics[metric]
 
 
 def table(runs: list[Measured]) -> str:

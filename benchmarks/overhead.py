@@ -20,6 +20,7 @@ from PIL import Image
 
 from benchmarks import measure
 from benchmarks.step import RaystarStep
+from raystar.base.metrics import QUALITY
 from raystar.config.load import override, parse_assignment
 from raystar.config.schema import Config
 from raystar.data.bank import Bank, open_bank
@@ -30,7 +31,6 @@ from raystar.tracking.mlflow.writer import mlflow_tracker
 from raystar.tracking.tracker import PARENT
 from raystar.training.display import Display
 from raystar.training.step import LOGGED
-from raystar.training.trainer import METRICS
 
 
 def main() -> None:
@@ -81,7 +81,7 @@ def report(args: argparse.Namespace, config: Config, bank: Bank, folder: Path) -
         for key, image in pictures.items():
             paths[key] = folder / f"{key}.png"
             image.save(paths[key])
-        tracker.log(PARENT, 1, dict.fromkeys(METRICS, 1.0), paths)
+        tracker.log(PARENT, 1, dict.fromkeys(QUALITY, 1.0), paths)
 
     spent = {
         "ruler": seconds(lambda: ruler.measure(nets, config)),

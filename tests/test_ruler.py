@@ -15,13 +15,14 @@ from torch import Tensor
 from torch.nn import functional
 
 from raystar.base.errors import RaystarError
+from raystar.base.metrics import RULER
 from raystar.config.load import override
 from raystar.config.schema import Config
 from raystar.data.bank import Bank, open_bank
 from raystar.model.networks import Nets
 from raystar.ruler.distances import channel_transfer, energy_distance
 from raystar.ruler.picture_stats import content_lost, sketch, statistics
-from raystar.ruler.ruler import METRICS, NOTHING, TRANSFER, UNMOVED, Ruler, ruler_file
+from raystar.ruler.ruler import NOTHING, TRANSFER, UNMOVED, Ruler, ruler_file
 from raystar.ruler.samples import measured_by
 from raystar.training.state import TrainState
 from tests.support import SHARED, needs_shared, tiny_config, write_latents
@@ -109,7 +110,7 @@ def built(request: pytest.FixtureRequest) -> Built:
 
 def test_doing_nothing(built: Built) -> None:
     found = built[2].measure_subject(Nothing())
-    assert set(found) == set(METRICS)
+    assert set(found) == set(RULER)
     assert found["style"] == pytest.approx(1.0, abs=1e-5)
     assert found["content"] == pytest.approx(0.0, abs=1e-6)
     assert found["diversity"] == 0.0

@@ -8,9 +8,10 @@ from importlib.metadata import version
 from typing import Any
 
 from raystar import __version__
+from raystar.base.metrics import METRICS
 from raystar.config.schema import Config
-from raystar.training.metrics import MODEL_CARD
 
+_CARD = {name: metric.card for name, metric in METRICS.items() if metric.card}
 _REFERENCES = {
     "nothing": "the untouched sources",
     "transfer": "the sources with their references' channel means and deviations",
@@ -81,7 +82,7 @@ def _trained(config: Config, facts: Mapping[str, Any]) -> str:
 
 def _scores(facts: Mapping[str, Any]) -> str:
     found = facts.get("metrics") or {}
-    shown = [(key.partition("/")[2], found[key], words) for key, words in MODEL_CARD.items() if key in found]
+    shown = [(key.partition("/")[2], found[key], words) for key, words in _CARD.items() if key in found]
     rows = [f"| {name} | {value:.4f} | {words} |" for name, value, words in shown]
     if not rows:
         return ""

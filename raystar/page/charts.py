@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import plotly.graph_objects as go
 
+from raystar.base.metrics import arrow, label
 from raystar.page.importance import Importance
 from raystar.record.results import Results
 from raystar.record.statuses import BROKEN, STOPPED
 from raystar.record.summary import REFERENCES, TrialRecord
-from raystar.training.metrics import arrow, unit
 
 BEST, BASELINE, OTHER, BAD, INK, LINE, PAPER = (
     f"var(--{name})" for name in ("best", "baseline", "other", "bad", "ink", "line", "card")
@@ -29,7 +29,7 @@ _ISO = 40  # points of a line of equal score
 
 def score_label(results: Results) -> str:
     """The sweep's metric as an axis names it, with its unit."""
-    return f"{unit(results.summary.metric)}, {arrow(results.summary.mode)}"
+    return f"{label(results.summary.metric)}, {arrow(results.summary.mode)}"
 
 
 def learning_curves(results: Results) -> go.Figure | None:
@@ -120,7 +120,7 @@ def slices(results: Results) -> dict[str, go.Figure]:
         return {}
     found = {}
     for key, (kind, _) in results.drawn.items():
-        figure = _figure(results, short(key), unit(summary.metric))
+        figure = _figure(results, short(key), label(summary.metric))
         values = [record.params[key] for record in ranked]
         if kind.listed:
             order = sorted(set(values), key=lambda v: (isinstance(v, str), str(v) if isinstance(v, str) else v or 0))
@@ -166,7 +166,7 @@ def _shown(results: Results) -> list[TrialRecord]:
 def importances(results: Results, found: Importance) -> go.Figure:
     """A dot a key with its interval; the most important on top."""
     keys = found.keys[::-1]
-    figure = _figure(results, f"rise of the error, {unit(results.summary.metric)}", "")
+    figure = _figure(results, f"rise of the error, {label(results.summary.metric)}", "")
     figure.add_vline(0, line={"color": LINE, "width": 2})
     figure.add_scatter(
         x=[k.rise for k in keys],
@@ -198,8 +198,8 @@ def front(results: Results) -> go.Figure | None:
     better = "lower is better"
     figure = _figure(
         results,
-        f"{unit(across)}, {better}",
-        score_label(results) if results.speed else f"{unit(up)}, {better}",
+        f"{label(across)}, {better}",
+        score_label(results) if results.speed else f"{label(up)}, {better}",
     )
     x, y = ([r.metrics[name] for r in there] for name in (across, up))
     optimal = set(undominated(results, there))

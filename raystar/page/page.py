@@ -14,13 +14,12 @@ from plotly.offline import get_plotlyjs
 
 from raystar.base.console import duration
 from raystar.base.files import write_whole
+from raystar.base.metrics import METRICS, arrow
 from raystar.base.storage import Storage
 from raystar.page import charts, sections
 from raystar.page.importance import FEWEST, RESAMPLES
 from raystar.record import results
 from raystar.record.results import CONTACT_SHEET, REPORT, Results
-from raystar.training import metrics
-from raystar.training.metrics import EXPLAINED
 
 
 def write(folder: Path, storage: Storage, out: Path | None = None) -> Path:
@@ -73,8 +72,8 @@ def _page(found: Results, folder: Path, storage: Storage) -> tuple[str, Image.Im
         finalists=sections.finalists(found),
         foresight=found.foresight(),
         changes=sections.changes(found),
-        better=metrics.arrow(found.summary.mode),
-        explained=EXPLAINED,
+        better=arrow(found.summary.mode),
+        explained={name: metric.meaning for name, metric in METRICS.items() if metric.meaning},
         figures={name: json.loads(figure.to_json()) for name, figure in figures.items() if figure is not None},
         slices=list(enumerate(keys)),
         most_curves=charts.MOST_CURVES,

@@ -11,6 +11,7 @@ import yaml
 from PIL import Image
 
 from raystar.base.console import duration
+from raystar.base.metrics import METRICS, arrow, higher_is_better
 from raystar.base.secrets import redact
 from raystar.base.storage import Storage
 from raystar.config.load import overlay_yaml, to_mapping
@@ -23,9 +24,8 @@ from raystar.record.results import Results
 from raystar.record.statuses import BROKEN, RUNNING, STOPPED, UNFINISHED
 from raystar.record.summary import REFERENCES, TrialRecord
 from raystar.record.sweep_file import leaves
-from raystar.training import metrics as metrics_module
-from raystar.training.metrics import EXPLAINED, HIGHER_IS_BETTER
 
+_EXPLAINED = {name: metric.meaning for name, metric in METRICS.items() if metric.meaning}
 _ROWS, _COLUMNS = 16, 6  # of the contact sheet
 _LARGE = 3  # trials whose grids are shown large
 _TABLE = 500  # rows; summary.csv has them all
@@ -113,13 +113,13 @@ def parts(found: Results) -> list[dict[str, Any]]:
     if best is None:
         return []
     group = "perf/" if found.speed else "eval/"
-    names = [name for name in EXPLAINED if name in best.metrics and name.startswith(group)]
+    names = [name for name in _EXPLAINED if name in best.metrics and name.startswith(group)]
     names = list(dict.fromkeys([found.summary.metric, *names]))
     parts = []
     for name in names:
         now, then = best.metrics.get(name), baseline.metrics.get(name) if baseline is not None else None
         change = now - then if now is not None and then is not None and best is not baseline else None
-        higher = found.summary.mode == "max" if name == found.summary.metric else name in HIGHER_IS_BETTER
+        higher = found.summary.mode == "max" if name == found.summary.metric else higher_is_better(name)
         judged = name not in (
             "perf/compile_s",
             "perf/compiled_modules",
@@ -133,14 +133,8 @@ def parts(found: Results) -> list[dict[str, Any]]:
                 "best": now,
                 "change": change,
                 "better": None if not change or not judged else (change > 0) == higher,
-                "meaning": EXPLAINED.get(name, "")
-                + (
-                    ""
-                    if not judged
-                    else f"; {metrics_module.arrow('max' if higher else 'min')}"
-                    if EXPLAINED.get(name)
-                    else ""
-                ),
+                "meaning": _EXPLAINED.get(name, "")
+                + ("" if not judged else f"; {arrow('max' if higher else 'min')}" if _EXPLAINED.get(name) else ""),
             }
         )
     return parts
@@ -268,13 +262,13 @@ def error(found: Results, folder: Path) -> str:
 def table(found: Results) -> dict[str, Any]:
     """All trials, best first, and the references: columns as (title, what it is), rows of (text, exact value)."""
     speed = found.speed
-    metrics = [m for m in EXPLAINED if m.startswith("perf/" if speed else "eval/") and m != found.summary.metric]
+    metrics = [m for m in _EXPLAINED if m.startswith("perf/" if speed else "eval/") and m != found.summary.metric]
     records = found.by_score()
     metrics = [m for m in metrics if any(m in r.metrics for r in records)]
     columns = [
         ("trial", "name"), ("status", "how it ended"), (found.summary.short_metric, "as measured last"),
         ("after epoch", "of that measurement"), ("epochs", "trained"),
-        *((m.rpartition("/")[2].replace("_", " "), EXPLAINED[m]) for m in metrics),
+        *((m.rpartition("/")[2].replace("_", " "), _EXPLAINED[m]) for m in metrics),
         ("time", "h:mm:ss"), *((charts.short(key), key) for key in found.drawn),
     ]  # fmt: skip
     rows = []

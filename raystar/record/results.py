@@ -11,6 +11,7 @@ from typing import Any
 
 from raystar.base.errors import RaystarError, nearest
 from raystar.base.journal import Journal
+from raystar.base.metrics import QUALITY, SPEED
 from raystar.record.events import EPOCH
 from raystar.record.finals import rank_correlation
 from raystar.record.statuses import FINISHED
@@ -20,8 +21,6 @@ from raystar.ruler.ruler import UNMOVED
 from raystar.search.asha import Rungs
 from raystar.search.distributions import KINDS, Distribution
 from raystar.search.space import Scheduler, ranking, read_scheduler
-from raystar.training.speed import METRICS as SPEED_METRICS
-from raystar.training.trainer import METRICS
 
 _FEW = 4  # runs below which nothing is said of a rung
 _WARNED, _DOUBTFUL = 5, 0.5  # runs from which on a rung is doubted, below that correlation
@@ -105,9 +104,7 @@ class Results:
 
     @property
     def _scheduler(self) -> Scheduler:
-        return read_scheduler(
-            self.record["space"].get("scheduler", {}), SPEED_METRICS if self.speed else METRICS, RECORD
-        )
+        return read_scheduler(self.record["space"].get("scheduler", {}), SPEED if self.speed else QUALITY, RECORD)
 
     def curve(self, trial: str, metric: str | None = None) -> dict[int, float]:
         """One metric of a trial by epoch, by default the sweep's, where it is finite."""

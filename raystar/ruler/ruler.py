@@ -39,6 +39,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from raystar.base.metrics import RULER
 from raystar.config.schema import Config
 from raystar.data.bank import Bank
 from raystar.model.checkpoint import digest
@@ -50,16 +51,6 @@ from raystar.ruler.outlook import progress
 from raystar.ruler.picture_stats import content_lost, statistics
 from raystar.ruler.samples import SEED, check, choose, measured_by
 from raystar.ruler.subjects import NetsSubject, Subject
-
-METRICS = ("score", "style", "content", "diversity", "worst_pair", "accuracy", "movement", "outlook")
-"""What `Ruler.measure` returns. `worst_pair` is the score of the pair of domains that fares worst; `accuracy` the share
-of translations that a linear classifier of picture statistics takes for the target domain; `movement` how far
-translations are from their sources, over how far real pictures of a domain are from each other; `outlook` how far they
-have still to go (1 at the start, 0 there), which is what ranks trials that are under way: whatever begins to move looks
-worse before it looks better, so that a young trial's score says little of its last (benchmarks/RESULTS.md)."""
-
-HIGHER = ("diversity", "accuracy", "movement")
-"""Metrics of which more is better; of the others less is."""
 
 NOTHING, TRANSFER = "nothing", "transfer"
 """Keys of `Ruler.references`."""
@@ -156,12 +147,12 @@ class Ruler:
         return self
 
     def measure(self, nets: Nets, config: Config) -> dict[str, float]:
-        """The metrics `METRICS` of a model, in the precision it trains in."""
+        """The metrics `base.metrics.RULER` of a model, in the precision it trains in."""
         return self.measure_subject(NetsSubject(nets, config))
 
     @torch.inference_mode()
     def measure_subject(self, subject: Subject) -> dict[str, float]:
-        """The metrics `METRICS` of anything that translates.
+        """The metrics `base.metrics.RULER` of anything that translates.
 
         Of each pair's n sources one half is translated by reference, the other by noise: two translations of one
         source would lie closer together than two pictures of a domain do, and the unbiased distance relies on that.
@@ -180,7 +171,7 @@ class Ruler:
             fakes.append(torch.cat([subject.translate(x[r], styles[r]) for r in torch.arange(n).split(CHUNK)]))
         seen = self._look(torch.cat(fakes))
         values = self._judge(seen, self._diversity(subject, seen)) | {"outlook": self._outlook(fakes)}
-        return {name: values[name].item() for name in METRICS}
+        return {name: values[name].item() for name in RULER}
 
     @torch.inference_mode()
     def measure_pictures(self, translations: Tensor) -> dict[str, float]:
@@ -191,7 +182,7 @@ class Ruler:
         """
         raw, sketches = zip(*map(self.eye.see, translations.split(CHUNK)), strict=True)
         values = self._judge(_Seen(self.features(torch.cat(raw)), torch.cat(sketches)), None)
-        return {name: values[name].item() for name in METRICS if name in values}
+        return {name: values[name].item() for name in RULER if name in values}
 
     @torch.inference_mode()
     def source_pictures(self) -> Tensor:
@@ -316,7 +307,7 @@ def _references(ruler: Ruler) -> dict[str, dict[str, float]]:
     found = {}
     for name, fakes in ((NOTHING, untouched), (TRANSFER, transferred)):
         measured = ruler._judge(ruler._look(torch.cat(fakes)), None) | {"outlook": ruler._outlook(fakes)}
-        found[name] = {f"eval/{key}": measured[key].item() for key in METRICS if key in measured}
+        found[name] = {f"eval/{key}": measured[key].item() for key in RULER if key in measured}
     return found
 
 

@@ -14,16 +14,13 @@ import numpy as np
 import torch
 
 from raystar.base.errors import RaystarError, key_text, misspelt, show
+from raystar.base.metrics import QUALITY, RULER, SPEED, higher_is_better
 from raystar.config.load import get_value, override
 from raystar.config.schema import MAX_WHOLE, Config
 from raystar.config.strict_yaml import read_mapping
-from raystar.ruler.ruler import HIGHER
-from raystar.ruler.ruler import METRICS as RULER_METRICS
 from raystar.search.distributions import Distribution, read_distribution
 from raystar.search.fields import boolean, number, one_of, section, whole
 from raystar.training.compile import SPEED_KEYS, canonical
-from raystar.training.speed import METRICS as SPEED_METRICS
-from raystar.training.trainer import METRICS
 
 SEED = "training.seed"
 """The key that differs between the runs of a finalist."""
@@ -97,7 +94,7 @@ class Space:
 
     source: str
     metric: str
-    """One of `trainer.METRICS`; for a speed sweep one of `speed.METRICS`."""
+    """One of `base.metrics.QUALITY`; for a speed sweep one of its `SPEED`."""
     mode: str
     trials: int
     space: Mapping[str, Distribution]
@@ -213,7 +210,7 @@ def from_mapping(content: Mapping[str, Any], config: Config, source: str) -> Spa
                 "leave out choices, or use search: random"
             )
         trials = combinations + (1 if baseline else 0)
-    metrics = SPEED_METRICS if purpose == "speed" else METRICS
+    metrics = SPEED if purpose == "speed" else QUALITY
     space_file = Space(
         source=source,
         metric=_metric(content.get("metric", metric), metrics, f"{source}: metric"),
@@ -268,9 +265,9 @@ def ranking(scheduler: Scheduler, metric: str, mode: str, source: str) -> tuple[
     if group != "eval":
         raise RaystarError(
             f"{source}: scheduler.metric: {found}: whether more of it is better is not known; expected a metric of the "
-            f"ruler's ({', '.join(RULER_METRICS)}) or the sweep's own, {metric}"
+            f"ruler's ({', '.join(RULER)}) or the sweep's own, {metric}"
         )
-    return found, "max" if name in HIGHER else "min"
+    return found, "max" if higher_is_better(f"eval/{name}") else "min"
 
 
 def read_scheduler(content: Any, metrics: Sequence[str], source: str) -> Scheduler:

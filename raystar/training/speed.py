@@ -19,16 +19,6 @@ from raystar.training.parity import check_parity
 from raystar.training.state import TrainState
 from raystar.training.step import train_step
 
-METRICS = (
-    "perf/speedup",
-    "perf/steady_samples_per_s",
-    "perf/eager_samples_per_s",
-    "perf/compile_s",
-    "perf/compiled_modules",
-    "perf/recompilations",
-)
-"""What `measure` yields each epoch: samples a second over eager's, both, and what compiling took and gave."""
-
 _TURN = 5
 """Steps of one kind before the other has its turn: enough for a GPU's queue to fill, few enough for both kinds to
 share each phase of a machine whose speed drifts."""

@@ -24,7 +24,6 @@ from raystar.model.device import resolve_device, set_backends
 from raystar.model.networks import Nets
 from raystar.pictures import grid
 from raystar.pictures.codec import Codec
-from raystar.ruler.ruler import METRICS as RULER_METRICS
 from raystar.ruler.ruler import Ruler
 from raystar.training.compile import compile_networks, graphs, labels
 from raystar.training.display import Display
@@ -34,24 +33,6 @@ from raystar.training.state import TrainState
 from raystar.training.step import LOGGED, train_step
 from raystar.training.system_metrics import Usage
 from raystar.training.workers import ALONE, Group
-
-METRICS = (
-    *(f"train/{name}" for name in LOGGED),
-    "train/lambda_ds",
-    "train/lr_g",
-    "train/lr_d",
-    "train/lr_mapping",
-    *(f"eval/{name}" for name in RULER_METRICS),
-    "perf/samples_per_s",
-    "perf/train_s",
-    "perf/eval_s",
-    "perf/peak_memory_gib",
-    "perf/skipped_batches",
-    "perf/compile_s",
-    "perf/compiled_modules",
-    "perf/recompilations",
-)
-"""Every metric that a run can report, but for `usage.Usage`'s, which nobody searches for."""
 
 EXPLODED = 1e6
 """A loss that is further from 0 has exploded: terms of a GAN that trains stay below some hundreds, R1's included."""
@@ -66,7 +47,7 @@ class Progress:
 
     epoch: int
     metrics: dict[str, float]
-    """Some of `METRICS`, and how busy the machine was."""
+    """Some of `base.metrics.QUALITY`, and how busy the machine was."""
     images: dict[str, Image.Image]
     """`grid_ref` and `grid_noise`, in epochs that draw them."""
     first_images: dict[str, Image.Image]
