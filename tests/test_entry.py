@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
+from raystar import SweepRequest, __version__, run_sweep
 from raystar import __main__ as entry
-from raystar import __version__
 from raystar.base.errors import RaystarError
-from tests.support import ROOT
+from raystar.config.load import to_yaml
+from tests.support import ROOT, tiny_config, write_latents
 
 
 def run(*command: str) -> subprocess.CompletedProcess[str]:
@@ -58,3 +61,44 @@ def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
 def test_arguments_go_to_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(RaystarError, match="--space: expected a space file"):
         entry.main(["tune", "--epochs", "2"])
+
+
+FROM_PYTHON = """
+import json, sys
+from pathlib import Path
+from raystar import SweepRequest, run_sweep
+folder = Path(sys.argv[1])
+request = SweepRequest(
+    space=folder / "space.yaml", config=folder / "config.yaml", out=folder / "runs", name="p", trials=2, epochs=2
+)
+summary = run_sweep(request, values={"loss.w_sty": 0.5, "data.domains": ["a", "b"], "training.progress_style": "off"})
+print(json.dumps([summary.status, summary.best.trial, [r.trial for r in summary.trials.values()]]))
+"""
+
+
+@pytest.mark.slow
+def test_a_sweep_from_python(tmp_path: Path) -> None:
+    """The same as the command's: its folder, its store, and what was asked for in its record."""
+    config = tiny_config(write_latents(tmp_path / "latents", ("a", "b")), ("a", "b"))
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    (tmp_path / "space.yaml").write_text("finalists: 1\nspace:\n  loss.w_cyc: {loguniform: [0.1, 10.0]}\n")
+    done = run("-c", FROM_PYTHON, str(tmp_path))
+    assert done.returncode == 0, done.stdout + done.stderr
+    status, best, trials = json.loads(done.stdout.splitlines()[-1])
+    assert (status, trials) == ("finished", ["t00", "t01"])
+    assert best in trials
+    record = json.loads((tmp_path / "runs/p/sweep.json").read_text())
+    assert record["config"]["loss"]["w_sty"] == 0.5
+    assert record["request"]["set"] == ["loss.w_sty=0.5", "data.domains=[a, b]", "training.progress_style='off'"]
+    assert (tmp_path / "runs/p/best/model.safetensors").is_file()
+
+
+def test_a_wrong_request_from_python() -> None:
+    with pytest.raises(RaystarError, match="--space: expected a space file"):
+        run_sweep()
+    with pytest.raises(RaystarError, match=r"did you mean 'loss\.w_cyc'"):
+        run_sweep(space="search_spaces/loss.yaml", values={"loss.w_cycl": 2})
+    with pytest.raises(TypeError, match="trials beside a request"):
+        run_sweep(SweepRequest(space="search_spaces/loss.yaml"), trials=2)
+    with pytest.raises(TypeError, match="trial"):
+        run_sweep(space="search_spaces/loss.yaml", trial=2)
