@@ -39,7 +39,7 @@ def simulated(params: dict[str, Any], request: Any) -> None:
         metrics = {f"train/{name}": rng.random() for name in "abcdefghijklmnopqrst"}
         metrics |= {request.metric: score, "eval/outlook": score, "eval/movement": 0.5}
         tune.report(
-            reporting.message(told | {"epoch": epoch, "metrics": metrics}, request.metric, score) | {"saved": True}
+            reporting.message({**told, "epoch": epoch, "metrics": metrics}, request.metric, score) | {"saved": True}
         )
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from raystar.backend.placing import ensure_local
-from raystar.backend.reporting import Report, Request
+from raystar.backend.reporting import Reporter, Request
 from raystar.base.errors import RaystarError, TrialDiverged, TrialOutOfMemory
 from raystar.config.load import from_mapping, override
 from raystar.config.schema import Config
@@ -31,7 +31,7 @@ from raystar.training.workers import ALONE, Group
 def train_loop(settings: dict[str, Any]) -> None:
     """Trains one configuration and reports every epoch; ends with a report, whatever happens."""
     request: Request = settings["request"]
-    report = Report(request, settings["trial"])
+    report = Reporter(request, settings["trial"])
     _settle_process()
     torch.set_num_threads(request.cpus)
     try:
@@ -78,7 +78,7 @@ def _settle_process() -> None:
     gc.freeze()
 
 
-def train(settings: dict[str, Any], report: Report, group: Group) -> None:
+def train(settings: dict[str, Any], report: Reporter, group: Group) -> None:
     """Trains one configuration, alone or as one of a group of workers; whatever goes wrong is raised."""
     request: Request = settings["request"]
     config = override(from_mapping(request.config, "sweep"), settings["params"], "trial")

@@ -14,6 +14,7 @@ from ray.util.placement_group import get_current_placement_group
 
 from raystar.backend.placing import Placed
 from raystar.base.storage import Storage
+from raystar.record.events import TrialReport
 from raystar.record.statuses import RUNNING, STARTING
 from raystar.record.trial_files import Restored, TrialFiles
 from raystar.training.trainer import Progress
@@ -52,7 +53,7 @@ class Request:
     """Measure speed only: no ruler, no pictures, no checkpoints; the parity gate comes first."""
 
 
-class Report:
+class Reporter:
     """The seam between a trial and Ray: saves epochs and reports them to Tune, from the trial's own process."""
 
     def __init__(self, request: Request, trial: str) -> None:
@@ -81,7 +82,7 @@ class Report:
         pictures = {(key, progress.epoch): image for key, image in progress.images.items()}
         pictures |= {(key, 0): image for key, image in progress.first_images.items()}
         saved = {place: self.files.save_picture(place[0], image, place[1]) for place, image in pictures.items()}
-        report = {
+        report: TrialReport = {
             "epoch": progress.epoch,
             "status": RUNNING,
             "metrics": progress.metrics,
@@ -90,7 +91,7 @@ class Report:
             "labels": progress.labels,
         }
         self.files.save(progress.epoch, report, progress.checkpoint)
-        self._send(report | {"first_step_at": first_step_at}, saved=True)
+        self._send({**report, "first_step_at": first_step_at}, saved=True)
 
     def speed(self, epoch: int, metrics: dict[str, float], labels: dict[str, str]) -> None:
         """Reports one epoch of a trial that measures speed: there is nothing to save."""
@@ -100,16 +101,16 @@ class Report:
         """The last report of a trial that did not come to its end."""
         self._tell(ended(self.request, status, reason))
 
-    def _send(self, report: dict[str, Any], *, saved: bool = False) -> None:
+    def _send(self, report: TrialReport, *, saved: bool = False) -> None:
         note, self.note = self.note, None
         self.value = report["metrics"].get(self.request.metric, self.value)
-        self._tell(message(report | {"note": note}, self.request.metric, self.value) | {"saved": saved})
+        self._tell(message({**report, "note": note}, self.request.metric, self.value) | {"saved": saved})
 
     def _tell(self, message: dict[str, Any]) -> None:
         tune.report(message)
 
 
-class GroupReport(Report):
+class GroupReporter(Reporter):
     """Reports to Ray Train, from one of several workers. All of them call it; the first one's report counts."""
 
     def __init__(self, request: Request, trial: str, group: Group) -> None:
@@ -133,10 +134,10 @@ class GroupReport(Report):
         ray.train.report(message | held if self.first else {})
 
 
-def message(report: dict[str, Any], metric: str, value: float) -> dict[str, Any]:
+def message(report: TrialReport, metric: str, value: float) -> dict[str, Any]:
     """What Tune is told: the metric for its searchers, and the report in one piece, which it need not take apart."""
     who = {"pid": os.getpid(), "host": os.uname().nodename}
-    return {"report": json.dumps(report | who), metric: value}
+    return {"report": json.dumps({**report, **who}), metric: value}
 
 
 def ended(request: Request, status: str, reason: str) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from ray.train.torch import TorchTrainer
 from ray.tune.integration.ray_train import TuneReportCallback
 
 from raystar.backend.loop import train, train_loop, what_ended
-from raystar.backend.reporting import GroupReport, Request, ended
+from raystar.backend.reporting import GroupReporter, Request, ended
 from raystar.base.errors import RaystarError, WorkerLost
 from raystar.base.storage import Storage
 from raystar.record.trial_files import TrialFiles
@@ -115,4 +115,4 @@ def worker_loop(settings: dict[str, Any]) -> None:
     request: Request = settings["request"]
     torch.set_num_threads(request.cpus)
     group = Group.current()
-    train(settings, GroupReport(request, settings["trial"], group), group)
+    train(settings, GroupReporter(request, settings["trial"], group), group)

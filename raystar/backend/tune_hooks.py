@@ -16,6 +16,8 @@ from ray.tune.progress_reporter import TrialProgressCallback
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 
+from raystar.record.events import TrialReport
+
 MAX_DEATHS = 3
 """Times that a trial's process may die, without an epoch saved in between, and be started again."""
 
@@ -65,7 +67,7 @@ class Listener(Protocol):
     def trial_started(self, name: str, params: dict[str, Any]) -> None:
         """A trial begins, or begins again after its process died."""
 
-    def trial_reported(self, name: str, result: dict[str, Any]) -> bool:
+    def trial_reported(self, name: str, report: TrialReport) -> bool:
         """A trial reports an epoch, or that it cannot go on; returns whether it may."""
 
     def trial_ended(self, name: str, deaths: int | None) -> None:
@@ -81,7 +83,7 @@ class Warden(FIFOScheduler):  # type: ignore[misc]
 
     def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
         """See `ray.tune.schedulers.TrialScheduler`."""
-        report = json.loads(result.get("report", "{}"))  # there is none if the trial ended without one
+        report: TrialReport = json.loads(result.get("report", "{}"))  # there is none if the trial ended without one
         goes_on = not report or self.listener.trial_reported(str(trial), report)
         return str(TrialScheduler.CONTINUE if goes_on and not self.listener.stopping else TrialScheduler.STOP)
 

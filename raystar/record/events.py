@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any, NotRequired, TypedDict, cast
 
 SESSION, STARTED, EPOCH, NOTE, ENDED, ALONE = "session", "started", "epoch", "note", "ended", "alone"
 REFERENCES, FINALS = "references", "finals"
@@ -17,3 +19,57 @@ class Verdict:
     ends: str | None = None
     """The status with which the trial is to end now; None to go on."""
     reason: str | None = None
+
+
+class TrialReport(TypedDict):
+    """What a trial tells the driver, as JSON: an epoch; or that its group is there, or that it cannot go on."""
+
+    status: str
+    pid: NotRequired[int]
+    host: NotRequired[str]
+    reason: NotRequired[str | None]
+    """Why it cannot go on."""
+    epoch: NotRequired[int]
+    metrics: NotRequired[dict[str, float]]
+    images: NotRequired[dict[str, str]]
+    """Where the epoch's pictures lie, by key."""
+    first_images: NotRequired[dict[str, str]]
+    """Those of the untrained networks."""
+    labels: NotRequired[dict[str, str]]
+    """How it runs, as tags."""
+    note: NotRequired[str | None]
+    first_step_at: NotRequired[float | None]
+
+
+class Event(TypedDict):
+    """A line of a sweep's journal. Which keys there are depends on `event`."""
+
+    event: str
+    at: float
+    trial: NotRequired[str]
+    params: NotRequired[Mapping[str, Any]]
+    """STARTED: the trial's values."""
+    epoch: NotRequired[int]
+    """EPOCH, with the keys of a `TrialReport` that are not empty."""
+    metrics: NotRequired[dict[str, float]]
+    images: NotRequired[dict[str, str]]
+    first_images: NotRequired[dict[str, str]]
+    labels: NotRequired[dict[str, str]]
+    idle_s: NotRequired[float | None]
+    note: NotRequired[str]
+    """NOTE."""
+    status: NotRequired[str]
+    """ENDED."""
+    reason: NotRequired[str | None]
+    """ENDED, ALONE."""
+    values: NotRequired[Mapping[str, Mapping[str, float]]]
+    """REFERENCES: the ruler's metrics by name of the reference."""
+    finalists: NotRequired[list[str]]
+    """FINALS, with the seeds."""
+    seeds: NotRequired[list[int]]
+
+
+def read_events(lines: Iterable[Mapping[str, Any]]) -> Iterator[Event]:
+    """A journal's lines as events."""
+    for line in lines:
+        yield cast(Event, line)

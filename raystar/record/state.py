@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from raystar.record import finals
-from raystar.record.events import ALONE, ENDED, EPOCH, FINALS, NOTE, REFERENCES, SESSION, STARTED, Verdict
+from raystar.record.events import ALONE, ENDED, EPOCH, FINALS, NOTE, REFERENCES, SESSION, STARTED, Event, Verdict
 from raystar.record.statuses import BROKEN, COLLAPSED, FINISHED, INTERRUPTED, PENDING, RUNNING, STOPPED, UNFINISHED
 from raystar.record.summary import Summary
 from raystar.search.asha import Rungs
@@ -48,14 +48,14 @@ class Ledger:
     _ran: float = 0.0  # seconds of the sessions before this one
     _session: float = 0.0
 
-    def replay(self, events: Iterable[Mapping[str, Any]]) -> None:
+    def replay(self, events: Iterable[Event]) -> None:
         """Takes in what happened before. Trials that were running when it broke off are `INTERRUPTED`."""
         for event in events:
             self.apply(event)
         self._break_off()
         self.broken_in_a_row.clear()
 
-    def apply(self, event: Mapping[str, Any]) -> Verdict:
+    def apply(self, event: Event) -> Verdict:
         """Takes in one event."""
         at = float(event["at"])
         verdict = Verdict()

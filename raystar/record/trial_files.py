@@ -20,6 +20,7 @@ from raystar.base.errors import RaystarError
 from raystar.base.files import wait_for_space
 from raystar.base.storage import Storage
 from raystar.model import checkpoint as checkpoints
+from raystar.record.events import TrialReport
 
 _CHECKPOINT = re.compile(r"epoch_(\d+)\.pt")
 _PICTURE = re.compile(r"(\w+)_(\d+)\.png")
@@ -114,7 +115,7 @@ class TrialFiles:
         note = f"{' and '.join(damaged)} cannot be read; went on after epoch {done}" if damaged else None
         return Restored(found, done, note)
 
-    def reports(self, after: int, until: int) -> list[dict[str, Any]]:
+    def reports(self, after: int, until: int) -> list[TrialReport]:
         """What was reported for the epochs in (after, until]."""
         names = (f"trials/{self.trial}/epoch_{epoch:04d}.json" for epoch in range(after + 1, until + 1))
         return [json.loads(self.storage.read(name)) for name in names]

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from raystar.base.files import wait_for_space
 from raystar.base.journal import Journal
+from raystar.record.events import TrialReport
 from raystar.record.retention import Janitor
 from raystar.record.summary import Summary, TrialRecord
 from raystar.tracking.tracker import Tracker
@@ -52,7 +51,7 @@ class IdleClock:
         """Whether anybody has reported."""
         return bool(self._last)
 
-    def heard(self, record: TrialRecord, report: Mapping[str, Any]) -> None:
+    def heard(self, record: TrialRecord, report: TrialReport) -> None:
         """A trial has reported; what its process had lost before goes into its record."""
         process, first_step, now = (report["host"], report["pid"]), report.get("first_step_at"), time.time()
         before = self._last.get(process)

@@ -23,6 +23,7 @@ from raystar.config.load import override, to_mapping
 from raystar.config.schema import Config
 from raystar.pictures.codec import open_codec
 from raystar.record import finals
+from raystar.record.events import read_events
 from raystar.record.state import Ledger
 from raystar.record.statuses import UNFINISHED
 from raystar.record.summary import Summary
@@ -118,7 +119,7 @@ def _ledger(plan: Plan) -> Ledger:
     for number, point in enumerate(plan.points or []):
         summary.add(plan.trial_name(number), dict(point))
     if plan.resumed:
-        ledger.replay(Journal(plan.folder / JOURNAL))
+        ledger.replay(read_events(Journal(plan.folder / JOURNAL)))
     return ledger
 
 

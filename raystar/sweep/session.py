@@ -9,14 +9,27 @@ import shutil
 import time
 import traceback
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 from raystar.backend import placing
 from raystar.base.console import announce
 from raystar.base.errors import RaystarError
 from raystar.base.journal import Journal
 from raystar.record import finals
-from raystar.record.events import ALONE, ENDED, EPOCH, FINALS, NOTE, REFERENCES, SESSION, STARTED, Verdict
+from raystar.record.events import (
+    ALONE,
+    ENDED,
+    EPOCH,
+    FINALS,
+    NOTE,
+    REFERENCES,
+    SESSION,
+    STARTED,
+    Event,
+    TrialReport,
+    Verdict,
+    read_events,
+)
 from raystar.record.retention import Janitor
 from raystar.record.state import Ledger
 from raystar.record.statuses import (
@@ -110,7 +123,7 @@ class Session:
 
     def _catch_up(self) -> None:
         """Does what a process that was killed between two lines left undone."""
-        for event in self.journal:
+        for event in read_events(self.journal):
             name = event.get("trial", PARENT)
             if event["event"] == EPOCH and event["epoch"] > self.tracker.last_epoch(name):
                 self._track_epoch(name, event)
@@ -215,7 +228,7 @@ class Session:
         runs.open_trial(self.tracker, self.plan, self.summary, self.summary.trials[name])
         self.board.changed(self.summary.trials[name])
 
-    def trial_reported(self, name: str, report: dict[str, Any]) -> bool:
+    def trial_reported(self, name: str, report: TrialReport) -> bool:
         """A trial reports an epoch, or that it cannot go on; returns whether it may."""
         if not self.idle.running:  # what started beside Ray must have worked before the first result counts
             try:
@@ -241,7 +254,7 @@ class Session:
             return name not in self._ends
         kept = {key: report[key] for key in ("metrics", "images", "first_images", "labels") if report.get(key)}
         verdict = self._happened(EPOCH, trial=name, epoch=epoch, idle_s=record.idle_s, **kept)
-        self._track_epoch(name, {"epoch": epoch, **kept})
+        self._track_epoch(name, cast(Event, {"epoch": epoch, **kept}))
         if not self.plan.speed:
             self.janitor.epoch(record, epoch)
         self.board.changed(record, report["metrics"].get(self.summary.metric))
@@ -250,7 +263,7 @@ class Session:
             self._ends[name] = (verdict.ends, verdict.reason)
         return verdict.ends is None
 
-    def _track_epoch(self, name: str, event: Mapping[str, Any]) -> None:
+    def _track_epoch(self, name: str, event: Event) -> None:
         epoch, labels = int(event["epoch"]), event.get("labels")
         if labels and epoch == 1:
             self.tracker.attach(name, {}, labels, {})
@@ -303,7 +316,7 @@ class Session:
         """Writes an event to the journal, then takes it in."""
         record = {"event": event, "at": time.time(), **facts}
         self.journal.append(record)
-        return self.ledger.apply(record)
+        return self.ledger.apply(cast(Event, record))
 
     # -- the end ------------------------------------------------------------------------------------
 
