@@ -385,7 +385,7 @@ def test_a_sweep_whose_trials_have_two_workers_each(tmp_path: Path) -> None:
 
 def test_what_ended_a_group() -> None:
     """A trial's own reason is told; a process that died is nobody's fault, and the trial goes on."""
-    trial = pytest.importorskip("raystar.trial")
+    trial = pytest.importorskip("raystar.backend.trial")
     died = trial.RayActorError()
     diverged, memory, broken = TrialDiverged("NaN"), TrialOutOfMemory("full"), ValueError("broken")
     for failures, wanted in [

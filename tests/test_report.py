@@ -111,7 +111,7 @@ def test_the_table_is_the_summary(sweep: tuple[Path, Page]) -> None:
     trials = {trial["trial"]: trial for trial in summary_of(folder)["trials"]}
     rows = page.table()
     assert sorted(row[0] for row in rows) == sorted(trials)
-    names = ("style", "content", "diversity", "worst_pair", "movement", "outlook", "accuracy")
+    names = ("style", "content", "diversity", "worst_pair", "accuracy", "movement", "outlook")
     for row in rows:
         trial = trials[row[0]]
         expected = [trial["trial"], trial["status"], trial["score"], trial["score_epoch"], trial["epochs"]]

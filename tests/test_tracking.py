@@ -186,7 +186,7 @@ def test_the_experiment_opens_on_the_metric_that_is_searched(tracker: Relay, tmp
     ]  # fmt: skip
     command, address = tracker.how_to_compare()
     assert command == f"mlflow ui --backend-store-uri sqlite:///{tmp_path}/mlflow.db"
-    assert f"#/experiments/{tracker.experiment_id}/runs?" in address
+    assert f"#/experiments/{tracker.store.experiment_id}/runs?" in address
 
 
 def test_the_best_runs_have_a_view_of_their_pictures(tracker: Relay, tmp_path: Path) -> None:
@@ -208,7 +208,7 @@ def test_the_best_runs_have_a_view_of_their_pictures(tracker: Relay, tmp_path: P
     assert [chart["step"] for chart in state["compareRunCharts"]] == [3, 3]  # where both have pictures
     client = client_module.connect(f"sqlite:///{tmp_path}/mlflow.db")
     order = f"{state['orderByKey']} {'ASC' if state['orderByAsc'] else 'DESC'}"
-    found = client.search_runs([tracker.experiment_id], state["searchFilter"], order_by=[order])
+    found = client.search_runs([tracker.store.experiment_id], state["searchFilter"], order_by=[order])
     assert [run.info.run_name for run in found] == ["t02", "t03"]
 
 

@@ -18,7 +18,7 @@ from raystar.base.console import run_cli
 from raystar.base.errors import RaystarError
 from raystar.config.load import to_mapping
 from raystar.export import main as export_main
-from raystar.sweep import plan
+from raystar.sweep import plan, resources
 from raystar.train import main as train_main
 from tests.support import ROOT, tiny_config, write_latents
 
@@ -118,6 +118,7 @@ def test_workers_are_listed_and_counted(
     files: Files, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(plan, "usable_cpus", lambda: 13)
+    monkeypatch.setattr(resources, "usable_cpus", lambda: 13)
     files.space.write_text(yaml.safe_dump(SPACE | {"trials": 9, "resources": {"workers": 3, "cpus": 2}}))
     assert tune.main(files.arguments("--dry-run")) == 0
     assert "a trial takes 2 cpu and 0 gpu for each of 3 workers" in capsys.readouterr().out
