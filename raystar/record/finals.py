@@ -3,8 +3,8 @@
 A score of one seed is partly luck, and the best of many trials partly the luckiest. So the best configurations and the
 baseline are trained again, all from the same seeds. Seeds are taken to spread every configuration's scores alike: a
 pooled standard deviation has more to go on than the two or three scores of one, and Student's t allows for what it
-still does not know. Only a configuration whose runs all stayed the identity is no measure of that. Every function is a
-pure one of what the trials did.
+still does not know. Of the ruler's score it is never taken for less than other sweeps have shown. Only a configuration
+whose runs all stayed the identity is no measure of that. Every function is a pure one of what the trials did.
 """
 
 from __future__ import annotations
@@ -18,6 +18,11 @@ from raystar.record.summary import Finalist, Finals, Summary, TrialRecord
 
 INTERVAL = 0.9
 """Probability that an interval stands for."""
+_SCORE = "eval/score"
+SEEDS_DIFFER = 0.03
+"""The deviation of the ruler's score between seeds of one configuration, from 16 pairs in other sweeps
+(benchmarks/RESULTS.md). Two pairs alone now and then agree to a thousandth by chance, and would claim to know the mean
+to that."""
 _FEATURED = 3  # trials beside the baseline, where there were no finals
 
 
@@ -71,6 +76,8 @@ def decide(summary: Summary) -> Finals | None:
     means = {finalist: math.fsum(scores.values()) / len(scores) for finalist, scores in found}
     squares = math.fsum((v - means[finalist]) ** 2 for finalist, scores in moved or found for v in scores.values())
     spread = math.sqrt(squares / freedom) if freedom else None
+    if spread is not None and summary.metric == _SCORE:
+        spread = max(spread, SEEDS_DIFFER)
     wide = _quantile((1 + INTERVAL) / 2, freedom) if freedom else math.nan
     ranked = sorted(
         (
