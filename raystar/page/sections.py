@@ -326,6 +326,7 @@ def as_number(value: float | None) -> str:
     """As the terminal tells scores: four decimals; more digits of what is tiny, fewer of what is large."""
     if value is None or not math.isfinite(value):
         return "\N{EN DASH}"
+    value = value if abs(value) > 1e-7 else 0.0  # what rounding has left of nothing
     return f"{value:.4f}" if value == 0 or 1e-3 <= abs(value) < 1e3 else f"{value:.4g}"
 
 
