@@ -190,7 +190,7 @@ def _try_to_join(address: str) -> None:
     raise nobody
 
 
-# Read by Ray while it is imported; why each is needed is written down in the design's facts.
+# Read by Ray while it is imported.
 RAY_ENVIRONMENT = {
     "RAY_AIR_NEW_OUTPUT": "0",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",

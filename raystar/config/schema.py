@@ -29,7 +29,7 @@ def _key(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig:
-    """Sizes of the four networks (networks.md)."""
+    """Sizes of the four networks (docs/networks.md)."""
 
     latent_channels: int = _key(4, "channels of a latent", at_least=1)
     style_dim: int = _key(64, "length of a style code", at_least=1)
@@ -48,7 +48,7 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LossConfig:
-    """Weights of the losses (loss_terms.md). These are what `search_spaces/loss.yaml` searches."""
+    """Weights of the losses (docs/losses.md). These are what `search_spaces/loss.yaml` searches."""
 
     w_adv: float = _key(1.0, "weight of the adversarial term", at_least=0)
     w_sty: float = _key(1.0, "weight of style reconstruction", at_least=0)

@@ -1,4 +1,4 @@
-"""The four networks of the latent StarGAN v2 (spec: networks.md); parameter names are those of users' checkpoints.
+"""The four networks of the latent StarGAN v2 (docs/networks.md); parameter names are those of users' checkpoints.
 
 Shapes: B batch, C latent channels, H x W latent size, S style_dim, Z latent_dim, N domains, K styles a content.
 """

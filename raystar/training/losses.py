@@ -1,4 +1,4 @@
-"""The losses of loss_terms.md: tensors in, 0-d float32 (or wider) tensors out, no network is run here."""
+"""The losses of docs/losses.md: tensors in, 0-d float32 (or wider) tensors out, no network is run here."""
 
 from __future__ import annotations
 

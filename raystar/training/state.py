@@ -14,7 +14,7 @@ from raystar.config.schema import Config
 from raystar.model.networks import AVERAGED, Nets
 from raystar.training.workers import ALONE, Group
 
-_BETAS = (0.0, 0.99)  # networks.md, "Optimisers"
+_BETAS = (0.0, 0.99)  # docs/networks.md
 
 RAMP = 0.2
 """Averages have a half-life of at most this share of the steps so far. It is StyleGAN2-ADA's ramp-up (Karras et al.,

@@ -18,11 +18,11 @@ from raystar.training import losses
 from raystar.training.state import TrainState
 
 LOGGED = ("d_loss", "g_loss", "g_adv", "sty", "ds", "cyc", "id", "r1")
-"""Keys of a step's losses, as in loss_terms.md."""
+"""Keys of a step's losses, as in docs/losses.md."""
 
 
 def train_step(state: TrainState, batch: Batch, *, epoch: int, step: int) -> dict[str, Tensor]:
-    """One update of D, then one of G, E and F, on the updated D (loss_terms.md).
+    """One update of D, then one of G, E and F, on the updated D (docs/losses.md).
 
     Args:
         batch: unscaled latents, domains and noise; on the state's device. With several workers, this one's share.
@@ -109,7 +109,7 @@ def _update_g(state: TrainState, shared: _Shared, epoch: int) -> dict[str, Tenso
             fake_logits = D(fake, y_trg.repeat(2))
             s_hat = E(fake, y_trg.repeat(2))
             rec = G(fake, shared.s_src.repeat(2, 1))  # [2B,C,H,W]
-        # Means over 2B stand for both paths; loss_terms.md adds the paths, hence the factor 2.
+        # Means over 2B stand for both paths; docs/losses.md adds the paths, hence the factor 2.
         adv = 2 * losses.g_adversarial_loss(fake_logits)
         sty = 2 * losses.style_reconstruction_loss(s_hat, torch.cat([s_ref, shared.s_noise[:B].to(s_ref.dtype)]))
         cyc = 2 * losses.cycle_consistency_loss(rec, content.repeat(2, 1, 1, 1))
