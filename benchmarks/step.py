@@ -27,7 +27,7 @@ from raystar.model.device import autocast, set_backends
 from raystar.training.compile import compile_networks
 from raystar.training.state import TrainState
 from raystar.training.step import train_step
-from tests import textbook
+from tests.kit import textbook
 
 
 class TextbookStep:

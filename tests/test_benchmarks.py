@@ -21,7 +21,7 @@ from raystar.pictures import decoder as decoders
 from raystar.pictures.codec import BUILT_IN, BuiltInCodec
 from raystar.training.state import TrainState
 from raystar.training.step import train_step
-from tests.support import tiny_config, write_latents
+from tests.kit.support import tiny_config, write_latents
 
 CPU = torch.device("cpu")
 

@@ -14,7 +14,7 @@ from raystar import SweepRequest, __version__, run_sweep
 from raystar import __main__ as entry
 from raystar.base.errors import RaystarError
 from raystar.config.load import to_yaml
-from tests.support import ROOT, tiny_config, write_latents
+from tests.kit.support import ROOT, tiny_config, write_latents
 
 
 def run(*command: str) -> subprocess.CompletedProcess[str]:

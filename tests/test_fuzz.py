@@ -49,8 +49,8 @@ from raystar.search.space import from_mapping as space_from_mapping
 from raystar.training import resume
 from raystar.training.compile import SPEED_KEYS
 from raystar.training.state import TrainState
-from tests.support import ROOT, tiny_config, write_latents
-from tests.test_checkpoint import Trap, trained
+from tests.kit.support import ROOT, tiny_config, write_latents
+from tests.model.test_checkpoint import Trap, trained
 
 TIMES = int(os.environ.get("RAYSTAR_FUZZ", "1"))
 CPU = torch.device("cpu")

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.support import ROOT
+from tests.kit.support import ROOT
 
 PACKAGE = ROOT / "raystar"
 

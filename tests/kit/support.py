@@ -1,0 +1,58 @@
+"""What several test files need: where the shared data lies, small latents and small configurations."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from raystar.config.load import from_mapping, override
+from raystar.config.schema import Config
+
+ROOT = Path(__file__).resolve().parents[2]
+SHARED = ROOT.parent / "shared"
+
+TINY: dict[str, Any] = {
+    "model.base_dim": 8,
+    "model.n_res_blocks": 1,
+    "model.style_dim": 6,
+    "model.latent_dim": 5,
+    "model.mapping_hidden_dim": 12,
+    "model.mapping_shared_layers": 2,
+    "training.batch_size": 4,
+    "training.epoch_size": 16,
+    "training.epochs": 2,
+    "training.use_amp": False,
+    "training.device": "cpu",
+    "training.progress_style": "off",
+    "data.holdout": 0.25,
+    "ruler.sources": 3,
+}
+
+
+def needs_shared(name: str):
+    """Skips a test whose data, `../shared/<name>`, is not on this machine."""
+    return pytest.mark.skipif(not (SHARED / name).exists(), reason=f"needs ../shared/{name}, which is not here")
+
+
+def write_latents(
+    root: Path, domains: tuple[str, ...] = ("a", "b", "c"), count: int = 20, size: int = 16, seed: int = 3
+) -> Path:
+    """Folders of random latents that differ by domain in mean and grain, so that a ruler can tell them apart."""
+    rng = np.random.default_rng(seed)
+    for number, domain in enumerate(domains):
+        folder = root / domain
+        folder.mkdir(parents=True)
+        for i in range(count):
+            latent = rng.standard_normal((4, size, size)) * (3 + number) + 2 * number
+            np.save(folder / f"picture{i:02d}x.npy", latent.astype(np.float16))
+    return root
+
+
+def tiny_config(root: Path | str, domains: tuple[str, ...] = ("a", "b", "c"), **changed: Any) -> Config:
+    """A configuration that trains in a second; keyword arguments use `__` for the dot."""
+    values = TINY | {"data.data_root": str(root), "data.domains": list(domains)}
+    values |= {key.replace("__", "."): value for key, value in changed.items()}
+    return override(from_mapping({}, "tiny"), values)

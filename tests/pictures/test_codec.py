@@ -1,0 +1,401 @@
+"""Latents to pictures: the preview's colours, both kinds of autoencoder, and what happens when one cannot be had.
+
+The built-in decoder has a file of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from safetensors import safe_open
+
+from raystar.base import console
+from raystar.base.errors import RaystarError
+from raystar.config.load import override
+from raystar.config.schema import Config
+from raystar.demo import DOMAINS, latents_path, thumbnails_path
+from raystar.pictures import autoencoders
+from raystar.pictures.autoencoders import VaeCodec
+from raystar.pictures.codec import BuiltInCodec, PreviewCodec, check_codec, open_codec
+from tests.kit.support import ROOT, SHARED, needs_shared
+
+SCALE = 0.18215
+
+
+def config_of(name: str | Path | None, **keys: object) -> Config:
+    return override(Config(), {"visualization.vae_model_name_or_path": None if name is None else str(name), **keys})
+
+
+def to_bytes(rgb: torch.Tensor) -> NDArray[np.uint8]:
+    """[B,3,h,w] in [-1,1] -> [B,h,w,3], as a picture is written."""
+    return ((rgb.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
+
+
+def assert_same_pictures(found: NDArray[np.uint8], wanted: NDArray[np.uint8]) -> None:
+    """Equal but for rounding: two copies of a network differ by 1e-5 when their memory is aligned differently."""
+    difference = np.abs(found.astype(int) - wanted)
+    assert difference.max() <= 1
+    assert difference.mean() < 0.001
+
+
+# -- the preview -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("channel", "value", "colour"),
+    [
+        (0, 1.0, (172, 157, 169)),
+        (1, 1.0, (169, 191, 157)),
+        (2, 1.0, (91, 150, 162)),
+        (3, 1.0, (100, 94, 36)),
+        (3, -1.0, (155, 161, 219)),
+        (0, 0.0, (128, 128, 128)),
+        (1, 100.0, (255, 255, 255)),
+        (1, -100.0, (0, 0, 0)),
+    ],
+)
+def test_a_constant_latent_is_one_colour(channel: int, value: float, colour: tuple[int, int, int]) -> None:
+    """By hand: (matrix row * value + 1) * 127.5, for a channel whose scaled latent is `value` everywhere."""
+    latents = torch.zeros(2, 4, 8, 12)
+    latents[:, channel] = value / SCALE
+    pictures = PreviewCodec().decode(latents)
+    assert pictures.shape == (2, 32, 48, 3)
+    assert pictures.dtype == np.uint8
+    assert (pictures == np.array(colour, np.uint8)).all()
+
+
+def test_channels_add_up_and_places_stay() -> None:
+    latents = torch.zeros(1, 4, 8, 8)
+    latents[0, 0, :, 4:] = 1 / SCALE
+    latents[0, 1, :, 4:] = 1 / SCALE
+    picture = PreviewCodec().decode(latents)[0]
+    assert picture[16, 4].tolist() == [128, 128, 128]
+    assert picture[16, 28].tolist() == [214, 220, 199]
+    assert PreviewCodec().decode(latents.half())[0, 16, 28].tolist() == [214, 220, 199]
+
+
+def test_the_preview_shows_the_demos_colours() -> None:
+    """Against the shipped thumbnails of the same pictures, 8x8 pixels each."""
+    sheet = np.asarray(Image.open(thumbnails_path()), np.float64)
+    errors, spread = [], []
+    with safe_open(latents_path(), framework="pt") as stored:
+        for row, domain in enumerate(DOMAINS):
+            pictures = PreviewCodec().decode(stored.get_slice(domain)[:12])
+            small = pictures.reshape(12, 8, 16, 8, 16, 3).mean((2, 4))
+            wanted = sheet[8 * row : 8 * row + 8, : 12 * 8].reshape(8, 12, 8, 3).swapaxes(0, 1)
+            errors.append(((small - wanted) ** 2).mean())
+            spread.append(wanted.var())
+    assert np.mean(errors) < 0.18 * np.mean(spread)
+
+
+# -- autoencoders from a folder --------------------------------------------------------------------
+
+
+def build(kind: str) -> Any:
+    """A small autoencoder of the kind, untrained, that enlarges 8 times and whose pictures have contrast."""
+    import diffusers
+
+    with torch.random.fork_rng():
+        torch.manual_seed(4)
+        if kind == "AutoencoderKL":
+            model = diffusers.AutoencoderKL(
+                down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+                block_out_channels=(8,) * 4, norm_num_groups=4, latent_channels=4, layers_per_block=1,
+            )  # fmt: skip
+            with torch.no_grad():
+                model.decoder.conv_out.weight.mul_(2)
+        else:
+            model = diffusers.AutoencoderTiny(
+                encoder_block_out_channels=(8,) * 4, decoder_block_out_channels=(8,) * 4,
+                num_encoder_blocks=(1,) * 4, num_decoder_blocks=(1,) * 4,
+            )  # fmt: skip
+            with torch.no_grad():
+                for parameter in model.decoder.parameters():
+                    parameter.mul_(2)
+    return model.eval()
+
+
+Models = dict[str, tuple[Any, Path]]
+KINDS = ("AutoencoderKL", "AutoencoderTiny")
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
+    found = {}
+    for kind in KINDS:
+        model, folder = build(kind), tmp_path_factory.mktemp(kind) / "it"
+        model.save_pretrained(folder)
+        found[kind] = (model, folder)
+    return found
+
+
+def some_latents(count: int) -> torch.Tensor:
+    return 5 * torch.randn(count, 4, 4, 6, generator=torch.Generator().manual_seed(2))
+
+
+@pytest.mark.parametrize("whole_pipeline", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_decoding_equals_diffusers_own(
+    models: Models, tmp_path: Path, capfd: pytest.CaptureFixture[str], kind: str, whole_pipeline: bool
+) -> None:
+    """AutoencoderKL takes unscaled latents, AutoencoderTiny scaled ones; `folder` or `folder/vae`."""
+    model, folder = models[kind]
+    if whole_pipeline:
+        shutil.copytree(folder, tmp_path / "pipeline/vae")
+        folder = tmp_path / "pipeline"
+    codec, note = open_codec(config_of(folder))
+    shown = capfd.readouterr()
+    assert (shown.out, shown.err, note) == ("", "", None)
+    assert isinstance(codec, VaeCodec)
+    assert codec.name == folder.name
+    latents = some_latents(3)
+    factor = SCALE if kind == "AutoencoderTiny" else 1.0
+    with torch.no_grad():
+        wanted = to_bytes(model.decode(latents * factor).sample)
+        other_scaling = to_bytes(model.decode(latents * (SCALE if factor == 1 else 1)).sample)
+    found = codec.decode(latents)
+    assert found.shape == (3, 32, 48, 3)
+    assert found.dtype == np.uint8
+    assert_same_pictures(found, wanted)
+    # The check has teeth: these pictures have contrast, and the other kind's scaling gives others.
+    assert wanted.std() > 5
+    assert np.abs(wanted.astype(int) - other_scaling).mean() > 2
+
+
+def test_a_large_batch_is_decoded_in_pieces(models: Models) -> None:
+    codec, _ = open_codec(config_of(models["AutoencoderTiny"][1]))
+    latents = some_latents(19)
+    together = codec.decode(latents)
+    alone = np.concatenate([codec.decode(latents[i : i + 1]) for i in range(19)])
+    assert together.shape == (19, 32, 48, 3)
+    assert_same_pictures(together, alone)
+    assert not any(p.requires_grad for p in codec.model.parameters())  # type: ignore[attr-defined]
+
+
+def test_loading_leaves_stderr_and_loggers_as_they_were(models: Models) -> None:
+    logger = logging.getLogger("huggingface_hub")
+    before, stream = logger.level, sys.stderr
+    open_codec(config_of(models["AutoencoderTiny"][1]))
+    assert logger.level == before
+    assert sys.stderr is stream
+
+
+def test_the_first_load_of_a_process_is_silent(models: Models) -> None:
+    """Imports included, which a test in this process would not see."""
+    program = (
+        "import sys; from raystar.pictures.codec import open_codec; from raystar.config.load import override; "
+        "from raystar.config.schema import Config; "
+        "c = override(Config(), {'visualization.vae_model_name_or_path': sys.argv[1]}); print(open_codec(c)[1])"
+    )
+    command = [sys.executable, "-c", program, str(models["AutoencoderTiny"][1])]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=True)
+    assert (done.stdout, done.stderr) == ("None\n", "")
+
+
+# -- what is refused, and what falls back ----------------------------------------------------------
+
+
+def refused(name: str | Path) -> str:
+    """The message, the same whether the folder is checked beforehand or opened."""
+    with pytest.raises(RaystarError) as checked:
+        check_codec(config_of(name))
+    with pytest.raises(RaystarError) as opened:
+        open_codec(config_of(name))
+    assert str(checked.value) == str(opened.value)
+    assert len(str(opened.value).splitlines()) == 1
+    return str(opened.value)
+
+
+def test_folders_that_hold_no_autoencoder(tmp_path: Path) -> None:
+    message = refused(tmp_path)
+    assert str(tmp_path) in message
+    assert "config.json" in message
+    (tmp_path / "config.json").write_text(json.dumps({"_class_name": "UNet2DConditionModel"}))
+    message = refused(tmp_path)
+    assert f"{tmp_path}/config.json" in message
+    assert "expected AutoencoderKL or AutoencoderTiny, found 'UNet2DConditionModel'" in message
+    (tmp_path / "config.json").write_text("{}")
+    assert "found None" in refused(tmp_path)
+    (tmp_path / "config.json").write_text("{nothing")
+    assert "not readable" in refused(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["{tmp}/nowhere", "./nowhere", "~/no such folder/vae", "nowhere", "a/b/c"])
+def test_paths_that_are_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    message = refused(name.replace("{tmp}", str(tmp_path)))
+    assert "visualization.vae_model_name_or_path" in message
+    assert "the folder is not there" in message
+
+
+def assert_fell_back(config: Config, name: str) -> str:
+    codec, note = open_codec(config)
+    assert isinstance(codec, BuiltInCodec)
+    assert codec.name == "raystar"
+    assert note is not None
+    assert len(note.splitlines()) == 1
+    assert len(note) < 300
+    assert name in note
+    assert "built-in decoder" in note
+    return note
+
+
+@pytest.mark.parametrize("damage", ["truncated", "gone", "of another size"])
+def test_damaged_weights_cost_the_pictures_only(
+    models: Models, tmp_path: Path, capfd: pytest.CaptureFixture[str], damage: str
+) -> None:
+    folder = tmp_path / "it"
+    shutil.copytree(models["AutoencoderTiny"][1], folder)
+    weights = folder / "diffusion_pytorch_model.safetensors"
+    if damage == "truncated":
+        content = weights.read_bytes()
+        weights.write_bytes(content[: len(content) // 2])
+    elif damage == "gone":
+        weights.unlink()
+    else:
+        settings = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(settings | {"decoder_block_out_channels": [16] * 4}))
+    assert_fell_back(config_of(folder), str(folder))
+    assert capfd.readouterr().err == ""
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache of the hub; returns its folder."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    for name in ("HF_HUB_ETAG_TIMEOUT", "HF_HUB_DOWNLOAD_TIMEOUT", "HF_HUB_DISABLE_PROGRESS_BARS"):
+        monkeypatch.setenv(name, os.environ.get(name, "10" if "TIMEOUT" in name else "1"))
+    return tmp_path / "hub"
+
+
+@contextmanager
+def within(seconds: float) -> Iterator[None]:
+    """Fails the test as soon as the time is over, whatever the code is waiting for."""
+
+    def over(*_: object) -> None:
+        pytest.fail(f"took longer than {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, over)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def go_offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)  # the variable is read when the module is imported
+
+
+def test_a_hub_name_without_a_network_falls_back_at_once(
+    hub: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    import diffusers  # noqa: F401  (its import is not what is timed)
+
+    go_offline(monkeypatch)
+    check_codec(config_of("raystar-tests/no-such-model"))  # a hub name is not refused beforehand
+    with within(3):
+        note = assert_fell_back(config_of("raystar-tests/no-such-model"), "raystar-tests/no-such-model")
+    assert capfd.readouterr().err == ""
+    console.say(note)
+    assert capfd.readouterr().err == f"note: {note}\n"
+
+
+def test_the_note_tells_an_unreachable_hub_from_a_wrong_model(hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody looked into the repository, so the note must not say what is in it."""
+    go_offline(monkeypatch)
+    note = assert_fell_back(config_of("raystar-tests/no-such-model"), "raystar-tests/no-such-model")
+    assert "no AutoencoderKL or AutoencoderTiny in it" not in note
+
+
+@pytest.mark.parametrize("answers", ["refuses", "never answers"])
+def test_a_hub_that_does_not_answer_costs_a_bounded_time(
+    hub: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], answers: str
+) -> None:
+    """A port that refuses, and one that takes the connection and stays silent."""
+    import diffusers  # noqa: F401
+    from huggingface_hub import constants, file_download
+
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(autoencoders, "_HUB_TIMEOUT_S", 0.3)
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        if answers == "never answers":
+            server.listen()
+        endpoint = f"http://127.0.0.1:{server.getsockname()[1]}"
+        template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, endpoint)
+        monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+        for module in (constants, file_download):  # both are read when their modules are imported
+            monkeypatch.setattr(module, "HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)
+        with within(5):
+            note = assert_fell_back(config_of("raystar-tests/no-such-model"), "raystar-tests/no-such-model")
+        assert "in it" not in note  # nobody looked into the repository
+        if answers == "never answers":
+            server.settimeout(1)
+            server.accept()[0].close()  # it was this server that was asked
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize(("kind", "subfolder"), [("AutoencoderTiny", ""), ("AutoencoderKL", "vae")])
+def test_a_hub_name_in_the_cache_loads_without_a_network(
+    models: Models, hub: Path, monkeypatch: pytest.MonkeyPatch, kind: str, subfolder: str
+) -> None:
+    go_offline(monkeypatch)
+    revision = "0123456789abcdef0123456789abcdef01234567"
+    repository = hub / "models--owner--model"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs/main").write_text(revision)
+    model, folder = models[kind]
+    shutil.copytree(folder, repository / "snapshots" / revision / subfolder)
+    codec, note = open_codec(config_of("owner/model"))
+    assert note is None
+    assert codec.name == "model"
+    latents = some_latents(2)
+    with torch.no_grad():
+        wanted = to_bytes(model.decode(latents * (SCALE if kind == "AutoencoderTiny" else 1)).sample)
+    assert_same_pictures(codec.decode(latents), wanted)
+
+
+# -- the real thing --------------------------------------------------------------------------------
+
+
+@pytest.mark.shared
+@needs_shared("data/taesd")
+def test_a_painted_picture_survives_the_round_trip() -> None:
+    from diffusers import AutoencoderTiny
+
+    from raystar.demo.__main__ import encode
+    from raystar.demo.painter import paint
+
+    picture = paint("photo", 3)
+    model = AutoencoderTiny.from_pretrained(SHARED / "data/taesd", local_files_only=True, low_cpu_mem_usage=False)
+    codec, note = open_codec(config_of(SHARED / "data/taesd"))
+    assert note is None
+    back = codec.decode(encode(model.eval(), [picture]))[0].astype(np.float64)
+    error = ((back - np.asarray(picture, np.float64)) ** 2).mean()
+    assert back.shape == (256, 256, 3)
+    assert 10 * math.log10(255**2 / error) > 20

@@ -1,0 +1,433 @@
+"""Folders of pictures to latents: file by file, the codec's own numbers, and what a killed process leaves."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from raystar import encode
+from raystar.base.errors import RaystarError
+from raystar.config.load import override
+from raystar.config.schema import Config
+from raystar.data.bank import open_bank
+from raystar.data.holdout import picture_of
+from raystar.demo.painter import paint
+from raystar.encode import main
+from raystar.pictures import encoding
+from raystar.pictures.autoencoders import SCALE, VaeCodec, open_vae
+from raystar.pictures.encoding import latent_names
+from tests.kit.support import ROOT, SHARED, needs_shared
+from tests.pictures.test_codec import KINDS, build
+from tests.pictures.test_pictures import gradient, png
+
+
+@pytest.fixture(scope="module")
+def vaes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A small untrained autoencoder of each kind."""
+    made = {}
+    for kind in KINDS:
+        made[kind] = tmp_path_factory.mktemp(kind) / "vae"
+        build(kind).save_pretrained(made[kind])
+    return made
+
+
+@pytest.fixture(scope="module")
+def vae(vaes: dict[str, Path]) -> Path:
+    return vaes["AutoencoderTiny"]
+
+
+def noise(seed: int, width: int = 80, height: int = 64) -> Image.Image:
+    values = np.random.default_rng(seed).integers(0, 256, (height // 8, width // 8, 3), dtype=np.uint8)
+    return Image.fromarray(values).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def fill(root: Path, *names: str) -> Path:
+    for number, name in enumerate(names):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        noise(number).save(root / name)
+    return root
+
+
+def run(images: Path, out: Path, vae: Path, *more: str) -> int:
+    return main(["--images", str(images), "--out", str(out), "--vae", str(vae), "--size", "64", *more])
+
+
+def manifest(out: Path) -> dict[str, Any]:
+    return json.loads((out / "manifest.json").read_text())
+
+
+def files(out: Path) -> dict[str, tuple[int, int]]:
+    """Every latent, and what changes when it is written again."""
+    found = {}
+    for path in sorted(out.glob("*/*")):
+        found[str(path.relative_to(out))] = (path.stat().st_ino, path.stat().st_mtime_ns)
+    return found
+
+
+@pytest.fixture
+def encoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many pictures went through the codec, call by call."""
+    calls: list[int] = []
+    original = VaeCodec.encode
+
+    def counting(self: VaeCodec, pixels: Any) -> Any:
+        calls.append(len(pixels))
+        return original(self, pixels)
+
+    monkeypatch.setattr(VaeCodec, "encode", counting)
+    return calls
+
+
+# -- the codec's numbers ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_latents_are_the_codecs_own_and_unscaled(vaes: dict[str, Path], tmp_path: Path, kind: str) -> None:
+    images = fill(tmp_path / "pics", "a/one.png", "a/two.png", "b/three.png")
+    assert run(images, tmp_path / "out", vaes[kind]) == 0
+    import diffusers
+
+    model = getattr(diffusers, kind).from_pretrained(vaes[kind], low_cpu_mem_usage=False).eval()
+    for name in ("a/one", "a/two", "b/three"):
+        pixels = np.asarray(Image.open(images / f"{name}.png").crop((8, 0, 72, 64)), np.float32)
+        x = torch.from_numpy(pixels).permute(2, 0, 1)[None] / 255 * 2 - 1
+        with torch.no_grad():
+            found = model.encode(x)
+            wanted = found.latents / SCALE if kind == "AutoencoderTiny" else found.latent_dist.mean
+        latent = np.load(tmp_path / f"out/{name}.npy", allow_pickle=False)
+        assert latent.dtype == np.float32
+        assert latent.shape == (4, 8, 8)
+        assert np.abs(latent - wanted[0].numpy()).max() < 1e-5 * np.abs(latent).max()
+    written = manifest(tmp_path / "out")
+    assert (written["kind"], written["size"], written["space"]) == (kind, 64, "unscaled")
+    assert written["domains"] == {"a": 2, "b": 1}
+    assert written["latents"]["a/one.png"]["latent"] == "a/one.npy"
+
+
+def test_less_precision_where_it_is_asked_for(vae: Path, tmp_path: Path) -> None:
+    images = fill(tmp_path / "pics", "a/one.png")
+    for name, flags in (("full", ()), ("half", ("--half",)), ("bf16", ("--dtype", "bfloat16"))):
+        assert run(images, tmp_path / name, vae, *flags) == 0
+    full, half, bf16 = (np.load(tmp_path / n / "a/one.npy", allow_pickle=False) for n in ("full", "half", "bf16"))
+    assert half.dtype == np.float16
+    assert (half == full.astype(np.float16)).all()
+    assert bf16.dtype == np.float32
+    assert 1e-4 < np.abs(bf16 - full).max() / np.abs(full).max() < 0.05
+
+
+@needs_shared("data/taesd")
+@pytest.mark.shared
+def test_painted_pictures_as_diffusers_encodes_and_decodes_them(tmp_path: Path) -> None:
+    """To 1e-5, as diffusers hands them out: latents as the codec scales them, pictures in [0, 1]."""
+    from diffusers import AutoencoderTiny
+    from diffusers.image_processor import VaeImageProcessor
+
+    pictures = {f"{domain}/1.png": paint(domain, 1, 256) for domain in ("photo", "woodcut")}
+    for name, picture in pictures.items():
+        (tmp_path / "pics" / name).parent.mkdir(parents=True, exist_ok=True)
+        picture.save(tmp_path / "pics" / name)
+    taesd = SHARED / "data/taesd"
+    assert main(["--images", str(tmp_path / "pics"), "--out", str(tmp_path / "out"), "--vae", str(taesd)]) == 0
+    model = AutoencoderTiny.from_pretrained(taesd, low_cpu_mem_usage=False).eval()
+    latents = [np.load(tmp_path / "out" / f"{Path(name).with_suffix('.npy')}", allow_pickle=False) for name in pictures]
+    found = torch.from_numpy(np.stack(latents))
+    processor = VaeImageProcessor()
+    with torch.no_grad():
+        wanted = model.encode(processor.preprocess(list(pictures.values()))).latents
+        assert (found * SCALE - wanted).abs().max() < 1e-5
+        decoded, again = (
+            processor.postprocess(model.decode(z).sample, output_type="pt") for z in (found * SCALE, wanted)
+        )
+    assert (decoded - again).abs().max() < 1e-5
+    assert 3 < found.std() < 7  # unscaled
+    shown = torch.from_numpy(open_vae(str(taesd)).decode(found)).float()
+    originals = torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures.values()])).float()
+    assert 10 * torch.log10(255**2 / ((shown - originals) ** 2).mean()) > 20
+
+
+# -- file by file ----------------------------------------------------------------------------------
+
+
+def test_a_folder_with_everything_in_it(vae: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    images = fill(tmp_path / "pics", "a/good.png", "a/deep/er/good.png", "b/truncated.jpg", "b/good.webp")
+    content = (images / "b/truncated.jpg").read_bytes()
+    (images / "b/truncated.jpg").write_bytes(content[: len(content) // 2])
+    (images / "a/text.png").write_text("words")
+    noise(1, 8, 8).resize((1, 1)).save(images / "a/dot.png")
+    noise(2).convert("CMYK").save(images / "a/cmyk.jpg")
+    rows = b"".join(b"\0" + (np.arange(64) * 1000).astype(">u2").tobytes() for _ in range(64))
+    (images / "a/sixteen.png").write_bytes(png(64, 64, 16, 0, rows))
+    noise(3).save(images / "a/moving.gif", save_all=True, append_images=[noise(4), noise(5)])
+    (images / "a/loop").symlink_to(images / "a")
+    (images / "a/all").symlink_to(images)
+    (images / "b/self.png").symlink_to("self.png")
+    noise(6).save(images / "loose.png")
+    (images / "a/notes.txt").touch()
+    (images / "empty").mkdir()
+    assert run(images, tmp_path / "out", vae) == 1
+    shown = capsys.readouterr()
+    good = ["a/cmyk", "a/deep-er-good", "a/good", "a/moving", "a/sixteen", "b/good"]
+    assert sorted(files(tmp_path / "out")) == [f"{name}.npy" for name in good]
+    listed = dict(re.findall(r"^  (\S+): (.*)$", shown.err, re.MULTILINE))
+    assert sorted(listed) == [
+        "a/all", "a/dot.png", "a/loop", "a/text.png", "b/self.png", "b/truncated.jpg", "empty", "loose.png"
+    ]  # fmt: skip
+    assert "8 could not be used" in shown.err
+    assert listed["a/dot.png"] == "1x1 pixels are too few: the shorter side needs 16 or more"
+    assert "truncated" in listed["b/truncated.jpg"]
+    assert "not a picture" in listed["a/text.png"]
+    assert "1 files that are no pictures: 1 .txt" in shown.err
+    assert "6 latents in" in shown.out
+    assert "data.domains=[a, b]" in shown.out
+    assert manifest(tmp_path / "out")["bad"] == listed
+    assert run(images, tmp_path / "out", vae, "--skip-bad") == 0
+    first = np.load(tmp_path / "out/a/moving.npy", allow_pickle=False)
+    noise(3).save(tmp_path / "frame.gif")
+    alone = fill(tmp_path / "alone", "a/x.png")
+    os.replace(tmp_path / "frame.gif", alone / "a/moving.gif")
+    assert run(alone, tmp_path / "alone_out", vae) == 0
+    assert np.allclose(first, np.load(tmp_path / "alone_out/a/moving.npy", allow_pickle=False), atol=1e-3)
+    config = override(
+        Config(), {"data.data_root": str(tmp_path / "out"), "data.domains": ["a", "b"], "data.holdout": 0}
+    )
+    assert len(open_bank(config, tmp_path / "cache").names) == 6
+
+
+def test_small_pictures_are_enlarged_and_told(vae: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    images = fill(tmp_path / "pics", "a/one.png")
+    noise(1, 32, 24).save(images / "a/small.png")
+    assert run(images, tmp_path / "out", vae) == 0
+    assert "1 pictures are smaller" in capsys.readouterr().err
+    assert np.load(tmp_path / "out/a/small.npy", allow_pickle=False).shape == (4, 8, 8)
+
+
+def test_a_latent_that_is_not_finite_is_no_latent(
+    vae: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images = fill(tmp_path / "pics", "a/one.png", "a/two.png")
+    original = VaeCodec.encode
+
+    def broken(self: VaeCodec, pixels: Any) -> Any:
+        latents = original(self, pixels)
+        latents[0, 1, 2, 3] = torch.inf
+        return latents
+
+    monkeypatch.setattr(VaeCodec, "encode", broken)
+    assert run(images, tmp_path / "out", vae) == 1
+    assert list(files(tmp_path / "out")) == ["a/two.npy"]
+    assert "a/one.png: its latent holds NaN" in capsys.readouterr().err
+
+
+def test_names() -> None:
+    sources = ["p/a.jpg", "p/a.png", "p/A.webp", "p/x_0.jpg", "p/x_0.png", "p/x_1.png", "p/s/x_0.jpg", "q/a.jpg",
+               "p/s-x_0.jpg", "p/s/x_0.jpeg", f"p/{'n' * 250}.jpg", f"p/{'n' * 249}m.jpg"]  # fmt: skip
+    names = latent_names(sources, {}, ["p/x_1.npy"])
+    assert names["p/a.jpg"] == "p/a.npy"
+    assert names["p/a.png"] == "p/a.png.npy"
+    assert names["p/A.webp"] == "p/A.webp.npy"  # some file systems see no difference between a and A
+    assert names["p/x_0.png"] == "p/x.png_0.npy"
+    assert names["p/x_1.png"] == "p/x.png_1.npy"  # somebody else's file is there
+    assert names["q/a.jpg"] == "q/a.npy"
+    assert names["p/s/x_0.jpg"] == "p/s-x_0.npy"
+    assert names["p/s-x_0.jpg"] == "p/s-x.jpg_0.npy"
+    assert len({name.casefold() for name in names.values()}) == len(sources)
+    assert max(len(name) for name in names.values()) < 250
+    # Crops of one picture stay crops of one picture.
+    stems = [Path(names[f"p/x_{i}.png"]).stem for i in (0, 1)]
+    assert len(set(picture_of([*stems, *"abcdefgh"])[:2])) == 1
+    # A picture keeps its latent, whatever comes in before it.
+    assert latent_names(["p/a.jpg", "p/a.png"], {"p/a.png": "p/a.npy"}, []) == {
+        "p/a.png": "p/a.npy", "p/a.jpg": "p/a.jpg.npy"
+    }  # fmt: skip
+
+
+# -- again -----------------------------------------------------------------------------------------
+
+
+def test_only_what_changed_is_done_again(
+    vaes: dict[str, Path], vae: Path, tmp_path: Path, encoded: list[int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    images, out = fill(tmp_path / "pics", "a/1.png", "a/2.png", "a/3.jpg", "b/4.png"), tmp_path / "out"
+
+    def again(*flags: str, vae: Path = vae) -> tuple[int, set[str]]:
+        before = files(out) if out.exists() else {}
+        encoded.clear()
+        run(images, out, vae, *flags)
+        after = files(out)
+        return sum(encoded), {name for name in after if after[name] != before.get(name)}
+
+    everything = {"a/1.npy", "a/2.npy", "a/3.npy", "b/4.npy"}
+    assert again() == (4, everything)
+    assert again() == (0, set())
+    noise(9).save(images / "a/2.png")
+    (images / "a/new.png").write_bytes((images / "a/1.png").read_bytes())
+    assert again() == (2, {"a/2.npy", "a/new.npy"})
+    (out / "b/4.npy").unlink()
+    assert again() == (1, {"b/4.npy"})
+    (out / "b/4.npy").write_bytes(b"half of it")
+    assert again() == (1, {"b/4.npy"})
+    everything.add("a/new.npy")
+    for flags in (("--size", "96"), ("--half", "--size", "96")):
+        assert again(*flags) == (5, everything)
+        assert again(*flags) == (0, set())
+    assert again(vae=vaes["AutoencoderKL"]) == (5, everything)
+    copy = tmp_path / "elsewhere"
+    os.symlink(vaes["AutoencoderKL"], copy)
+    assert again(vae=copy) == (0, set())  # the same weights
+    # What is no longer usable, or there, leaves nothing that is taken for it.
+    (images / "a/1.png").write_bytes(b"broken")
+    (images / "a/3.jpg").unlink()
+    capsys.readouterr()
+    assert again(vae=copy) == (0, set())
+    assert "a/1.npy" not in files(out)
+    assert "1 latents are of pictures that are not there any more" in capsys.readouterr().err
+    assert sorted(manifest(out)["latents"]) == ["a/2.png", "a/3.jpg", "a/new.png", "b/4.png"]
+
+
+def test_latents_of_others_stay(vae: Path, tmp_path: Path) -> None:
+    images, out = fill(tmp_path / "pics", "a/1.png"), tmp_path / "out"
+    (out / "a").mkdir(parents=True)
+    (out / "a/1.npy").write_bytes(b"somebody's")
+    assert run(images, out, vae) == 0
+    assert (out / "a/1.npy").read_bytes() == b"somebody's"
+    assert np.load(out / "a/1.png.npy", allow_pickle=False).shape == (4, 8, 8)
+    other = fill(tmp_path / "other", "a/0.png", "a/1.png")
+    with pytest.raises(RaystarError, match=r"holds the latent of another a/1\.png"):
+        run(other, out, vae)
+    # The same pictures at another place are the same.
+    os.rename(images, tmp_path / "moved")
+    before = files(out)
+    assert run(tmp_path / "moved", out, vae) == 0
+    assert files(out) == before
+
+
+def test_killed_it_goes_on(vae: Path, tmp_path: Path, encoded: list[int]) -> None:
+    images, out = tmp_path / "pics", tmp_path / "out"
+    first = fill(images, "a/0.png", "b/0.png") / "a/0.png"
+    for domain in "ab":
+        for number in range(1, 200):
+            os.link(first, images / domain / f"{number}.png")
+    command = [sys.executable, "-m", "raystar.encode", "--images", str(images), "--out", str(out), "--vae", str(vae)]
+    process = subprocess.Popen([*command, "--size", "128"], cwd=ROOT, stderr=subprocess.DEVNULL)
+    try:
+        over = time.monotonic() + 120
+        while len(list(out.glob("*/*.npy"))) < 20 and time.monotonic() < over:
+            assert process.poll() is None
+            time.sleep(0.005)
+        assert process.poll() is None
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert not (out / "manifest.json").exists()
+    (out / "a/.9.part").write_bytes(b"half of one")
+    done = {name: stamp for name, stamp in files(out).items() if name.endswith(".npy")}
+    assert 20 <= len(done) < 400
+    for name in done:
+        assert np.load(out / name, allow_pickle=False).shape == (4, 16, 16)
+    assert main([*command[3:], "--size", "128"]) == 0
+    after = files(out)
+    assert len(after) == 400  # and nothing half-written
+    assert {name: after[name] for name in done} == done
+    assert sum(encoded) == 400 - len(done)
+    assert len(manifest(out)["latents"]) == 400
+    assert sorted(p.name for p in out.iterdir()) == ["a", "b", "manifest.json"]
+
+
+def test_interrupted_it_says_so_and_goes_on(
+    vae: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], encoded: list[int]
+) -> None:
+    images, out = fill(tmp_path / "pics", *(f"a/{i}.png" for i in range(6))), tmp_path / "out"
+    monkeypatch.setattr(encode, "BATCH_PIXELS", 2 * 64 * 64)
+    counting = VaeCodec.encode
+
+    def interrupted(self: VaeCodec, pixels: Any) -> Any:
+        if len(encoded) == 2:
+            raise KeyboardInterrupt
+        return counting(self, pixels)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(VaeCodec, "encode", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run(images, out, vae)
+    assert "4 of 6 latents are in" in capsys.readouterr().err
+    assert len(manifest(out)["latents"]) == 4
+    assert run(images, out, vae) == 0
+    assert encoded == [2, 2, 2]
+    assert "2 made" in capsys.readouterr().out
+
+
+# -- what is refused -------------------------------------------------------------------------------
+
+
+def test_one_process_at_a_time(vae: Path, tmp_path: Path) -> None:
+    images = fill(tmp_path / "pics", "a/1.png")
+    with encoding._alone(tmp_path / "out"), pytest.raises(RaystarError, match="another process is encoding into it"):
+        run(images, tmp_path / "out", vae)
+    assert run(images, tmp_path / "out", vae) == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"--images": "nowhere"}, r"--images .*nowhere: expected a folder with one folder .* found nothing"),
+        ({"--images": "pics/a/1.png"}, r"found a file"),
+        ({"--images": "pics/a"}, r"found no picture in any\n  1\.png: lies in no domain's folder; move it to"),
+        ({"--images": "hollow"}, r"found no picture in any$"),
+        ({"--out": "pics/a/latents"}, r"--out .*: lies inside of --images"),
+        ({"--out": "pics"}, r"lies inside of"),
+        ({"--out": "taken/out"}, r"--out taken/out: cannot be made: Not a directory"),
+        ({"--out": "taken"}, r"expected a folder, found a file"),
+        ({"--size": "100"}, r"--size 100: expected 64 or more pixels, divisible by 32"),
+        ({"--size": "32"}, r"--size 32"),
+        ({"--vae": "nowhere"}, r"--vae: nowhere: expected a hub name \(owner/model\) or a model's folder"),
+        ({"--vae": "hollow"}, r"--vae: .*hollow: expected config\.json"),
+        ({"--vae": "damaged"}, r"--vae .*damaged: cannot be loaded \(.*\); pictures need the VAE of Stable Diffusion"),
+    ],
+)
+def test_wrong_requests(
+    tmp_path: Path, vae: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, str], message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    fill(tmp_path / "pics", "a/1.png")
+    (tmp_path / "hollow").mkdir()
+    (tmp_path / "taken").touch()
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged/config.json").write_text('{"_class_name": "AutoencoderTiny"}')
+    change = {k: f"./{v}" if k == "--vae" and v in ("hollow", "damaged") else v for k, v in change.items()}
+    words = {"--images": "pics", "--out": "out", "--vae": str(vae), "--size": "64"} | change
+    with pytest.raises(RaystarError, match=message):
+        main([part for pair in words.items() for part in pair])
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_manifest_of_something_else(tmp_path: Path, vae: Path) -> None:
+    images = fill(tmp_path / "pics", "a/1.png")
+    for content in ("{", "[]", '{"latents": {"a/1.png": {}}}'):
+        (tmp_path / "out").mkdir(exist_ok=True)
+        (tmp_path / "out/manifest.json").write_text(content)
+        with pytest.raises(RaystarError, match=r"manifest\.json: not a manifest of raystar\.encode"):
+            run(images, tmp_path / "out", vae)
+        assert (tmp_path / "out/manifest.json").read_text() == content
+
+
+def test_the_gradient_is_not_turned(vae: Path, tmp_path: Path) -> None:
+    """Rows are rows: the pixels that reach the codec, by hand."""
+    (tmp_path / "a").mkdir()
+    gradient(96, 64).save(tmp_path / "a/g.png")
+    pixels, enlarged = encoding.prepare(tmp_path / "a/g.png", 64)
+    assert not enlarged
+    assert pixels.shape == (64, 64, 3)
+    assert pixels[0, 0].tolist() == [16 * 255 // 95, 0, 40]
+    assert pixels[63, 0].tolist() == [16 * 255 // 95, 255, 40]

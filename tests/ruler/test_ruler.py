@@ -1,0 +1,514 @@
+"""The ruler's fixed points, what damage does to a score, and what an independent judge says of the same models."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.nn import functional
+
+from raystar.base.errors import RaystarError
+from raystar.base.metrics import RULER
+from raystar.config.load import override
+from raystar.config.schema import Config
+from raystar.data.bank import Bank, open_bank
+from raystar.model.networks import Nets
+from raystar.ruler.distances import channel_transfer, energy_distance
+from raystar.ruler.picture_stats import content_lost, sketch, statistics
+from raystar.ruler.ruler import NOTHING, TRANSFER, UNMOVED, Ruler, ruler_file
+from raystar.ruler.samples import measured_by
+from raystar.training.state import TrainState
+from tests.kit.support import SHARED, needs_shared, tiny_config, write_latents
+
+
+class Nothing:
+    """Hands every content back."""
+
+    def encode(self, x_ref: Tensor, y: Tensor) -> Tensor:
+        return torch.zeros(len(x_ref), 2)
+
+    def sample(self, z: Tensor, y: Tensor) -> Tensor:
+        return torch.zeros(len(z), 2)
+
+    def translate(self, x: Tensor, s: Tensor) -> Tensor:
+        return x.repeat(len(s) // len(x), 1, 1, 1)
+
+
+class Copycat(Nothing):
+    """Ignores the content and hands out real training latents of the target domain: style without content."""
+
+    def __init__(self, bank: Bank, config: Config, kinds: int | None = None) -> None:
+        self.pool = [bank.rows(rows)[:kinds] * config.training.latent_scale for rows in bank.train]
+        self.rng = np.random.default_rng(0)
+
+    def encode(self, x_ref: Tensor, y: Tensor) -> Tensor:
+        return y[:, None].float()
+
+    def sample(self, z: Tensor, y: Tensor) -> Tensor:
+        return y[:, None].float()
+
+    def translate(self, x: Tensor, s: Tensor) -> Tensor:
+        return torch.stack([self.pool[int(y)][self.rng.integers(len(self.pool[int(y)]))] for y in s[:, 0]])
+
+
+class Jumpy(Nothing):
+    """Adds a colour of its own to each translation: far more diverse than any domain."""
+
+    def encode(self, x_ref: Tensor, y: Tensor) -> Tensor:
+        return torch.zeros(len(x_ref), 4)
+
+    def sample(self, z: Tensor, y: Tensor) -> Tensor:
+        return 4 * z[:, :4]
+
+    def translate(self, x: Tensor, s: Tensor) -> Tensor:
+        return x.repeat(len(s) // len(x), 1, 1, 1) + s[:, :, None, None]
+
+
+Built = tuple[Bank, Config, Ruler]
+
+
+@pytest.fixture(scope="module")
+def painted(tmp_path_factory: pytest.TempPathFactory) -> Built:
+    config = override(Config(), {
+        "data.data_root": "raystar:demo", "data.holdout": 0.15, "training.use_amp": False,
+        "data.domains": ["photo", "pointillism", "woodcut", "watercolour", "stained_glass"],
+    })  # fmt: skip
+    bank = open_bank(config, tmp_path_factory.mktemp("cache"))
+    return bank, config, Ruler.build(bank, config)
+
+
+REAL = ("photo", "monet", "vangogh", "hayao")
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory: pytest.TempPathFactory) -> Built:
+    if not (SHARED / "data/latents").exists():
+        pytest.skip("needs ../shared/data/latents, which is not here")
+    config = override(
+        Config(), {"data.data_root": str(SHARED / "data/latents"), "data.domains": REAL, "data.holdout": 0.2}
+    )
+    bank = open_bank(config, tmp_path_factory.mktemp("cache"))
+    return bank, config, Ruler.build(bank, config)
+
+
+@pytest.fixture(params=["painted", "real"])
+def built(request: pytest.FixtureRequest) -> Built:
+    """Both data sets, one after the other."""
+    found: Built = request.getfixturevalue(request.param)
+    return found
+
+
+# -- fixed points ----------------------------------------------------------------------------------
+
+
+def test_doing_nothing(built: Built) -> None:
+    found = built[2].measure_subject(Nothing())
+    assert set(found) == set(RULER)
+    assert found["style"] == pytest.approx(1.0, abs=1e-5)
+    assert found["content"] == pytest.approx(0.0, abs=1e-6)
+    assert found["diversity"] == 0.0
+    assert found["movement"] == 0.0 < UNMOVED
+    assert found["score"] == pytest.approx(1.1, abs=1e-5)
+    assert found["worst_pair"] == pytest.approx(1.1, abs=1e-5)
+    assert found["outlook"] == pytest.approx(1.0, abs=1e-6)
+    reference = built[2].references[NOTHING]
+    assert reference["eval/outlook"] == pytest.approx(1.0, abs=1e-6)
+    assert reference["eval/score"] == pytest.approx(1.1, abs=1e-5)
+    assert "eval/diversity" not in reference
+
+
+def test_the_channel_transfer_is_what_it_says(built: Built) -> None:
+    ruler = built[2]
+    reference = ruler.references[TRANSFER]
+    assert 0.3 < reference["eval/style"] < 1  # it moves colours and contrasts, nothing else
+    assert 0 < reference["eval/content"] < 0.6
+    assert reference["eval/movement"] > UNMOVED
+    x, other = ruler.sources[0], ruler.targets[1][: len(ruler.sources[0])]
+    moved = channel_transfer(x, other)
+    torch.testing.assert_close(moved.mean(dim=(2, 3)), other.mean(dim=(2, 3)), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(moved.std(dim=(2, 3)), other.std(dim=(2, 3)), atol=1e-4, rtol=1e-3)
+
+
+def test_handing_out_pictures_of_the_target_is_worse_than_doing_nothing(built: Built) -> None:
+    """Style without content: what the form (0.1 + S)(1 + C) alone would call nearly perfect."""
+    bank, config, ruler = built
+    found = ruler.measure_subject(Copycat(bank, config))
+    assert found["style"] < 0.3
+    assert 0.65 < found["content"] < 1.1  # landscapes are alike in where their sky is
+    assert found["accuracy"] > 0.6
+    assert found["score"] > 1.1
+    one_for_all = ruler.measure_subject(Copycat(bank, config, kinds=1))
+    assert one_for_all["score"] > 1.5 * found["score"]
+
+
+def test_too_much_diversity_counts_against(built: Built) -> None:
+    found = built[2].measure_subject(Jumpy())
+    assert found["diversity"] > 1
+    without = built[2].measure_subject(Nothing())["score"]
+    assert found["score"] > without + found["diversity"] - 1
+
+
+def test_what_diversity_lacks_counts_where_style_is_reached(painted: Built) -> None:
+    ruler = painted[2]
+    assert ruler.measure_subject(Nothing())["score"] == pytest.approx(
+        1.1, abs=1e-5
+    )  # nothing is reached, nothing lacks
+    seen = ruler._look(torch.cat([ruler.targets[j][: ruler.sources.shape[1]] for _, j in ruler.pairs]))
+    scores = [ruler._judge(seen, torch.tensor(v))["score"].item() for v in (0.0, 0.1, 0.2, 0.5, 1.0, 1.5)]
+    style = ruler._judge(seen, torch.tensor(0.0))["style"].item()
+    assert scores[0] - scores[2] == pytest.approx(0.2 * (1 - style), abs=1e-5)
+    assert scores[1] - scores[2] == pytest.approx(0.1 * (1 - style), abs=1e-5)
+    assert scores[2] == scores[3] == scores[4]
+    assert scores[5] - scores[4] == pytest.approx(0.5, abs=1e-5)
+
+
+def test_the_outlook_is_how_far_there_is_still_to_go(built: Built) -> None:
+    """Moving a share of the way towards the reference, in the channels' means and deviations, is seen as about that."""
+    ruler = built[2]
+
+    def outlook(share: float) -> float:
+        fakes = []
+        for p, (i, j) in enumerate(ruler.pairs):
+            x = ruler.sources[i]
+            fakes.append(x.lerp(channel_transfer(x, ruler.targets[j][ruler.reference[p]]), share))
+        return ruler._outlook(fakes).item()
+
+    found = [outlook(share) for share in (0.0, 0.1, 0.5, 1.0)]
+    assert found[0] == pytest.approx(1, abs=1e-6)
+    assert found[0] > found[1] + 0.01 > found[2] + 0.05 > found[3] + 0.1
+    assert ruler.references[TRANSFER]["eval/outlook"] == pytest.approx(found[3], abs=1e-6)
+
+
+def test_disjoint_halves_of_real_targets(built: Built) -> None:
+    """Real samples of the target domain, measured against other real samples of it, have little style left to gain."""
+    ruler = built[2]
+    found = []
+    for p, (_, j) in enumerate(ruler.pairs):
+        held = ruler.target_features[j]
+        found.append(abs(energy_distance(held[0::2], held[1::2]) / ruler.do_nothing[p]).item())
+    assert np.mean(found) < 0.08
+    assert max(found) < 0.3  # monet and vangogh lie close together
+
+
+# -- damage: each makes it worse, and more of it worse still ----------------------------------------------
+
+
+def _blur(x: Tensor, pixels: int) -> Tensor:
+    return functional.avg_pool2d(functional.pad(x, (pixels // 2,) * 4, mode="reflect"), pixels, 1)
+
+
+def _fade(x: Tensor, to: float) -> Tensor:
+    mean = x.mean(dim=(1, 2, 3), keepdim=True)
+    return mean + (x - mean) * to
+
+
+def _expose(x: Tensor, deviation: float) -> Tensor:
+    drawn = np.random.default_rng(0).normal(0, deviation, (len(x), 1, 1, 1))
+    return (x * torch.from_numpy(np.exp(drawn)).float()).clamp(0, 1)
+
+
+def _checkerboard(x: Tensor, strength: float, cell: int = 4) -> Tensor:
+    rows, columns = (torch.arange(size) // cell for size in x.shape[2:])
+    board = (rows[:, None] + columns) % 2 * 2.0 - 1
+    return (x + strength * board).clamp(0, 1)
+
+
+DAMAGE: dict[str, tuple[Callable[[Tensor, float], Tensor], tuple[float, ...]]] = {
+    "blur": (lambda x, pixels: _blur(x, int(pixels)), (3, 5, 9)),
+    "fading": (_fade, (0.8, 0.6, 0.3)),
+    "exposure": (_expose, (0.2, 0.4, 0.8)),
+    "posterising": (lambda x, levels: (x * (levels - 1)).round() / (levels - 1), (8, 4, 2)),
+    "checkerboard": (_checkerboard, (0.03, 0.06, 0.12)),
+    "fine checkerboard": (lambda x, strength: _checkerboard(x, strength, 2), (0.03, 0.06, 0.12)),
+    "towards black": (lambda x, kept: x * kept, (0.7, 0.3, 0.0)),
+    "towards white": (lambda x, kept: 1 - (1 - x) * kept, (0.7, 0.3, 0.0)),
+    "towards blank": (_fade, (0.5, 0.2, 0.0)),
+    "grain": (
+        lambda x, strength: (x + strength * torch.randn(x.shape, generator=torch.Generator().manual_seed(0))).clamp(
+            0, 1
+        ),
+        (0.03, 0.08, 0.2),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_damage_makes_it_worse(built: Built, kind: str) -> None:
+    """Done to untouched sources, which score 1.1."""
+    ruler = built[2]
+    damage, strengths = DAMAGE[kind]
+    sources = ruler.source_pictures()
+    scores = [ruler.measure_pictures(damage(sources, strength))["score"] for strength in strengths]
+    assert 1.1 < scores[0] < scores[1] < scores[2], scores
+
+
+@pytest.mark.parametrize("kind", ["blur", "fading", "exposure", "posterising", "checkerboard", "grain"])
+def test_damage_makes_good_translations_worse(painted: Built, kind: str) -> None:
+    """Done to the channel transfer, the best that can be had without a model."""
+    ruler = painted[2]
+    damage, strengths = DAMAGE[kind]
+    fakes = [
+        channel_transfer(ruler.sources[i], ruler.targets[j][ruler.reference[p]]) for p, (i, j) in enumerate(ruler.pairs)
+    ]
+    pictures = torch.cat([p for f in fakes for p in ruler.eye.pictures(f / ruler.scale)])
+    before = ruler.measure_pictures(pictures)["score"]
+    assert before == pytest.approx(ruler.references[TRANSFER]["eval/score"], abs=1e-4)
+    scores = [ruler.measure_pictures(damage(pictures, strength))["score"] for strength in strengths]
+    assert before < scores[1] < scores[2], scores
+
+
+# -- a judge that looks at the decoded pictures with an ImageNet network -------------------------------------
+
+
+def _ranks(values: list[float]) -> np.ndarray:
+    return np.argsort(np.argsort(values)).astype(float)
+
+
+@pytest.mark.shared
+@needs_shared("score/real")
+def test_it_agrees_with_an_independent_judge(real: Built) -> None:
+    _, config, ruler = real
+    judged = json.loads((SHARED / "score/real/judged.json").read_text())
+    sizes = {"base_dim": 32, "n_res_blocks": 2, "style_dim": 32, "latent_dim": 16}  # of version 0.1's demo
+    sizes |= {"mapping_hidden_dim": 128, "mapping_shared_layers": 2}
+    config = override(config, {f"model.{key}": value for key, value in sizes.items()})
+    ours = {"nothing": ruler.references[NOTHING]["eval/score"], "adain": ruler.references[TRANSFER]["eval/score"]}
+    for name in judged:
+        if name in ours:
+            continue
+        nets = Nets(config.model, len(REAL))
+        weights = load_file(SHARED / f"score/real/{name}.safetensors")
+        for net in ("G", "F", "E"):
+            state = {k[2:]: v.float() for k, v in weights.items() if k.startswith(f"{net}.")}
+            getattr(nets, net).load_state_dict(state)
+        ours[name] = ruler.measure(nets, config)["score"]
+    names = sorted(judged, key=lambda name: judged[name]["judge"])
+    theirs = _ranks([judged[name]["judge"] for name in names])
+    found = _ranks([ours[name] for name in names])
+    assert np.corrcoef(theirs, found)[0, 1] >= 0.9
+    better = [ours[name] for name in names[:7]]
+    assert np.corrcoef(np.arange(7), _ranks(better))[0, 1] >= 0.75
+    for name in ("nothing", "adain"):
+        assert abs(theirs[names.index(name)] - found[names.index(name)]) <= 2
+    # Not the order alone: their sizes, too.
+    logs = np.log([[judged[name]["judge"], ours[name]] for name in names])
+    assert np.corrcoef(logs.T)[0, 1] >= 0.93
+
+
+@pytest.mark.shared
+@needs_shared("data/pairs")
+def test_a_published_networks_translations(real: Built) -> None:
+    _, config, ruler = real
+    photo, hayao = (torch.from_numpy(np.load(SHARED / f"data/pairs/{name}.npy")).float() for name in ("photo", "hayao"))
+    before, after = (torch.cat([sketch(p) for p in ruler.eye.pictures(x)]) for x in (photo, hayao))
+    assert content_lost(after, before) < 0.03
+    assert content_lost(before.roll(-1, 0), before) > 0.7
+    scale = config.training.latent_scale
+    moved = ruler.style(hayao * scale, REAL.index("photo"), REAL.index("hayao"))
+    assert moved < 0.8 * ruler.style(photo * scale, REAL.index("photo"), REAL.index("hayao"))
+
+
+@pytest.mark.slow
+def test_content_forgives_strokes() -> None:
+    """The same landscapes, painted in every style: outlines, dots and lead lines are no lost layout."""
+    from raystar.demo import DOMAINS
+    from raystar.demo.painter import RENDERINGS
+    from raystar.demo.scene import make_scene
+
+    seen = []
+    for domain in DOMAINS:
+        pictures = []
+        for number in range(6):
+            scene = make_scene(np.random.default_rng([5, number]), 128)
+            rgb = RENDERINGS[domain](scene, np.random.default_rng([6, number]))
+            pictures.append(torch.from_numpy(np.clip(rgb, 0, 1)).float().permute(2, 0, 1))
+        seen.append(sketch(torch.stack(pictures)))
+    others = [i for i in range(len(DOMAINS)) if i]
+    same = [content_lost(seen[i], seen[0]).item() for i in others]
+    another = [content_lost(seen[i].roll(1, 0), seen[0]).item() for i in others]
+    assert max(same) < 0.4
+    assert min(another) > 1.5 * max(same)
+
+
+# -- how it is made ---------------------------------------------------------------------------------
+
+
+def test_building_twice_gives_the_same_bits(painted: Built) -> None:
+    bank, config, ruler = painted
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1 if threads > 1 else 2)  # the number of cores must not matter either
+    try:
+        again = Ruler.build(bank, config)
+    finally:
+        torch.set_num_threads(threads)
+    for name, value in ruler.features.state_dict().items():
+        assert torch.equal(value, again.features.state_dict()[name]), name
+    for name in ("noise", "do_nothing", "source_features", "source_sketches", "target_spread", "unrelated"):
+        assert torch.equal(getattr(ruler, name), getattr(again, name)), name
+    assert ruler.references == again.references
+
+
+def test_the_cache_gives_the_same_ruler_and_heals(painted: Built, tmp_path: Path) -> None:
+    bank, config, ruler = painted
+    Ruler.build(bank, config, tmp_path)
+    (file,) = tmp_path.glob("ruler-*.safetensors")
+    cached = Ruler.build(bank, config, tmp_path)
+    assert cached.references == ruler.references
+    small = override(config, {"model.base_dim": 8, "model.n_res_blocks": 1})
+    nets = TrainState.create(small, "cpu").nets
+    assert cached.measure(nets, small) == ruler.measure(nets, small)
+    file.write_bytes(file.read_bytes()[:1000])
+    healed = Ruler.build(bank, config, tmp_path)
+    assert healed.measure(nets, small) == ruler.measure(nets, small)
+    changed = load_file(file)
+    changed["do_nothing"][0] += 1
+    save_file(changed, file, metadata={"digest": "not its digest", "references": "{}"})
+    assert Ruler.build(bank, config, tmp_path).measure(nets, small) == ruler.measure(nets, small)
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_measuring_is_a_pure_function_that_changes_nothing(painted: Built) -> None:
+    _, config, ruler = painted
+    config = override(config, {"model.base_dim": 8, "model.n_res_blocks": 1})
+    state = TrainState.create(config, "cpu")
+    before = copy.deepcopy(state.nets.state_dict())
+    first, second = ruler.measure(state.nets, config), ruler.measure(state.nets, config)
+    assert first == second
+    for net, values in state.nets.state_dict().items():
+        assert all(torch.equal(value, before[net][name]) for name, value in values.items())
+
+
+def test_loss_weights_do_not_enter(painted: Built) -> None:
+    _, config, ruler = painted
+    small = override(config, {"model.base_dim": 8, "model.n_res_blocks": 1})
+    nets = TrainState.create(small, "cpu").nets
+    other = override(small, {"loss.w_adv": 9.0, "loss.w_cyc": 0.0, "loss.w_id": 0.0, "loss.w_ds": 7.0})
+    assert ruler.measure(nets, small) == ruler.measure(nets, other)
+
+
+def test_scores_that_can_be_compared_have_one_key(painted: Built, tmp_path: Path) -> None:
+    bank, config, _ = painted
+    key = measured_by(bank, config)
+    assert key == measured_by(bank, override(config, {"loss.w_adv": 3.0, "model.base_dim": 8}))
+    assert key != measured_by(bank, override(config, {"ruler.sources": 5}))
+    assert key in ruler_file(bank, config, tmp_path).name
+
+
+def test_energy_distance_by_hand() -> None:
+    a, b = torch.tensor([[0.0], [2.0]]), torch.tensor([[1.0], [1.0], [4.0]])
+    cross = (1 + 1 + 4 + 1 + 1 + 2) / 6
+    assert energy_distance(a, b).item() == pytest.approx(2 * cross - 2 - (0 + 3 + 3) / 3)
+
+
+def test_energy_distance_is_unbiased() -> None:
+    g = torch.Generator().manual_seed(0)
+    found = [
+        energy_distance(torch.randn(6, 5, generator=g), torch.randn(9, 5, generator=g)).item() for _ in range(2000)
+    ]
+    error = np.std(found) / len(found) ** 0.5
+    assert abs(np.mean(found)) < 4 * error
+
+
+def test_content_by_hand() -> None:
+    x = torch.rand(4, 16, 16, generator=torch.Generator().manual_seed(1)) + torch.arange(4)[:, None, None]
+    assert content_lost(x, x).item() == pytest.approx(0, abs=1e-6)
+    assert content_lost(0.3 * x + 0.2, x).item() == pytest.approx(0, abs=1e-3)  # one tone curve for all is no loss
+    assert content_lost(-x, x).item() == pytest.approx(2, abs=1e-2)
+    # Blank pictures have no correlation with anything.
+    assert content_lost(torch.full_like(x, 0.5), x).item() == pytest.approx(1, abs=0.01)
+
+
+def test_statistics_are_finite_whatever_the_picture() -> None:
+    for size in (16, 32, 128):
+        for picture in (torch.zeros, torch.ones, torch.rand):
+            found = statistics(picture(2, 3, size, size))
+            assert found.isfinite().all()
+            assert found.shape == statistics(torch.rand(1, 3, size, size)).repeat(2, 1).shape
+
+
+def test_a_half_sized_picture_is_the_mean_of_the_whole_one(painted: Built) -> None:
+    ruler = painted[2]
+    scaled = ruler.sources[0][:2] / ruler.scale * 0.18215
+    whole = functional.avg_pool2d(ruler.eye.decoder(scaled), 2)
+    torch.testing.assert_close(ruler.eye.decoder.half_size(scaled), whole, atol=1e-5, rtol=1e-5)
+
+
+# -- a file of stronger features ----------------------------------------------------------------------
+
+
+def _vgg(path: Path, **changed: Tensor) -> Path:
+    """A small network named as torchvision names VGG11's trunk."""
+    g = torch.Generator().manual_seed(0)
+    state, channels = {}, 3
+    for number, width in ((0, 8), (3, 12), (6, 16), (8, 16)):  # pooled after the first, the second and not after
+        state[f"features.{number}.weight"] = torch.randn(width, channels, 3, 3, generator=g) / (3 * channels**0.5)
+        state[f"features.{number}.bias"] = torch.zeros(width)
+        channels = width
+    state["classifier.0.weight"] = torch.zeros(4, 4)
+    state |= changed
+    save_file(state, path) if path.suffix == ".safetensors" else torch.save(state, path)
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
+def test_features_of_a_file_join_the_rulers_own(painted: Built, tmp_path: Path, suffix: str) -> None:
+    bank, config, ruler = painted
+    file = _vgg(tmp_path / f"vgg{suffix}")
+    settings = override(config, {"ruler.features": str(file), "ruler.sources": 6})
+    stronger = Ruler.build(bank, settings, tmp_path)
+    own = ruler.features.own
+    assert stronger.features.own == own
+    assert stronger.source_features.shape[2] == own + 2 * (8 + 12 + 16)
+    found = stronger.measure_subject(Nothing())
+    assert found["score"] == pytest.approx(1.1, abs=1e-5)
+    # Both halves weigh alike: the same squared length on average over real pictures.
+    features = torch.cat(stronger.target_features)
+    spread = (features - features.mean(dim=0)).square().sum(dim=0)
+    assert 0.2 < spread[:own].sum() / spread[own:].sum() < 5
+    again = Ruler.build(bank, settings, tmp_path)
+    assert again.measure_subject(Nothing()) == found
+    assert measured_by(bank, settings) != measured_by(bank, override(settings, {"ruler.features": None}))
+    _vgg(file, **{"features.0.bias": torch.ones(8)})
+    assert len(list(tmp_path.glob("ruler-*.safetensors"))) == 1
+    Ruler.build(bank, settings, tmp_path)
+    assert len(list(tmp_path.glob("ruler-*.safetensors"))) == 2  # the file's content counts, not its name
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"features.3.weight": torch.zeros(12, 9, 3, 3)}, r"features\.3.*3x3 convolution of 8 channels"),
+        ({"features.6.bias": torch.full((16,), torch.nan)}, r"features\.6.*finite"),
+        ({"features.30.weight": torch.zeros(4, 16, 3, 3), "features.30.bias": torch.zeros(4)}, "VGG under features"),
+    ],
+)
+def test_a_feature_file_that_is_none(painted: Built, tmp_path: Path, changed: dict[str, Tensor], message: str) -> None:
+    bank, config, _ = painted
+    file = _vgg(tmp_path / "vgg.pth", **changed)
+    with pytest.raises(RaystarError, match=rf"ruler\.features: .*vgg\.pth.*{message}"):
+        Ruler.build(bank, override(config, {"ruler.features": str(file)}))
+
+
+def test_a_feature_file_that_is_missing_or_damaged(painted: Built, tmp_path: Path) -> None:
+    bank, config, _ = painted
+    with pytest.raises(RaystarError, match=r"ruler\.features: .*none\.pth: expected a VGG.*found no file"):
+        Ruler.build(bank, override(config, {"ruler.features": str(tmp_path / "none.pth")}))
+    for name in ("cut.pth", "cut.safetensors"):
+        file = _vgg(tmp_path / name)
+        file.write_bytes(file.read_bytes()[:500])
+        with pytest.raises(RaystarError, match=rf"ruler\.features: .*{name}: truncated or damaged"):
+            Ruler.build(bank, override(config, {"ruler.features": str(file)}))
+
+
+def test_too_few_held_out_latents(tmp_path: Path) -> None:
+    config = tiny_config(write_latents(tmp_path / "data"), data__holdout=0.05)
+    bank = open_bank(config, tmp_path / "cache")
+    with pytest.raises(RaystarError, match=r"held-out latents of every domain.*'a' has 1.*raise data\.holdout"):
+        Ruler.build(bank, config)
