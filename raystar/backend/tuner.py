@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import tempfile
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,6 +14,7 @@ from ray import tune
 from raystar.backend.reporting import Request
 from raystar.backend.trial import run_trial
 from raystar.backend.tune_hooks import Listener, Recorder, Release, Silent, Stop, TrialNames, Warden
+from raystar.base.errors import RaystarError
 from raystar.search.distributions import Distribution
 from raystar.search.space import SEED, Space
 
@@ -106,14 +107,24 @@ def _searcher(space: Space, assignment: Assignment) -> Any:
 
         # Drawn and checked by `Space.points`, or chosen before: Tune only hands them out.
         return BasicVariantGenerator(points_to_evaluate=points, max_concurrent=assignment.at_a_time)
+    if space.search not in ADAPTIVE:
+        raise RaystarError(f"search {space.search}: nothing here proposes trials for it; known: {', '.join(ADAPTIVE)}")
     from ray.tune.search import ConcurrencyLimiter
-    from ray.tune.search.optuna import OptunaSearch
     from ray.tune.search.search_generator import SearchGenerator
+
+    points += [dict(params) for params in assignment.first]
+    searcher = ADAPTIVE[space.search](space, assignment, points)
+    # A search that learns has little to go on if all its trials begin at once.
+    return SearchGenerator(ConcurrencyLimiter(searcher, max_concurrent=assignment.at_a_time or _LEARNING))
+
+
+def _optuna(space: Space, assignment: Assignment, points: list[dict[str, Any]]) -> Any:
+    """Tree-structured Parzen estimators (Bergstra et al. 2011), as Optuna has them."""
+    from ray.tune.search.optuna import OptunaSearch
 
     # It tells of every study it opens, and warns of a baseline that lies outside the searched ranges.
     logging.getLogger("optuna").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="optuna")
-    points += [dict(params) for params in assignment.first]
     search = OptunaSearch(
         space={key: _domain(d) for key, d in space.space.items()},
         metric=space.metric,
@@ -124,5 +135,9 @@ def _searcher(space: Space, assignment: Assignment) -> Any:
     )
     for params, score in assignment.scores:
         search.add_evaluated_point(dict(params), score)
-    # A search that learns has little to go on if all its trials begin at once.
-    return SearchGenerator(ConcurrencyLimiter(search, max_concurrent=assignment.at_a_time or _LEARNING))
+    return search
+
+
+ADAPTIVE: Mapping[str, Callable[[Space, Assignment, list[dict[str, Any]]], Any]] = {"tpe": _optuna}
+"""The searchers that decide as they go (`search.searchers`), as Ray Tune's, by their names; each is made of a space, of
+what is to be run, and of the points to begin with."""

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
-import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from raystar.base.errors import RaystarError, key_text, misspelt, show
@@ -20,6 +18,7 @@ from raystar.config.schema import MAX_WHOLE, Config
 from raystar.config.strict_yaml import read_mapping
 from raystar.search.distributions import Distribution, read_distribution
 from raystar.search.fields import boolean, number, one_of, section, whole
+from raystar.search.searchers import SEARCHERS
 from raystar.training.compile import SPEED_KEYS, canonical
 
 SEED = "training.seed"
@@ -31,8 +30,6 @@ _KNOWN = (
 _PURPOSES = {"quality": ("score", "min"), "speed": ("speedup", "max")}  # with their metric and mode
 _SCORE, _OUTLOOK = "eval/score", "eval/outlook"
 _MOST = 10_000  # trials, or combinations of a grid: more would never be run, and hardly be listed
-_DRAWS = 200  # for each trial, before a space is taken to hold no further combination
-_SEARCHES = ("random", "grid", "tpe")
 
 
 @dataclass(frozen=True)
@@ -127,32 +124,28 @@ class Space:
             RaystarError: a drawn combination that no configuration may have.
         """
         base = [{key: get_value(config, key) for key in self.space}] if self.baseline else []
-        if self.search == "tpe":
+        searcher = SEARCHERS[self.search]
+        if searcher.draw is None:
             for key, value in base[0].items() if base else ():
                 if self.space[key].listed and value not in self.space[key].values:
                     raise RaystarError(
-                        f"{self.source}: space: {key}: search tpe begins with the baseline, whose value {value} is not "
-                        "among the choices; add it, or set baseline: false"
+                        f"{self.source}: space: {key}: search {self.search} begins with the baseline, whose value "
+                        f"{value} is not among the choices; add it, or set baseline: false"
                     )
                 if not self.space[key].listed and value is None:
                     raise RaystarError(
-                        f"{self.source}: space: {key}: search tpe begins with the baseline, whose value null is not a "
-                        "number; set it, or baseline: false"
+                        f"{self.source}: space: {key}: search {self.search} begins with the baseline, whose value "
+                        "null is not a number; set it, or baseline: false"
                     )
             return None
-        if self.search == "grid":
-            combinations: Iterable[tuple[Any, ...]] = itertools.product(*(d.values for d in self.space.values()))
-        else:
-            rng = np.random.default_rng(self.seed)
-            draws = _DRAWS * self.trials
-            combinations = (tuple(d.draw(rng) for d in self.space.values()) for _ in range(draws))
+        combinations = searcher.draw(self.space, self.seed, self.trials)
         points: dict[tuple[Any, ...], dict[str, Any]] = {}
         for values in (tuple(point.values()) for point in base):
             self._add(points, values, config, device)
         seen: set[tuple[Any, ...]] = set()
         there_are = math.prod(d.size for d in self.space.values())
         for values in combinations:
-            if self.search != "grid" and (len(points) == self.trials or len(seen) == there_are):
+            if not searcher.exhaustive and (len(points) == self.trials or len(seen) == there_are):
                 break
             if values not in seen:
                 seen.add(values)
@@ -189,11 +182,12 @@ def from_mapping(content: Mapping[str, Any], config: Config, source: str) -> Spa
             f"{source}: space: expected the keys to search, for example loss.w_cyc: {{uniform: [0.5, 2]}}"
         )
     space = {key_text(key): read_distribution(key_text(key), value, source) for key, value in ranges.items()}
-    search = one_of(content.get("search", "random"), _SEARCHES, f"{source}: search")
-    if search == "grid" and (ranged := [key for key, d in space.items() if not d.listed]):
-        raise RaystarError(f"{source}: search grid needs choices, but {', '.join(ranged)} has a range")
-    if search == "tpe" and importlib.util.find_spec("optuna") is None:
-        raise RaystarError(f"{source}: search tpe needs the package optuna; install raystar[tpe]")
+    search = one_of(content.get("search", "random"), tuple(SEARCHERS), f"{source}: search")
+    if SEARCHERS[search].exhaustive and (ranged := [key for key, d in space.items() if not d.listed]):
+        raise RaystarError(f"{source}: search {search} needs choices, but {', '.join(ranged)} has a range")
+    package = SEARCHERS[search].package
+    if package is not None and importlib.util.find_spec(package) is None:
+        raise RaystarError(f"{source}: search {search} needs the package {package}; install raystar[{search}]")
     purpose = one_of(content.get("purpose", "quality"), tuple(_PURPOSES), f"{source}: purpose")
     resources = _resources(content.get("resources", {}), source)
     if purpose == "speed":
@@ -202,11 +196,11 @@ def from_mapping(content: Mapping[str, Any], config: Config, source: str) -> Spa
     description = content.get("description", "")
     baseline = boolean(content.get("baseline", True), f"{source}: baseline")
     trials = whole(content.get("trials", 12), f"{source}: trials", 1, _MOST)
-    if search == "grid":
+    if SEARCHERS[search].exhaustive:
         combinations = math.prod(len(d.values) for d in space.values())
         if combinations > _MOST:
             raise RaystarError(
-                f"{source}: search grid: expected at most {_MOST} combinations, found {combinations}; "
+                f"{source}: search {search}: expected at most {_MOST} combinations, found {combinations}; "
                 "leave out choices, or use search: random"
             )
         trials = combinations + (1 if baseline else 0)
@@ -241,8 +235,8 @@ def _check_speed(space: Mapping[str, Distribution], search: str, resources: Reso
                 f"{source}: space: {key}: purpose speed searches only what leaves the results as they are: "
                 f"{', '.join(SPEED_KEYS)}"
             )
-    if search == "tpe":
-        raise RaystarError(f"{source}: search: expected random or grid for purpose speed, found tpe")
+    if SEARCHERS[search].draw is None:
+        raise RaystarError(f"{source}: search: expected random or grid for purpose speed, found {search}")
     if resources.workers != 1:
         raise RaystarError(
             f"{source}: resources.workers: purpose speed measures one worker on one device, found {resources.workers}"

@@ -28,6 +28,7 @@ from raystar.pictures.codec import check_codec
 from raystar.record.sweep_file import RECORD, code, differences, read_record
 from raystar.ruler.samples import check as check_ruler
 from raystar.ruler.samples import measured_by
+from raystar.search.searchers import SEARCHERS
 from raystar.search.space import SEED, Space
 from raystar.search.space import from_mapping as space_from_mapping
 from raystar.sweep.disk import check_space, checkpoint_bytes, needed_bytes
@@ -156,7 +157,7 @@ def _settle(asked: Mapping[str, Any], config: Config, content: Mapping[str, Any]
     """What the command's flags make of a configuration and a space."""
     space = space_from_mapping(content, config, str(asked["space"]))
     if asked["trials"] is not None:
-        if space.search == "grid":
+        if SEARCHERS[space.search].exhaustive:
             raise RaystarError("--trials: a grid search runs every combination; use search: random to choose a number")
         space = dataclasses.replace(space, trials=asked["trials"])
     epochs = asked["epochs"] or space.scheduler.max_epochs
