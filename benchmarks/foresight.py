@@ -1,6 +1,6 @@
 """What do young trials say of their end, and how much of a score is luck?
 
-    python -m benchmarks.foresight --trials 16 --seeds 4 --out painted.json
+    python -m benchmarks.foresight --space benchmarks/wide.yaml --trials 16 --seeds 4 --out painted.json
     python -m benchmarks.foresight --set data.data_root=latents --set data.domains=[photo,monet] --out real.json
 
 Configurations are drawn from a space file, without its baseline, and all trained to their end on one core, measured on

@@ -1,7 +1,7 @@
 """A trained model as plain files, and back: `python -m raystar.export` and `raystar.export.load`.
 
 An export is a folder with `model.safetensors`, `config.yaml`, `metrics.json`, `grid.png` and `README.md`, and with
-`--onnx` the files of `graphs.FILES`; using one needs neither Ray nor MLflow.
+`--onnx` the files of `exported.onnx.FILES`; using one needs neither Ray nor MLflow.
 """
 
 from __future__ import annotations

@@ -584,7 +584,7 @@ def test_a_compressed_archive_is_refused_before_it_is_unpacked(tmp_path: Path) -
 
 
 def test_what_torch_itself_would_do_with_them(tmp_path: Path) -> None:
-    """The bombs are live: without `pt.read`, `torch.load(weights_only=True)` opens them."""
+    """The bombs are live: without `torch_file.read`, `torch.load(weights_only=True)` opens them."""
     for kind in ("compressed", "bytearray", "itself", "one number, four thousand million times"):
         (tmp_path / "x.pt").write_bytes(BOMBS[kind]().replace(b"J\0\0\0\x7f", b"J\0\1\0\0"))
         torch.load(tmp_path / "x.pt", weights_only=True)

@@ -130,7 +130,7 @@ class GroupReporter(Reporter):
             ray.train.report({})
 
     def _tell(self, message: dict[str, Any]) -> None:
-        held = {"placement_group": get_current_placement_group().id.hex()}  # for `driver.Release`
+        held = {"placement_group": get_current_placement_group().id.hex()}  # for `tune_hooks.Release`
         ray.train.report(message | held if self.first else {})
 
 

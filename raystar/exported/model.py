@@ -126,7 +126,7 @@ def write(folder: Path, checkpoint: Mapping[str, Any], facts: Mapping[str, Any],
 
     Args:
         folder: where to.
-        checkpoint: as `checkpoint.load` returns it; of its averages where it has any.
+        checkpoint: as `model.checkpoint.load` returns it; of its averages where it has any.
         facts: goes into `metrics.json` and, in part, the README: trial, epoch, score, metrics, parameters.
         pictures: go with it, by name: `grid.png`, `interpolation.png`.
     """

@@ -42,7 +42,7 @@ class PictureTranslator:
     pixels where a picture is larger.
 
     Args:
-        translator: what `export.load` gives.
+        translator: what `exported.model.load` gives.
         codec: a `VaeCodec` encodes and decodes; another one serves who has latents alone.
         tile: pixels along the side of the generator's tiles, instead of 4096; 256 is the usual size in training.
     """
@@ -109,7 +109,7 @@ class PictureTranslator:
         return self.codec.encode
 
     def restyle(self, latents: Tensor, domain: str, reference: Tensor | None, seed: int | None) -> Tensor:
-        """`export.Translator.translate` of unscaled latents [1,4,H,W] of any size from 8 cells on.
+        """`exported.model.Translator.translate` of unscaled latents [1,4,H,W] of any size from 8 cells on.
 
         They go in with a mirrored rim, which is cut off again: the generator pads with zeros, and each of its
         convolutions draws them further into the picture, as a dull frame.

@@ -21,7 +21,7 @@ from raystar.ruler.ruler import NOTHING, TRANSFER, UNMOVED
 _MOVEMENT = "eval/movement"
 
 REFERENCES = {NOTHING: "doing nothing", TRANSFER: "channel transfer"}
-"""What a model has to beat (`ruler.Ruler.references`), in words."""
+"""What a model has to beat (`ruler.ruler.Ruler.references`), in words."""
 
 
 @dataclass

@@ -1,6 +1,6 @@
 """One session of a sweep: Ray Tune runs what is left to run, this process decides and keeps the record.
 
-Trials know nothing of any of this: `driver` carries their reports here, and the answers back.
+Trials know nothing of any of this: `backend.tune_hooks` carries their reports here, and the answers back.
 """
 
 from __future__ import annotations
@@ -201,7 +201,7 @@ class Session:
         finally:
             self.ending.fitting = False
 
-    # -- what `driver` asks --------------------------------------------------------------------------
+    # -- what Tune's hooks ask ----------------------------------------------------------------------
 
     @property
     def stopping(self) -> bool:
@@ -215,7 +215,7 @@ class Session:
             return True
         return bool(self.ending.interrupts) and not self.summary.counts().get(RUNNING)
 
-    # -- what `driver` tells -------------------------------------------------------------------------
+    # -- what Tune's hooks tell ---------------------------------------------------------------------
 
     def trial_started(self, name: str, params: dict[str, Any]) -> None:
         """A trial begins, or begins again after its process died."""

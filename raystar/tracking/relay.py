@@ -129,11 +129,11 @@ class Relay:
 
     @property
     def waiting(self) -> int:
-        """How many records MLflow has not taken yet."""
+        """How many records the store has not taken yet."""
         return self._spool.waiting
 
     def begin(self) -> None:
-        """Starts the thread. Calls before that wait in the file; importing mlflow takes seconds of a core."""
+        """Starts the thread. Calls before that wait in the file; opening a store takes seconds of a core."""
         if not self._thread.ident:
             self._thread.start()
 

@@ -130,7 +130,7 @@ def _compile(net: torch.nn.Module, config: Config) -> Callable[..., Tensor]:
 def _exercise(name: str, call: Callable[..., Tensor], state: TrainState, size: tuple[int, int]) -> None:
     """Runs `call` on what a training step gives it, so that failures and seconds show before the first one.
 
-    Shapes, types, and who needs gradients are those of `step.train_step`: another pattern is another graph.
+    Shapes, types, and who needs gradients are those of `training.step.train_step`: another pattern is another graph.
     """
     config, device = state.config, state.device
     training, model = config.training, config.model

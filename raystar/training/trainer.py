@@ -55,7 +55,7 @@ class Progress:
     labels: dict[str, str]
     """Facts about the run in words, for the record's tags: what runs compiled, and why something does not."""
     checkpoint: dict[str, Any] = field(repr=False)
-    """For `checkpoint.save`; its tensors are live, so save it before the next epoch is asked for."""
+    """For `model.checkpoint.save`; its tensors are live, so save it before the next epoch is asked for."""
 
 
 class Trainer:
@@ -65,7 +65,7 @@ class Trainer:
 
     Args:
         config: the whole configuration.
-        bank: the latents (`dataset.open_bank`).
+        bank: the latents (`data.bank.open_bank`).
         ruler: measures the networks as they are shown, in epochs that `measure_at` says; None measures nothing.
         codec: decodes the grids; None draws none.
         state: networks and optimisers; fresh ones from `training.seed` by default.
