@@ -267,7 +267,8 @@ class Summary:
         value, known = self.value(record), [self.reference(name) for name in REFERENCES]
         if value is None or None in known:
             return None
-        return all(self.better(value, reference) for reference in known)
+        # Who cannot be told from doing nothing is ahead of it, or behind, by rounding alone.
+        return not record.unmoved and all(self.better(value, reference) for reference in known)
 
     @property
     def standing(self) -> str | None:
@@ -278,7 +279,7 @@ class Summary:
         if winner is None or value is None or nothing is None or transfer is None:
             return None
         beside = f"doing nothing ({nothing:.4f})"
-        if not self.better(value, nothing):
+        if winner.unmoved or not self.better(value, nothing):
             return f"no trial beats {beside}"
         but = "and" if self.better(value, transfer) else "but not"
         return f"{winner.trial} beats {beside} {but} the channel transfer ({transfer:.4f})"

@@ -280,6 +280,18 @@ def test_what_a_model_has_to_beat(score: float, transfer: float, said: str) -> N
     assert Summary.from_mapping(summary.to_mapping(), 4).standing == said
 
 
+def test_who_has_not_moved_beats_nothing_by_rounding_alone() -> None:
+    tell = Story(ledger())
+    summary = tell.found.summary
+    tell(events_module.REFERENCES, values={"nothing": {"eval/score": 1.1}, "transfer": {"eval/score": 1.2}})
+    tell(events_module.STARTED, trial="t00", params={})
+    metrics = {"eval/score": 1.0999999, "eval/movement": 0.0001}
+    tell(events_module.EPOCH, trial="t00", epoch=2, metrics=metrics)
+    tell(events_module.ENDED, trial="t00", status=FINISHED, reason=None)
+    assert summary.standing == "no trial beats doing nothing (1.1000)"
+    assert summary.good(summary.trials["t00"]) is False
+
+
 GOOD: dict[str, Any] = {"space": {"loss.w_cyc": {"loguniform": [0.1, 10.0]}}}
 
 
