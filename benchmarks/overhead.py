@@ -27,7 +27,8 @@ from raystar.data.bank import Bank, open_bank
 from raystar.pictures import grid
 from raystar.pictures.codec import open_codec
 from raystar.ruler.ruler import Ruler
-from raystar.tracking.mlflow.writer import mlflow_tracker
+from raystar.tracking.mlflow.writer import MlflowStore
+from raystar.tracking.relay import Relay
 from raystar.tracking.tracker import PARENT
 from raystar.training.display import Display
 from raystar.training.step import LOGGED
@@ -59,10 +60,11 @@ def report(args: argparse.Namespace, config: Config, bank: Bank, folder: Path) -
     codec, _ = open_codec(config, step.state.device)
     chosen = grid.choose(bank, config, codec)
     pictures: dict[str, Image.Image] = {}
-    tracker = mlflow_tracker(
+    store = MlflowStore(
         f"sqlite:///{folder}/mlflow.db", folder / "artifacts", {"name": "b", "digest": "b", "source": "b"}, {},
-        "eval/score", lower_is_better=True, spool=folder / "spool.jsonl",
+        "eval/score", lower_is_better=True,
     )  # fmt: skip
+    tracker = Relay(store, folder / "spool.jsonl")
     tracker.begin()
     tracker.wait_until_connected()
     tracker.start(PARENT, params={}, tags={}, text={}, name="overhead")

@@ -23,7 +23,7 @@ from raystar.record.statuses import DIVERGED, FAILED, FINISHED, INTERRUPTED
 from raystar.ruler.ruler import NOTHING, TRANSFER, Ruler
 from raystar.ruler.samples import check as check_ruler
 from raystar.tracking.mlflow.address import check_uri, default_uri
-from raystar.tracking.mlflow.writer import mlflow_tracker
+from raystar.tracking.mlflow.writer import MlflowStore
 from raystar.tracking.relay import Relay
 from raystar.tracking.tracker import CHECKPOINT, PARENT, SPOOL, Tracker, provenance
 from raystar.training.losses import outlasting
@@ -143,15 +143,15 @@ def _place(args: argparse.Namespace, config: Config) -> tuple[str, Path, list[Pa
 
 
 def _tracker(uri: str, out: Path, bank: Bank, name: str, folder: Path) -> Relay:
-    return mlflow_tracker(
+    store = MlflowStore(
         uri,
         out / "artifacts",
         {"name": Path(bank.root).name or "latents", "digest": bank.digest, "source": bank.root},
         {**provenance(), "raystar.run": name},
         "eval/score",
         lower_is_better=True,
-        spool=folder / SPOOL,
     )
+    return Relay(store, folder / SPOOL)
 
 
 def initial_state(config: Config, device: Any) -> TrainState:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -30,9 +29,7 @@ def test_a_verb_is_its_module(verb: str) -> None:
 
 
 def test_help_lists_every_verb_at_once() -> None:
-    began = time.monotonic()
     done = run("-X", "importtime", "-m", "raystar", "--help")
-    assert time.monotonic() - began < 3  # 0.1 s where nothing else runs
     assert done.returncode == 0
     assert all(f"  {verb} " in done.stdout for verb in entry.VERBS)
     imported = {line.rpartition("|")[2].strip().split(".")[0] for line in done.stderr.splitlines()}

@@ -20,7 +20,7 @@ INTERVAL = 0.9
 """Probability that an interval stands for."""
 _SCORE = "eval/score"
 SEEDS_DIFFER = 0.03
-"""The deviation of the ruler's score between seeds of one configuration, from 16 pairs in other sweeps
+"""The deviation of the ruler's score between seeds of one configuration, from 18 pairs in other sweeps
 (benchmarks/RESULTS.md). Two pairs alone now and then agree to a thousandth by chance, and would claim to know the mean
 to that."""
 _FEATURED = 3  # trials beside the baseline, where there were no finals

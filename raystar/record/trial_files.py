@@ -10,7 +10,7 @@ import io
 import json
 import re
 import sys
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,13 +49,6 @@ def saved_epochs(storage: Storage, trial: str) -> list[int]:
     """Epochs whose checkpoints are there, in order."""
     found = (_CHECKPOINT.fullmatch(name) for name in storage.list(f"trials/{trial}"))
     return sorted(int(match[1]) for match in found if match)
-
-
-def prune(storage: Storage, trial: str, keep: Collection[int], until: int) -> None:
-    """Removes the checkpoints of epochs up to `until` that are not to be kept."""
-    for epoch in saved_epochs(storage, trial):
-        if epoch <= until and epoch not in keep:
-            storage.delete(checkpoint_name(trial, epoch))
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,8 @@ from raystar.sweep.plan import Plan
 from raystar.sweep.resources import share_of_gpu
 from raystar.sweep.session import Session
 from raystar.tracking.mlflow import client
-from raystar.tracking.mlflow.writer import mlflow_tracker
+from raystar.tracking.mlflow.writer import MlflowStore
+from raystar.tracking.relay import Relay
 from raystar.tracking.tracker import SPOOL, provenance
 
 _PLACING_S = 3600.0  # for nodes to fetch latents from a distant storage
@@ -89,7 +90,7 @@ def _run(plan: Plan) -> int:
 
 
 def _tracked(plan: Plan, ledger: Ledger, placed: placing.Placed | None, ruler_ready: Callable[[], Any]) -> int:
-    tracker = mlflow_tracker(
+    store = MlflowStore(
         plan.tracking_uri,
         plan.out / "artifacts",
         {"name": Path(plan.bank.root).name or "latents", "digest": plan.bank.digest, "source": plan.bank.root},
@@ -97,8 +98,8 @@ def _tracked(plan: Plan, ledger: Ledger, placed: placing.Placed | None, ruler_re
         plan.space.metric,
         plan.space.mode == "min",
         columns=list(plan.space.space),
-        spool=plan.folder / SPOOL,
     )
+    tracker = Relay(store, plan.folder / SPOOL)
     try:
         return Session(plan, tracker, ledger, placed, ruler_ready).run()
     except RaystarError:

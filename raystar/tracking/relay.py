@@ -70,6 +70,8 @@ class Store(Protocol):
     """Where it is, without credentials."""
     registered: str | None
     """See `Tracker`."""
+    common_tags: dict[str, str]
+    """Set on every run."""
     most_featured: int
     """Runs whose pictures it shows beside each other."""
 
@@ -105,14 +107,12 @@ class Relay:
     """A `Tracker` whose records wait in a file until the store has taken them.
 
     Args:
-        common_tags: set on every run.
         spool: the file that holds records. One that is there already is gone on with: what waits in it is written
             first, and its trials keep their runs.
     """
 
-    def __init__(self, store: Store, common_tags: Mapping[str, str], spool: Path) -> None:
+    def __init__(self, store: Store, spool: Path) -> None:
         self.store = store
-        self.common_tags = dict(common_tags)
         self._spool = Spool(spool)
         self._featured = False
         self._connected = threading.Event()
@@ -213,7 +213,7 @@ class Relay:
             mark=uuid.uuid4().hex,
             export=os.path.abspath(export),
             params={key: redact_value(key, str(value)) for key, value in params.items()},
-            tags=without_credentials({**self.common_tags, **tags}),
+            tags=without_credentials({**self.store.common_tags, **tags}),
         )
 
     def register(self, trial: str, epoch: int, score: float, description: str, comparable: str) -> None:
@@ -349,7 +349,7 @@ class Relay:
         )
 
     def _how_to_resume(self) -> str:
-        sweep, run = (self.common_tags.get(f"raystar.{kind}") for kind in ("sweep", "run"))
+        sweep, run = (self.store.common_tags.get(f"raystar.{kind}") for kind in ("sweep", "run"))
         if sweep is not None:
             return f"python -m raystar.tune --resume {sweep}"
         return f"python -m raystar.train ... --name {run} --resume" if run is not None else "going on with that file"

@@ -31,7 +31,7 @@ from raystar.tracking import relay
 from raystar.tracking.mlflow import address as address_module
 from raystar.tracking.mlflow import client as client_module
 from raystar.tracking.mlflow.address import check_uri
-from raystar.tracking.mlflow.writer import mlflow_tracker
+from raystar.tracking.mlflow.writer import MlflowStore
 from raystar.tracking.relay import Relay
 from raystar.tracking.spool import Spool
 from raystar.tracking.tracker import PARENT
@@ -115,11 +115,13 @@ def tracker(folder: Path) -> Relay:
 def opened(folder: Path, uri: str | None = None, **changed: Any) -> Relay:
     """A tracker on the store and the spool in `folder`."""
     dataset = {"name": "d", "digest": "abc", "source": "here"}
-    arguments: dict[str, Any] = {"common_tags": {"raystar.sweep": "s"}, "spool": folder / "spool.jsonl"} | changed
-    made = mlflow_tracker(
+    spool = changed.pop("spool", folder / "spool.jsonl")
+    arguments: dict[str, Any] = {"common_tags": {"raystar.sweep": "s"}} | changed
+    store = MlflowStore(
         uri or f"sqlite:///{folder}/mlflow.db", folder / "artifacts", dataset,
         primary_metric="eval/score", lower_is_better=True, **arguments,
     )  # fmt: skip
+    made = Relay(store, spool)
     made.begin()
     made.wait_until_connected()
     return made
@@ -368,16 +370,18 @@ import json, os, random, signal, sys, time
 from pathlib import Path
 import mlflow  # once, for all that are forked
 from PIL import Image
-from raystar.tracking.mlflow.writer import mlflow_tracker
+from raystar.tracking.mlflow.writer import MlflowStore
+from raystar.tracking.relay import Relay
 from raystar.tracking.tracker import PARENT
 
 folder, trials, epochs = Path(sys.argv[1]), ("t00", "t01"), 20
 
 def write():
-    tracker = mlflow_tracker(
+    store = MlflowStore(
         f"sqlite:///{folder}/mlflow.db", folder / "artifacts", {"name": "d", "digest": "d", "source": "d"},
-        {"raystar.sweep": "s"}, "eval/score", True, spool=folder / "spool.jsonl",
+        {"raystar.sweep": "s"}, "eval/score", True,
     )
+    tracker = Relay(store, folder / "spool.jsonl")
     tracker.begin()
     tracker.start(PARENT, params={"trials": 2}, tags={}, text={"config.yaml": "a: 1"}, name="s")
     for trial in trials:

@@ -16,7 +16,7 @@ from raystar.base.secrets import in_a_line, redact
 from raystar.tracking.mlflow import models as registry
 from raystar.tracking.mlflow.client import connect, experiment, set_environment
 from raystar.tracking.mlflow.views import PICTURED_RUNS, RANK, SHOWN, VIEW, grids_state, saved_view, table_state
-from raystar.tracking.relay import Declined, Delivery, Refused, Relay, Unreadable, local_file, without_credentials
+from raystar.tracking.relay import Declined, Delivery, Refused, Unreadable, local_file, without_credentials
 from raystar.tracking.spool import Spool, Told
 from raystar.tracking.tracker import PARENT, user
 
@@ -31,22 +31,6 @@ _DECLINES = {
     "PERMISSION_DENIED", "UNAUTHENTICATED", "CUSTOMER_UNAUTHORIZED", "ENDPOINT_NOT_FOUND", "NOT_FOUND",
     "RESOURCE_DOES_NOT_EXIST", "FEATURE_DISABLED", "NOT_IMPLEMENTED", "BAD_REQUEST", "INVALID_PARAMETER_VALUE",
 }  # fmt: skip
-
-
-def mlflow_tracker(
-    uri: str,
-    artifacts: Path,
-    dataset: Mapping[str, str],
-    common_tags: Mapping[str, str],
-    primary_metric: str,
-    lower_is_better: bool,
-    columns: Sequence[str] = (),
-    *,
-    spool: Path,
-) -> Relay:
-    """A tracker that records to MLflow; for the arguments see `MlflowStore` and `Relay`."""
-    store = MlflowStore(uri, artifacts, dataset, common_tags, primary_metric, lower_is_better, columns)
-    return Relay(store, common_tags, spool)
 
 
 class MlflowStore:
