@@ -101,13 +101,22 @@ def _run_group(settings: dict[str, Any]) -> None:
 
 def _failure(failures: Mapping[int, Exception]) -> Exception | None:
     """What ended a group of workers, of all that they raised; None if a process died, and the trial is to go on."""
-    lost = (WorkerLost, RayActorError)
-    found = [error for _, error in sorted(failures.items()) if not isinstance(error, lost)]
+    found = [error for _, error in sorted(failures.items()) if not _lost(error)]
     # A trial's own reason comes first: the others' errors may follow from it.
     own = [error for error in found if isinstance(error, RaystarError)]
     if own:
         return own[0]
     return found[0] if len(found) == len(failures) else None
+
+
+def _lost(error: Exception) -> bool:
+    """Whether a worker ended without a reason of its own: its process died or hangs, or it missed another that did.
+
+    Ray says so with the actor's error or, if it was asking the worker how it is when it died, with that error inside
+    another one, which it does not export.
+    """
+    within = getattr(error, "health_check_failure", error)
+    return isinstance(within, WorkerLost | RayActorError) or type(error).__name__ == "WorkerHealthCheckTimeoutError"
 
 
 def worker_loop(settings: dict[str, Any]) -> None:

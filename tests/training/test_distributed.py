@@ -386,7 +386,11 @@ def test_a_sweep_whose_trials_have_two_workers_each(tmp_path: Path) -> None:
 def test_what_ended_a_group() -> None:
     """A trial's own reason is told; a process that died is nobody's fault, and the trial goes on."""
     trial = pytest.importorskip("raystar.backend.trial")
+    rays = pytest.importorskip("ray.train.v2._internal.exceptions")
     died = trial.RayActorError()
+    asked = rays.WorkerHealthCheckFailedError("A worker health check failed.", failure=died)
+    unsendable = rays.WorkerHealthCheckFailedError("A worker health check failed.", failure=TypeError("no pickle"))
+    hanging = rays.WorkerHealthCheckTimeoutError("hanging for 600 s")
     diverged, memory, broken = TrialDiverged("NaN"), TrialOutOfMemory("full"), ValueError("broken")
     for failures, wanted in [
         ({0: diverged, 1: diverged}, diverged),
@@ -396,6 +400,12 @@ def test_what_ended_a_group() -> None:
         ({0: WorkerLost("gone"), 1: died}, None),
         ({0: WorkerLost("gone")}, None),
         ({1: died}, None),
+        ({1: asked}, None),
+        ({0: WorkerLost("gone"), 1: asked}, None),
+        ({0: broken, 1: asked}, None),
+        ({0: diverged, 1: asked}, diverged),
+        ({0: hanging, 1: hanging}, None),
+        ({1: unsendable}, unsendable),
         ({0: broken}, broken),
         ({0: broken, 1: memory}, memory),
     ]:
