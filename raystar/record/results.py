@@ -16,7 +16,7 @@ from raystar.record.events import EPOCH
 from raystar.record.finals import rank_correlation
 from raystar.record.statuses import FINISHED
 from raystar.record.summary import Summary, TrialRecord
-from raystar.record.sweep_file import JOURNAL, RECORD
+from raystar.record.sweep_file import JOURNAL, RECORD, as_meant, of_0_1
 from raystar.ruler.ruler import UNMOVED
 from raystar.search.asha import Rungs
 from raystar.search.distributions import KINDS, Distribution
@@ -79,6 +79,11 @@ class Results:
         return bool(self.record["space"].get("purpose") == "speed")
 
     @property
+    def of_0_1(self) -> bool:
+        """Whether version 0.1 ran it, whose ruler was another, and where a trial's score was its best over epochs."""
+        return of_0_1(self.record)
+
+    @property
     def epochs(self) -> int:
         """Of a trial that runs to its end."""
         return int(self.record["config"]["training"]["epochs"])
@@ -104,7 +109,8 @@ class Results:
 
     @property
     def _scheduler(self) -> Scheduler:
-        return read_scheduler(self.record["space"].get("scheduler", {}), SPEED if self.speed else QUALITY, RECORD)
+        space = as_meant(self.record["space"], self.record)
+        return read_scheduler(space.get("scheduler", {}), SPEED if self.speed else QUALITY, RECORD)
 
     def curve(self, trial: str, metric: str | None = None) -> dict[int, float]:
         """One metric of a trial by epoch, by default the sweep's, where it is finite."""
@@ -168,7 +174,7 @@ def read(folder: Path) -> Results:
     content, record = _json(folder / SUMMARY), _json(folder / RECORD)
     try:
         results = Results(Summary.from_mapping(content, int(record["trials"])), record, _curves(folder, content))
-        _ = results.speed, results.drawn, results.rungs, results.ranking
+        _ = results.speed, results.of_0_1, results.drawn, results.rungs, results.ranking
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise RaystarError(
             f"{folder}: {SUMMARY} and {RECORD} are not those of a sweep of raystar: {type(error).__name__}: {error}"

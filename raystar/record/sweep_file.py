@@ -22,6 +22,7 @@ RECORD, JOURNAL = "sweep.json", "journal.jsonl"
 
 _KEYS = {"request", "config", "space", "trials", "data", "code", "tracking_uri"}
 _LIBRARIES = ("torch", "ray", "mlflow", "numpy")
+_LISTED = 10  # changed files of raystar's, beyond which their number says as much
 
 
 def write_record(folder: Path, content: Mapping[str, Any]) -> None:
@@ -86,6 +87,39 @@ def differences(then: Mapping[str, Any], now: Mapping[str, Any], what: str) -> l
         for key in keys
         if old.get(key, absent) != new.get(key, absent)
     ]
+
+
+def code_differences(then: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    """What ran and what runs: libraries, and files of raystar's one by one, or how many where there are many."""
+    found = differences(then, now, "code")
+    files = [line for line in found if line.startswith("code: raystar/")]
+    if len(files) <= _LISTED:
+        return found
+    others = [line for line in found if line not in files]
+    return [*others, f"code: {len(files)} of raystar's files are others, as in another version"]
+
+
+def of_0_1(record: Mapping[str, Any]) -> bool:
+    """Whether version 0.1 wrote a record. It wrote out every key of the configuration; this one came after it.
+
+    Raises:
+        KeyError, TypeError: it is no record.
+    """
+    return "ema_epochs" not in record["config"]["training"]
+
+
+def as_meant(content: Any, record: Mapping[str, Any]) -> Any:
+    """The content of the space file of a sweep that 0.1 began, with what it took for the scheduler's open keys.
+
+    The first rung is at a fifth of a run since, and ranks by the outlook. Of later sweeps the content is as it is.
+    """
+    if not isinstance(content, Mapping) or not of_0_1(record):
+        return content
+    scheduler = content.get("scheduler", {})
+    if not isinstance(scheduler, Mapping):
+        return content
+    metric = content.get("metric", "speedup" if content.get("purpose") == "speed" else "score")
+    return {**content, "scheduler": {"grace_epochs": 1, "metric": metric, **scheduler}}
 
 
 def leaves(name: str, value: Any) -> Iterator[tuple[str, Any]]:

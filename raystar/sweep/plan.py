@@ -25,7 +25,7 @@ from raystar.config.strict_yaml import find_shipped, read_mapping
 from raystar.data.bank import Bank, open_bank
 from raystar.model.device import resolve_device
 from raystar.pictures.codec import check_codec
-from raystar.record.sweep_file import RECORD, code, differences, read_record
+from raystar.record.sweep_file import RECORD, as_meant, code, code_differences, differences, of_0_1, read_record
 from raystar.ruler.samples import check as check_ruler
 from raystar.ruler.samples import measured_by
 from raystar.search.searchers import SEARCHERS
@@ -258,13 +258,15 @@ def _resumed(request: SweepRequest, name: str, budget: float | None) -> Plan:
             raise RaystarError(f"--resume {name} goes on as the sweep was asked for; leave out {flag}")
     before = read_record(request.out, name)
     asked = {**before["request"], **({"trials": request.trials} if request.trials is not None else {})}
-    config, content = config_from_mapping(before["config"], RECORD), before["space"]
-    changed = differences(before["code"], code(), "code")
+    config = config_from_mapping(before["config"], RECORD)
+    content = as_meant(before["space"], before)
+    changed = code_differences(before["code"], code())
     gone = [file for file in (asked["space"], asked["config"], *asked["overlay"]) if not find_shipped(file).is_file()]
     if gone:
         print(f"note: {' and '.join(gone)} not there any more; the sweep's record counts", file=sys.stderr)
     else:
         config_now, content_now = _read(asked)
+        content_now = as_meant(content_now, before)
         config_now, _ = _settle(asked, config_now, content_now)
         changed += differences(to_mapping(config), to_mapping(config_now), "configuration")
         changed += differences(content, content_now, "space")
@@ -275,22 +277,33 @@ def _resumed(request: SweepRequest, name: str, budget: float | None) -> Plan:
     changed += differences(before["data"], plan.record["data"], "data")
     if plan.trials < before["trials"]:
         raise RaystarError(f"--trials: sweep {name} has {before['trials']} trials; expected at least as many")
+    listed = "".join(f"\n  {line}" for line in changed)
     if plan.record.get("ruler") != before.get("ruler"):
-        listed = "".join(f"\n  {line}" for line in changed)
         raise RaystarError(
             f"--resume {name}: its scores are those of another ruler, {before.get('ruler', 'of an earlier version')}, "
             f"and cannot be compared with those of {plan.record.get('ruler', 'none')} now, not even with --force; "
-            + (f"put back what has changed, or start a new sweep:{listed}" if changed else "start a new sweep")
+            + _instead(before, listed)
         )
     if changed and not request.force:
-        listed = "".join(f"\n  {line}" for line in changed)
         raise RaystarError(
             f"--resume {name}: not what the sweep began with:{listed}\n"
             "put it back, or go on with what is there now with --force"
         )
     if changed:
-        print(f"note: {len(changed)} things have changed since sweep {name} began; --force goes on", file=sys.stderr)
+        many = f"{len(changed)} thing{'s have' if len(changed) > 1 else ' has'} changed"
+        print(f"note: {many} since sweep {name} began; --force goes on:{listed}", file=sys.stderr)
     return plan
+
+
+def _instead(before: Mapping[str, Any], listed: str) -> str:
+    """What can be done with a sweep that another ruler measured."""
+    if of_0_1(before):
+        at = f", commit {before['git_commit']}" if before.get("git_commit") else ""
+        return (
+            f"start a new sweep, or go on with the raystar that began it (0.1{at}); "
+            "its report, its models and its checkpoints can be used as they are"
+        )
+    return f"put back what has changed, or start a new sweep:{listed}" if listed else "start a new sweep"
 
 
 def _time_budget(text: str) -> float:
