@@ -45,6 +45,11 @@ def open_trial(tracker: Tracker, plan: Plan, summary: Summary, record: TrialReco
     )
 
 
+def lacks_score(tracker: Tracker, summary: Summary, record: TrialRecord) -> bool:
+    """Whether the trial's run was never given its score, by a process that died or by version 0.1."""
+    return f"final/{summary.short_metric}" not in tracker.final(record.trial)
+
+
 def give_score(tracker: Tracker, summary: Summary, record: TrialRecord, *, speed: bool) -> None:
     """The trial's score, which the summary ranks by, where MLflow's tables can sort by it too."""
     if record.score is None or record.score_epoch is None:

@@ -132,6 +132,8 @@ class Session:
             self._end(name, str(verdict.ends), verdict.reason)
         for record in self.summary.trials.values():
             if record.status in (*BROKEN, FINISHED, STOPPED, INTERRUPTED):
+                if runs.lacks_score(self.tracker, self.summary, record):
+                    runs.give_score(self.tracker, self.summary, record, speed=self.plan.speed)
                 self.tracker.end(record.trial, record.status, record.reason)
             self.janitor.known(record)
 

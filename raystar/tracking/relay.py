@@ -249,6 +249,10 @@ class Relay:
         """See `Tracker`."""
         return self._spool.runs.get(trial)
 
+    def final(self, trial: str) -> Mapping[str, float]:
+        """See `Tracker`."""
+        return self._spool.told(trial).final
+
     def last_epoch(self, trial: str) -> int:
         """See `Tracker`."""
         return self._spool.told(trial).epoch

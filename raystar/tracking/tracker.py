@@ -102,6 +102,9 @@ class Tracker(Protocol):
     def run_id(self, trial: str) -> str | None:
         """The run's id in the store, once it has one."""
 
+    def final(self, trial: str) -> Mapping[str, float]:
+        """The final metrics recorded, by this process or those before it."""
+
     def last_epoch(self, trial: str) -> int:
         """The highest epoch recorded, by this process or those before it; 0 if there is none."""
 
