@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -133,6 +134,21 @@ SPEED = tuple(name for name, metric in METRICS.items() if metric.speed)
 """What a speed sweep's trials report."""
 RULER = tuple(name.partition("/")[2] for name in METRICS if name.startswith("eval/"))
 """The ruler's, by their short names."""
+
+OF_0_1 = {
+    "eval/score": "style and content together, plus what diversity lacks of 0.25; 1 is perfect, doing nothing scores "
+    "2.25",
+    "eval/style": "distance of translations from held-out latents of the domain, as a share of the sources' distance: "
+    "0 as real ones, 1 as if nothing had been done",
+    "eval/content": "how much of the source's layout is lost: 0 none, about 0.92 another picture",
+    "eval/worst_pair": "(1 + style)(1 + content) of the pair of domains that fares worst",
+}
+"""What the ruler of version 0.1, which looked at latents, meant by the same names."""
+
+
+def measured_by_0_1(metrics: Mapping[str, float]) -> bool:
+    """Whether they are from the ruler of version 0.1, which knew no movement."""
+    return "eval/score" in metrics and "eval/movement" not in metrics
 
 
 def higher_is_better(name: str) -> bool:

@@ -8,7 +8,7 @@ from importlib.metadata import version
 from typing import Any
 
 from raystar import __version__
-from raystar.base.metrics import METRICS
+from raystar.base.metrics import METRICS, OF_0_1, measured_by_0_1
 from raystar.config.schema import Config
 
 _CARD = {name: metric.card for name, metric in METRICS.items() if metric.card}
@@ -41,7 +41,7 @@ def card(config: Config, facts: Mapping[str, Any], files: Collection[str]) -> st
         _trained(config, facts),
         _scores(facts),
         _use(config, facts, files),
-        _limits(config),
+        _limits(config, measured_by_0_1(facts.get("metrics") or {})),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -82,13 +82,20 @@ def _trained(config: Config, facts: Mapping[str, Any]) -> str:
 
 def _scores(facts: Mapping[str, Any]) -> str:
     found = facts.get("metrics") or {}
-    shown = [(key.partition("/")[2], found[key], words) for key, words in _CARD.items() if key in found]
+    old = measured_by_0_1(found)
+    meanings = {**_CARD, **OF_0_1} if old else _CARD
+    shown = [(key.partition("/")[2], found[key], words) for key, words in meanings.items() if key in found]
     rows = [f"| {name} | {value:.4f} | {words} |" for name, value, words in shown]
     if not rows:
         return ""
+    what = "held-out latents" if old else "decoded translations of held-out pictures"
+    ruler = (
+        "the ruler of raystar 0.1, whose scores cannot be compared with those of later versions"
+        if old
+        else "a ruler that is the same for every trial on the same data"
+    )
     text = (
-        "## How good it is\n\nMeasured on decoded translations of held-out pictures that training never saw, at the "
-        "exported epoch, by a ruler that is the same for every trial on the same data:\n\n"
+        f"## How good it is\n\nMeasured on {what} that training never saw, at the exported epoch, by {ruler}:\n\n"
         "| measure | value | meaning |\n|---|---|---|\n"
     )
     text += "\n".join(rows)
@@ -145,15 +152,16 @@ def _use(config: Config, facts: Mapping[str, Any], files: Collection[str]) -> st
     return text
 
 
-def _limits(config: Config) -> str:
+def _limits(config: Config, old_ruler: bool) -> str:
+    things = "colours, contrasts, textures and layouts, not things and not beauty"
+    sees = "latents, not pictures" if old_ruler else things
     return (
         "## What it cannot do\n\n"
         f"- It knows {', '.join(config.data.domains)} and pictures like those that it was trained on; of anything "
         "else it makes something, not necessarily something good.\n"
         "- It was trained on latents of one size. Others work, and the further they are from it the less the "
         "scores above say.\n"
-        "- The ruler sees colours, contrasts, textures and layouts, not things and not beauty: look at the grid before "
-        "you rely on a number.\n"
+        f"- The ruler sees {sees}: look at the grid before you rely on a number.\n"
         "- Latents of another autoencoder than Stable Diffusion 1.5's are noise to it.\n"
         "- It has whatever rights and biases its training pictures have."
     )

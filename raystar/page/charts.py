@@ -208,7 +208,7 @@ def front(results: Results) -> go.Figure | None:
     marker["line"]["width"] = [3 if r.trial in optimal else 1 for r in there]
     marker["line"]["color"] = [INK if r.trial in optimal else OTHER for r in there]
     if not results.speed:
-        _equal_scores(figure, x, y)
+        _equal_scores(figure, x, y, 1.0 if results.of_0_1 else 0.1)
         marker |= {
             "color": [r.metrics.get("eval/diversity") for r in there],
             "colorscale": "Viridis",
@@ -275,14 +275,14 @@ def undominated(results: Results, records: Sequence[TrialRecord]) -> list[str]:
     return [record.trial for record, lost in zip(records, beaten, strict=True) if not lost]
 
 
-def _equal_scores(figure: go.Figure, x: Sequence[float], y: Sequence[float]) -> None:
-    """Lines along which (0.1 + S)(1 + C) is the same."""
-    products = sorted((0.1 + s) * (1 + c) for s, c in zip(x, y, strict=True))
+def _equal_scores(figure: go.Figure, x: Sequence[float], y: Sequence[float], perfect: float) -> None:
+    """Lines along which (perfect + S)(1 + C) is the same."""
+    products = sorted((perfect + s) * (1 + c) for s, c in zip(x, y, strict=True))
     levels = np.round(np.linspace(products[0], products[min(len(products) - 1, int(len(products) * 0.8))], 4), 2)
     low, high = min(x), max(x)
     s = np.linspace(max(0.0, low - 0.1 * (high - low + 0.1)), high + 0.1 * (high - low + 0.1), _ISO)
     for level in sorted(set(levels.tolist())):
-        c = level / (0.1 + s) - 1
+        c = level / (perfect + s) - 1
         inside = (c >= 0) & (c <= max(y) * 1.25 + 0.02)
         if inside.any():
             figure.add_scatter(
@@ -290,7 +290,7 @@ def _equal_scores(figure: go.Figure, x: Sequence[float], y: Sequence[float]) -> 
                 y=c[inside].tolist(),
                 mode="lines",
                 line={"color": LINE, "width": 1.2, "dash": "dot"},
-                hovertemplate=f"(0.1 + style)(1 + content) = {level:g}<extra></extra>",
+                hovertemplate=f"({perfect:g} + style)(1 + content) = {level:g}<extra></extra>",
                 showlegend=False,
             )
 

@@ -11,7 +11,7 @@ import yaml
 from PIL import Image
 
 from raystar.base.console import duration
-from raystar.base.metrics import METRICS, arrow, higher_is_better
+from raystar.base.metrics import METRICS, OF_0_1, arrow, higher_is_better
 from raystar.base.secrets import redact
 from raystar.base.storage import Storage
 from raystar.config.load import overlay_yaml, to_mapping
@@ -37,6 +37,11 @@ _SHEET_ROWS = 12
 TRUST = 0.15  # skill below which importances are told to mean nothing
 
 _GRID_KINDS = {"grid_ref": "styles of references", "grid_noise": "styles of noise"}
+
+
+def explained(found: Results) -> dict[str, str]:
+    """What measures mean; of a sweep of 0.1, what they meant there."""
+    return {**_EXPLAINED, **OF_0_1} if found.of_0_1 else _EXPLAINED
 
 
 def headline(found: Results) -> str:
@@ -115,6 +120,7 @@ def parts(found: Results) -> list[dict[str, Any]]:
     group = "perf/" if found.speed else "eval/"
     names = [name for name in _EXPLAINED if name in best.metrics and name.startswith(group)]
     names = list(dict.fromkeys([found.summary.metric, *names]))
+    meanings = explained(found)
     parts = []
     for name in names:
         now, then = best.metrics.get(name), baseline.metrics.get(name) if baseline is not None else None
@@ -133,8 +139,8 @@ def parts(found: Results) -> list[dict[str, Any]]:
                 "best": now,
                 "change": change,
                 "better": None if not change or not judged else (change > 0) == higher,
-                "meaning": _EXPLAINED.get(name, "")
-                + ("" if not judged else f"; {arrow('max' if higher else 'min')}" if _EXPLAINED.get(name) else ""),
+                "meaning": meanings.get(name, "")
+                + ("" if not judged else f"; {arrow('max' if higher else 'min')}" if meanings.get(name) else ""),
             }
         )
     return parts
@@ -266,9 +272,10 @@ def table(found: Results) -> dict[str, Any]:
     records = found.by_score()
     metrics = [m for m in metrics if any(m in r.metrics for r in records)]
     columns = [
-        ("trial", "name"), ("status", "how it ended"), (found.summary.short_metric, "as measured last"),
+        ("trial", "name"), ("status", "how it ended"),
+        (found.summary.short_metric, "the best of its epochs" if found.of_0_1 else "as measured last"),
         ("after epoch", "of that measurement"), ("epochs", "trained"),
-        *((m.rpartition("/")[2].replace("_", " "), _EXPLAINED[m]) for m in metrics),
+        *((m.rpartition("/")[2].replace("_", " "), explained(found)[m]) for m in metrics),
         ("time", "h:mm:ss"), *((charts.short(key), key) for key in found.drawn),
     ]  # fmt: skip
     rows = []
