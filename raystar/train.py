@@ -6,11 +6,13 @@ import argparse
 import os
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from raystar.base.console import run_cli, say
 from raystar.base.errors import RaystarError, TrialDiverged, TrialOutOfMemory
+from raystar.base.metrics import measured_by_0_1
 from raystar.config.folders import cache_dir, check_name
 from raystar.config.load import override, request_config, signature, to_yaml
 from raystar.config.schema import Config
@@ -75,7 +77,6 @@ def main(argv: list[str] | None = None) -> int:
         print(f"note: {note}", file=sys.stderr)
     checkpoint, source = checkpoints.load_latest(begun) if begun else (None, folder)
     state = initial_state(config, device)
-
     folder.mkdir(parents=True, exist_ok=True)
     print(
         f"run {name}: {config.training.epochs} epochs on {device}, {len(bank.domains)} domains, "
@@ -116,6 +117,7 @@ def main(argv: list[str] | None = None) -> int:
         text={"config.yaml": to_yaml(config)},
         name=name,
     )
+    _tell_of_0_1(tracker, checkpoint, trainer.first_epoch)
     return _run(trainer, tracker, config, folder)
 
 
@@ -152,6 +154,15 @@ def _tracker(uri: str, out: Path, bank: Bank, name: str, folder: Path) -> Relay:
         lower_is_better=True,
     )
     return Relay(store, folder / SPOOL)
+
+
+def _tell_of_0_1(tracker: Tracker, checkpoint: Mapping[str, Any] | None, first_epoch: int) -> None:
+    """Says of a run that version 0.1 began that another ruler measured its first epochs; MLflow draws one curve."""
+    metrics = checkpoint.get("metrics") if checkpoint is not None else None
+    if isinstance(metrics, dict) and measured_by_0_1(metrics):
+        told = f"scores up to epoch {first_epoch - 1} are of raystar 0.1's ruler and cannot be compared with later ones"
+        print(f"note: {told}", file=sys.stderr)
+        tracker.attach(PARENT, {}, {"mlflow.note.content": told}, {})
 
 
 def initial_state(config: Config, device: Any) -> TrainState:
