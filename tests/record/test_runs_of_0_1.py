@@ -1,0 +1,243 @@
+"""What version 0.1 wrote is read, exported, served and gone on with by the code of today (of_0_1/README.md)."""
+
+from __future__ import annotations
+
+import html
+import json
+import os
+import re
+import sqlite3
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from raystar import export, report, tune
+from raystar.base.errors import RaystarError
+from raystar.config.load import load_config, override
+from raystar.exported.model import add_onnx
+from raystar.model import checkpoint as checkpoints
+from raystar.record import results
+from raystar.sweep.plan import Plan, make_plan
+from raystar.train import initial_state
+from tests.kit.support import ROOT
+
+ARCHIVE = Path(__file__).parent / "of_0_1/runs.tar.xz"
+PLACE = "/tmp/raystar-0.1"  # where 0.1 ran
+COMMIT = "43ee4df0a72c865ce8f677a35fafef57cda4c1f0"
+
+
+def unpack(folder: Path) -> Path:
+    """The folder in which 0.1 was run, as if it had been run there."""
+    with tarfile.open(ARCHIVE) as archive:
+        archive.extractall(folder, filter="data")
+    there = folder / "raystar-0.1"
+    for path in there.rglob("*.json*"):
+        text = path.read_text()
+        if PLACE in text:
+            path.write_text(text.replace(PLACE, str(there)))
+    with sqlite3.connect(there / "runs/mlflow.db") as store:
+        tables = [name for (name,) in store.execute("select name from sqlite_master where type = 'table'")]
+        for table in tables:
+            for _, column, kind, *_ in store.execute(f"pragma table_info({table})").fetchall():
+                if "CHAR" in kind or "TEXT" in kind:
+                    places = f'replace("{column}", ?, ?) where instr("{column}", ?)'
+                    store.execute(f'update {table} set "{column}" = {places}', (PLACE, str(there), PLACE))
+    store.close()
+    return there
+
+
+@pytest.fixture
+def there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = unpack(tmp_path)
+    monkeypatch.chdir(folder)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    return folder
+
+
+def plan_of(*flags: str) -> Plan:
+    return make_plan(tune.request_of(tune.parser().parse_args(flags)))
+
+
+def run(module: str, *flags: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """A command as a user gives it, in the folder of 0.1."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment.pop("MLFLOW_TRACKING_URI", None)
+    command = [sys.executable, "-m", module, *flags]
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def page_of(sweep: str) -> str:
+    """The text of a sweep's report."""
+    assert report.main(["--sweep", sweep]) == 0
+    page = (Path("runs") / sweep / "report.html").read_text()
+    page = re.sub(r"<(script|style)[ >].*?</\1>", "", page, flags=re.DOTALL)
+    text = re.sub(r"<[^>]+>", " ", page)
+    return re.sub(r"\s+", " ", html.unescape(text))
+
+
+@pytest.mark.parametrize("sweep", ["done", "cut"])
+def test_report(there: Path, sweep: str) -> None:
+    """It has 0.1's numbers, and says by which ruler they are."""
+    text = page_of(sweep)
+    summary = json.loads((there / "runs" / sweep / "summary.json").read_text())
+    assert f"score {summary['best']['score']:.4f} after epoch {summary['best']['score_epoch']}" in text
+    for trial in summary["trials"]:
+        assert trial["trial"] in text
+        assert trial["score"] is None or f"{trial['score']:.4f}" in text
+    assert "A sweep of raystar 0.1, whose ruler looked at latents: 1 is perfect, doing nothing scores 2.25." in text
+    assert "the mean of (1 + style)(1 + content)" in text
+    for of_today in ("(0.1 + style)", "scores 1.1", "0.1 is perfect", "measured last", "outlook", "None", "nan"):
+        assert of_today not in text
+
+
+def test_report_of_speed(there: Path) -> None:
+    text = page_of("speed")
+    assert "A sweep of raystar 0.1: a trial's value is the best of its epochs" in text
+    assert "doing nothing" not in text
+    assert "None" not in text
+
+
+def test_rungs_are_where_they_were(there: Path) -> None:
+    """A space file of 0.1 that leaves the first rung open had it at epoch 1, and ranked by what the sweep was for."""
+    assert results.read(there / "runs/cut").rungs[0] == 1
+    assert results.read(there / "runs/cut").ranking == ("eval/score", "min")
+    assert results.read(there / "runs/speed").ranking == ("perf/speedup", "max")
+    assert results.read(there / "runs/done").curve("t02").keys() == {1}  # which is where it was stopped
+
+
+def test_exported_models_translate_as_they_did(there: Path) -> None:
+    expected = np.load("expected.npz")
+    latents = torch.from_numpy(expected["latents"])
+    for source in ([], ["--sweep", "done"], ["--sweep", "done", "--runs", "elsewhere"]):
+        # The last knows the MLflow store alone.
+        uri = ["--tracking-uri", f"sqlite:///{there}/runs/mlflow.db"]
+        made = Path("exported") if not source else there / f"made{len(source)}"
+        assert not source or export.main([*source, *uri, "--out", str(made)]) == 0
+        model = export.load(made, "cpu")
+        found = {"noise": model.translate(latents, "b", seed=3)}
+        found["reference"] = model.translate(latents, "a", reference=latents)
+        for name, value in found.items():
+            np.testing.assert_allclose(value.numpy(), expected[name], rtol=0, atol=1e-5)
+
+
+def test_cards_say_whose_ruler_measured(there: Path) -> None:
+    """Also those that are written today: of a checkpoint, and of an export to which graphs are added."""
+    assert export.main(["--checkpoint", "runs/done/trials/t01/epoch_0001.pt", "--out", "made"]) == 0
+    pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+    add_onnx("exported")
+    for card in (Path("made/README.md").read_text(), Path("exported/README.md").read_text()):
+        assert "by the ruler of raystar 0.1, whose scores cannot be compared" in card
+        assert "doing nothing scores 2.25" in card
+        assert "scores 1.1" not in card
+
+
+def test_champion_is_served_as_it_was(there: Path) -> None:
+    import mlflow
+    import pandas as pd
+
+    expected = np.load("expected.npz")
+    before = mlflow.get_tracking_uri()
+    mlflow.set_tracking_uri(f"sqlite:///{there}/runs/mlflow.db")
+    try:
+        model = mlflow.pyfunc.load_model("models:/raystar-latents@champion")
+    finally:
+        mlflow.set_tracking_uri(before)
+    row = {"latent": expected["latents"][0].astype(float).tolist(), "domain": "b"}
+    found = model.predict(pd.DataFrame([row]), params={"seed": 3, "latents": True})
+    np.testing.assert_allclose(np.asarray(found["latent"][0]), expected["served"], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("flags", [[], ["--force"], ["--trials", "5", "--force"]])
+@pytest.mark.parametrize("sweep", ["done", "cut"])
+def test_sweeps_for_the_score_do_not_go_on(there: Path, sweep: str, flags: list[str]) -> None:
+    """Scores of two rulers have no common ranking; what to do instead is said in a line."""
+    with pytest.raises(RaystarError) as refused:
+        plan_of("--resume", sweep, *flags)
+    said = str(refused.value)
+    assert said.startswith(f"--resume {sweep}: its scores are those of another ruler, of an earlier version")
+    assert f"start a new sweep, or go on with the raystar that began it (0.1, commit {COMMIT})" in said
+    assert "\n" not in said
+
+
+def test_sweeps_for_speed_go_on_by_force(there: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(RaystarError) as refused:
+        plan_of("--resume", "speed")
+    lines = str(refused.value).splitlines()
+    assert lines[0] == "--resume speed: not what the sweep began with:"
+    assert re.fullmatch(r"  code: \d+ of raystar's files are others, as in another version", lines[-2])
+    assert not [line for line in lines if "configuration:" in line or "space:" in line]
+    plan = plan_of("--resume", "speed", "--force")
+    assert "of raystar's files are others" in capsys.readouterr().err
+    assert plan.space.scheduler.grace(plan.config.training.epochs) == 1
+    before = json.loads((there / "runs/speed/sweep.json").read_text())
+    assert plan.points == before["points"]
+
+
+def test_checkpoints_start_new_runs(there: Path) -> None:
+    place = "runs/cut/trials/t00/epoch_0004.pt"
+    config = override(load_config("config.yaml"), {"checkpoint.init_from": place})
+    state = initial_state(config, torch.device("cpu"))
+    weights = checkpoints.load(place)
+    for name, net in state.nets.items():
+        for key, value in net.state_dict().items():
+            assert torch.equal(value, weights[name][key])
+
+
+@pytest.mark.slow
+def test_a_run_goes_on(there: Path) -> None:
+    """In its own MLflow run, which says that its scores are of two rulers."""
+    flags = ["--config", "config.yaml", "--set", "visualization.every_epochs=0", "--name", "single", "--resume"]
+    done = run("raystar.train", *flags, "--epochs", "3", cwd=there)
+    assert done.returncode == 0, done.stderr
+    said = "scores up to epoch 2 are of raystar 0.1's ruler and cannot be compared with later ones"
+    assert f"note: {said}" in done.stderr
+    assert checkpoints.load(there / "runs/single/latest.pt")["epoch"] == 3
+    with sqlite3.connect(there / "runs/mlflow.db") as store:
+        (run_id,) = store.execute("select run_uuid from runs where name = 'single'").fetchone()
+        steps = store.execute("select distinct step from metrics where run_uuid = ? and key = 'eval/score'", [run_id])
+        assert sorted(step for (step,) in steps) == [1, 2, 3]
+        query = "select value from tags where run_uuid = ? and key = 'mlflow.note.content'"
+        assert store.execute(query, [run_id]).fetchone() == (said,)
+    store.close()
+
+
+@pytest.mark.slow
+def test_a_speed_sweep_goes_on_and_gets_longer(there: Path) -> None:
+    """Trials of both versions have the value by which MLflow's table sorts."""
+    done = run("raystar.tune", "--resume", "speed", "--force", "--trials", "4", cwd=there)
+    assert done.returncode == 0, done.stdout + done.stderr
+    summary = json.loads((there / "runs/speed/summary.json").read_text())
+    assert summary["status"] == "finished"
+    assert [trial["trial"] for trial in summary["trials"]] == ["t00", "t01", "t02", "t03"]
+    with sqlite3.connect(there / "runs/mlflow.db") as store:
+        query = "select value from latest_metrics where run_uuid = ? and key = 'final/speedup'"
+        for trial in summary["trials"]:
+            assert store.execute(query, [trial["run_id"]]).fetchone() == (pytest.approx(trial["score"]),)
+    store.close()
+    assert "--resume" not in done.stdout  # nothing is left to do
+
+
+@pytest.mark.slow
+def test_a_new_sweep_shares_the_store(there: Path) -> None:
+    """Its champion is not compared with 0.1's, whose score is of another ruler; 0.1's model stays, and loads."""
+    space = Path("loss-space.yaml").read_text() + "collapse: {epochs: 0}\n"
+    Path("new.yaml").write_text(space)
+    flags = ["--space", "new.yaml", "--config", "config.yaml", "--name", "new", "--trials", "2"]
+    done = run("raystar.tune", *flags, cwd=there)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "version 1 was, on other data or by another measure" in done.stdout
+    with sqlite3.connect(there / "runs/mlflow.db") as store:
+        assert store.execute("select count(*) from experiments where name = 'raystar'").fetchone() == (1,)
+        assert store.execute("select alias, version from registered_model_aliases").fetchall() == [("champion", 2)]
+        # No run has values of both: 0.1's are `best/score`, those of today `final/score`.
+        both = "select count(*) from latest_metrics a join latest_metrics b using (run_uuid) "
+        assert store.execute(f"{both} where a.key = 'best/score' and b.key = 'final/score'").fetchone() == (0,)
+    store.close()
+    assert run("raystar.export", "--sweep", "done", "--out", "old", cwd=there).returncode == 0
+    assert run("raystar.export", "--sweep", "new", "--out", "young", cwd=there).returncode == 0
