@@ -100,12 +100,9 @@ def code_differences(then: Mapping[str, str], now: Mapping[str, str]) -> list[st
 
 
 def of_0_1(record: Mapping[str, Any]) -> bool:
-    """Whether version 0.1 wrote a record. It wrote out every key of the configuration; this one came after it.
-
-    Raises:
-        KeyError, TypeError: it is no record.
-    """
-    return "ema_epochs" not in record["config"]["training"]
+    """Whether version 0.1 wrote a record. Every key of the configuration is written out; this one came after it."""
+    training = record["config"].get("training")
+    return isinstance(training, Mapping) and "ema_epochs" not in training
 
 
 def as_meant(content: Any, record: Mapping[str, Any]) -> Any:

@@ -40,7 +40,7 @@ TELLING = FACTS | {
     "metric": "eval/score", "mode": "min", "trials": 6, "run_id": "abc", "git_commit": "0123456789abcdef",
     "baseline": {"trial": "t00", "score": 2.0}, "data": {"name": "pictures", "digest": "d1", "latents": 120},
     "versions": {"raystar": "0.1.0", "torch": "2.13.0"},
-    "metrics": {"eval/score": 1.53125, "eval/style": 0.4, "train/g_loss": 3.0},
+    "metrics": {"eval/score": 1.53125, "eval/style": 0.4, "eval/movement": 0.9, "train/g_loss": 3.0},
 }  # fmt: skip
 
 
