@@ -90,7 +90,7 @@ def train(settings: dict[str, Any], report: Reporter, group: Group) -> None:
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache / "inductor"))
         request = dataclasses.replace(request, cache_dir=str(cache))
     bank = _bank(config, request)
-    if request.speed:
+    if not request.purpose.models:
         for epoch, (metrics, labels) in enumerate(
             measure(config, from_mapping(request.config, "sweep"), bank), start=1
         ):

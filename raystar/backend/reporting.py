@@ -17,6 +17,7 @@ from raystar.base.storage import Storage
 from raystar.record.events import TrialReport
 from raystar.record.statuses import RUNNING, STARTING
 from raystar.record.trial_files import Restored, TrialFiles
+from raystar.search.purpose import Purpose
 from raystar.training.trainer import Progress
 from raystar.training.workers import Group
 
@@ -49,8 +50,7 @@ class Request:
     workers: int
     measure_at: tuple[int, ...]
     """Epochs that are measured: ASHA's rungs. The last one always is."""
-    speed: bool
-    """Measure speed only: no ruler, no pictures, no checkpoints; the parity gate comes first."""
+    purpose: Purpose
 
 
 class Reporter:

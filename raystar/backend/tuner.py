@@ -60,7 +60,7 @@ def fit(listener: Listener, request: Request, space: Space, assignment: Assignme
                 num_samples=len(names),
                 # The function of a stopped trial still waits for its group of workers: it ends with its process.
                 # And what one setting compiled would be in the next one's way, and in its memory.
-                reuse_actors=not grouped and not request.speed,
+                reuse_actors=not grouped and not request.purpose.alone,
                 trial_name_creator=TrialNames(names),
                 trial_dirname_creator=str,
             ),

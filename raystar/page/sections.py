@@ -112,7 +112,7 @@ def parts(found: Results) -> list[dict[str, Any]]:
     best, baseline = found.summary.best, found.summary.baseline
     if best is None:
         return []
-    group = "perf/" if found.speed else "eval/"
+    group = found.purpose.group
     names = [name for name in _EXPLAINED if name in best.metrics and name.startswith(group)]
     names = list(dict.fromkeys([found.summary.metric, *names]))
     parts = []
@@ -261,8 +261,7 @@ def error(found: Results, folder: Path) -> str:
 
 def table(found: Results) -> dict[str, Any]:
     """All trials, best first, and the references: columns as (title, what it is), rows of (text, exact value)."""
-    speed = found.speed
-    metrics = [m for m in _EXPLAINED if m.startswith("perf/" if speed else "eval/") and m != found.summary.metric]
+    metrics = [m for m in _EXPLAINED if m.startswith(found.purpose.group) and m != found.summary.metric]
     records = found.by_score()
     metrics = [m for m in metrics if any(m in r.metrics for r in records)]
     columns = [
@@ -295,7 +294,7 @@ def reproduce(found: Results, folder: Path) -> dict[str, Any]:
     defaults = dict(leaves("", to_mapping(Config())))
     differing = [(key, defaults.get(key), value) for key, value in leaves("", config) if value != defaults.get(key)]
     runs = "" if folder.parent == Path("runs") else f" --runs {folder.parent}"
-    left = (folder / ("fastest.yaml" if found.speed else "best")).exists()
+    left = (folder / found.purpose.left).exists()
     data = record["data"]
     return {
         "command": redact(str(record.get("command", ""))),
@@ -316,7 +315,7 @@ def reproduce(found: Results, folder: Path) -> dict[str, Any]:
         "config": yaml.safe_dump(config, sort_keys=False, allow_unicode=True),
         "space": yaml.safe_dump(record["space"], sort_keys=False, allow_unicode=True),
         "export": f"python -m raystar.export --sweep {found.summary.sweep}{runs} --out my_model"
-        if left and not found.speed
+        if left and found.purpose.models
         else "",
         "again": f"python -m raystar.report --sweep {found.summary.sweep}{runs}",
     }

@@ -35,15 +35,17 @@ from raystar.sweep.plan import Plan
 from raystar.tracking.mlflow import models as registry
 from raystar.tracking.tracker import CHECKPOINT, PARENT, Tracker
 
-BEST, FASTEST, FINALISTS = "best", "fastest.yaml", "finalists"
+FINALISTS = "finalists"
 
 
 def leave(plan: Plan, summary: Summary, best: TrialRecord) -> dict[str, Path]:
     """Writes `best/`, or a speed sweep's `fastest.yaml`; returns what belongs to the record, by artifact name."""
-    if plan.speed:
-        return {FASTEST: _write_fastest(plan, summary, best)}
-    _export(plan, summary, best)
-    return {f"{BEST}/{name}": plan.folder / BEST / name for name in (model.GRID, model.INTERPOLATION)}
+    left = plan.purpose.left
+    if not plan.purpose.models:
+        _write_overlay(plan, summary, best, plan.folder / left)
+        return {left: plan.folder / left}
+    _export(plan, summary, best, plan.folder / left)
+    return {f"{left}/{name}": plan.folder / left / name for name in (model.GRID, model.INTERPOLATION)}
 
 
 def report(plan: Plan) -> dict[str, Path]:
@@ -65,11 +67,11 @@ def report(plan: Plan) -> dict[str, Path]:
     return {name: plan.folder / name for name in (REPORT, CONTACT_SHEET) if (plan.folder / name).is_file()}
 
 
-def _export(plan: Plan, summary: Summary, best: TrialRecord) -> None:
-    """Writes `best/` from the best trial's scored checkpoint."""
+def _export(plan: Plan, summary: Summary, best: TrialRecord, folder: Path) -> None:
+    """Writes the folder from the best trial's scored checkpoint."""
     if best.score_epoch is None or best.score_epoch not in saved_epochs(plan.storage, best.trial):
         return
-    _write_model(plan, summary, best, best.score_epoch, plan.folder / BEST, strip=True)
+    _write_model(plan, summary, best, best.score_epoch, folder, strip=True)
 
 
 def _write_model(
@@ -124,7 +126,7 @@ def _interpolation(plan: Plan, checkpoint: Mapping[str, Any]) -> Image.Image:
 def finalists(plan: Plan, summary: Summary) -> list[tuple[TrialRecord, int]]:
     """The trials whose models go into the store, each with its scored epoch, best first: of each finalist its best run,
     or without finals the best trials."""
-    if plan.speed:
+    if not plan.purpose.models:
         return []
     top = plan.space.finalists.top
     ranked = (
@@ -147,7 +149,7 @@ def stage(plan: Plan, summary: Summary, record: TrialRecord, epoch: int) -> Path
     return folder
 
 
-def _write_fastest(plan: Plan, summary: Summary, best: TrialRecord) -> Path:
+def _write_overlay(plan: Plan, summary: Summary, best: TrialRecord, path: Path) -> None:
     """The best trial's settings as an overlay for `--overlay`."""
     found = best.metrics
     text = (
@@ -155,9 +157,7 @@ def _write_fastest(plan: Plan, summary: Summary, best: TrialRecord) -> Path:
         f"{found['perf/steady_samples_per_s']:.4g} samples/s, {found['perf/speedup']:.2f} times eager.\n"
         f"# Measured on {platform.machine()} with torch {version('torch')}; use it with --overlay.\n"
     )
-    path = plan.folder / FASTEST
     write_whole(path, text + overlay_yaml(best.params))
-    return path
 
 
 def close_parent(plan: Plan, summary: Summary, tracker: Tracker, files: Mapping[str, Path], error: str | None) -> None:

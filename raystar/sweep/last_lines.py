@@ -12,7 +12,6 @@ from raystar.record.results import REPORT
 from raystar.record.statuses import BROKEN, FINISHED, UNFINISHED
 from raystar.record.summary import Summary, TrialRecord
 from raystar.search.space import SEED
-from raystar.sweep.finish import BEST, FASTEST
 from raystar.sweep.live_table import ranking, reference_lines
 from raystar.sweep.plan import Plan
 
@@ -34,10 +33,10 @@ def tell(
     announce(f"\nsweep {summary.status} in {duration(summary.wall_s)}: {counts}")
     if error is not None:
         print(f"error: {error}", file=sys.stderr, flush=True)
-    left = plan.folder / (FASTEST if plan.speed else BEST)
+    left = plan.folder / plan.purpose.left
     for line in (
         *_troubles(summary),
-        *(ranking(summary) if plan.speed else []),
+        *(ranking(summary, plan.purpose.table) if plan.purpose.table else []),
         *_best(plan, summary, left, registered),
         *_where_to_go_on(plan, summary, how_to_compare, left),
     ):
@@ -68,11 +67,11 @@ def _best(plan: Plan, summary: Summary, left: Path, registered: str | None) -> I
     yield from reference_lines(summary)
     if (standing := summary.standing) is not None:
         yield standing
-    if not plan.speed and (rungs := results.read(plan.folder).foresight()):
+    if plan.purpose.models and (rungs := results.read(plan.folder).foresight()):
         yield rungs[0].words
     if left.exists():
         of = f" (of {best.trial}: {summary.short_metric} {best.score:.4f})" if summary.finals is not None else ""
-        yield f"  {'overlay' if plan.speed else 'files'}: {left}{of}"
+        yield f"  {plan.purpose.called}: {left}{of}"
     if registered is not None:
         yield f"  model: {registered}"
 
@@ -94,7 +93,7 @@ def _where_to_go_on(
         yield f"         then open {address}"
     if pictures is not None:
         yield f"         pictures: {pictures}"
-    if plan.speed and left.exists():
+    if not plan.purpose.models and left.exists():
         yield f"use it:  python -m raystar.tune --overlay {left} --space ..."
     elif left.exists():
         runs = "" if plan.out == Path("runs") else f" --runs {plan.out}"

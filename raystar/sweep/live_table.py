@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console, Group
@@ -13,6 +14,7 @@ from rich.text import Text
 from raystar.base.console import announce, duration
 from raystar.record.statuses import BROKEN, PENDING, RUNNING
 from raystar.record.summary import REFERENCES, Summary, TrialRecord
+from raystar.search.purpose import Column
 
 _ROWS = 16
 _STYLES = {
@@ -146,16 +148,14 @@ def reference_lines(summary: Summary) -> list[str]:
     return [f"  {words}: {summary.short_metric} {value:.4f}" for words, value in known if value is not None]
 
 
-def ranking(summary: Summary) -> list[str]:
-    """The lines of a speed sweep's end: how fast each setting is, what compiling took, and how it differs."""
-    lines = [f"  {'trial':6}{'x eager':>9}{'samples/s':>11}{'compiling':>11}  changed"]
+def ranking(summary: Summary, columns: Sequence[Column]) -> list[str]:
+    """All trials with a score, best first: `columns`, and how each differs from the baseline."""
+    titles = "".join(f"{c.title:>{len(format(0.0, c.form) + c.unit)}}" for c in columns)
+    lines = [f"  {'trial':6}{titles}  changed"]
     for record in summary.ranked():
-        found = {name.partition("/")[2]: value for name, value in record.metrics.items()}
+        values = "".join(format(record.metrics[c.metric], c.form) + c.unit for c in columns)
         changed = "baseline" if record is summary.baseline else _values(summary.changed(record))
-        lines.append(
-            f"  {record.trial:6}{found['speedup']:9.2f}{found['steady_samples_per_s']:11.1f}"
-            f"{found['compile_s']:9.0f} s  {changed}"
-        )
+        lines.append(f"  {record.trial:6}{values}  {changed}")
     return lines
 
 

@@ -28,6 +28,7 @@ from raystar.pictures.codec import check_codec
 from raystar.record.sweep_file import RECORD, code, differences, read_record
 from raystar.ruler.samples import check as check_ruler
 from raystar.ruler.samples import measured_by
+from raystar.search.purpose import Purpose
 from raystar.search.searchers import SEARCHERS
 from raystar.search.space import SEED, Space
 from raystar.search.space import from_mapping as space_from_mapping
@@ -74,9 +75,9 @@ class Plan:
         return self.out / self.name
 
     @property
-    def speed(self) -> bool:
-        """Whether this sweep measures speed alone."""
-        return self.space.purpose == "speed"
+    def purpose(self) -> Purpose:
+        """Of the sweep."""
+        return self.space.purpose
 
     @property
     def at_a_time(self) -> int:
@@ -85,7 +86,7 @@ class Plan:
         fit = usable_cpus() // (self.cpus * workers)
         if self.gpu_share:
             fit = min(fit, int(torch.cuda.device_count() / (self.gpu_share * workers)))
-        elif self.speed:
+        elif self.purpose.alone:
             fit = 1  # two trials on one device would measure each other
         return max(1, min(fit, self.max_concurrent or fit, self.trials + self.repeats))
 
@@ -191,7 +192,7 @@ def _check(
     check_uri(uri)
     storage = Storage(request.storage or (before or {}).get("storage") or str(request.out)).child(name)
     bank = open_bank(config, cache_dir(config, request.out))
-    if space.purpose == "speed":
+    if not space.purpose.models:
         check_steps(config, bank)
     else:
         check_ruler(bank, config)
@@ -212,7 +213,7 @@ def _check(
         "points": points,
         "signature": signature(config),
         "data": {"root": bank.root, "digest": bank.digest, "latents": len(bank.names)},
-        **({"ruler": measured_by(bank, config)} if space.purpose == "quality" else {}),
+        **({"ruler": measured_by(bank, config)} if space.purpose.models else {}),
         "storage": request.storage or (before or {}).get("storage"),
         "tracking_uri": redact(uri),
         "code": code(),

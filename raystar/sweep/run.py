@@ -68,25 +68,30 @@ def _run(plan: Plan) -> int:
         f"sweep {plan.name}{' goes on' if plan.resumed else ''}: {plan.trials} trials of up to "
         f"{plan.config.training.epochs} epochs{again}{f', {left} to go' if plan.resumed else ''}, "
         f"{len(plan.bank.domains)} domains, {sum(map(len, plan.bank.train))} latents"
-        + (f"; starting Ray, MLflow{'' if plan.speed else ', the ruler'}" if left else "")
+        + (f"; starting Ray, MLflow{', the ruler' if plan.purpose.models else ''}" if left else "")
     )
     if not left:
         return _tracked(plan, ledger, None, dict)
     _set_environment(plan)
     # Made while Ray starts and the trials' processes import; a trial that comes first waits for its file.
-    ruler = _Background(lambda: {} if plan.speed else Ruler.build(plan.bank, plan.config, plan.cache_dir).references)
+    ruler = _Background(lambda: _references(plan))
     try:
         _start_ray(plan)
         placed = None
         if plan.address is not None:
             plan, placed = _on_the_cluster(plan, ruler)
-        if not plan.speed:
+        if plan.purpose.models:
             config, note = _settle_codec(plan.config)
             say(note)
             plan = dataclasses.replace(plan, config=config)
         return _tracked(plan, ledger, placed, ruler.result)
     finally:
         ray_start.stop()
+
+
+def _references(plan: Plan) -> dict[str, dict[str, float]]:
+    """What the ruler says of a model that does nothing, and so on; makes its file on the way."""
+    return Ruler.build(plan.bank, plan.config, plan.cache_dir).references if plan.purpose.models else {}
 
 
 def _tracked(plan: Plan, ledger: Ledger, placed: placing.Placed | None, ruler_ready: Callable[[], Any]) -> int:
@@ -200,7 +205,7 @@ def _on_the_cluster(plan: Plan, ruler: _Background) -> tuple[Plan, placing.Place
         to_mapping(plan.config),
         plan.bank,
         plan.cache_dir,
-        [] if plan.speed else [ruler_file(plan.bank, plan.config, plan.cache_dir)],
+        [ruler_file(plan.bank, plan.config, plan.cache_dir)] if plan.purpose.models else [],
         plan.storage.child("shared"),
         timeout_s=_PLACING_S,
     )

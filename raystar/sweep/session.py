@@ -255,7 +255,7 @@ class Session:
         kept = {key: report[key] for key in ("metrics", "images", "first_images", "labels") if report.get(key)}
         verdict = self._happened(EPOCH, trial=name, epoch=epoch, idle_s=record.idle_s, **kept)
         self._track_epoch(name, cast(Event, {"epoch": epoch, **kept}))
-        if not self.plan.speed:
+        if self.plan.purpose.models:
             self.janitor.epoch(record, epoch)
         self.board.changed(record, report["metrics"].get(self.summary.metric))
         self.keeper.write()
@@ -302,7 +302,7 @@ class Session:
         record = self.summary.trials[name]
         self._happened(ENDED, trial=name, status=status, reason=reason)
         record.run_id = self.tracker.run_id(name)
-        runs.give_score(self.tracker, self.summary, record, speed=self.plan.speed)
+        runs.give_score(self.tracker, self.summary, record, models=self.plan.purpose.models)
         self.tracker.end(name, status, reason)
         self.janitor.ended(record)
         self.board.changed(record)
