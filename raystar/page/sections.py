@@ -7,7 +7,6 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import yaml
 from PIL import Image
 
 from raystar.base.console import duration
@@ -16,6 +15,7 @@ from raystar.base.secrets import redact
 from raystar.base.storage import Storage
 from raystar.config.load import overlay_yaml, to_mapping
 from raystar.config.schema import Config
+from raystar.config.strict_yaml import dump_yaml
 from raystar.page import charts
 from raystar.page import contact_sheet as contact
 from raystar.page.importance import Importance, importance
@@ -312,8 +312,8 @@ def reproduce(found: Results, folder: Path) -> dict[str, Any]:
         ],
         "differing": differing,
         "overlay": overlay_yaml(best.params) if best is not None else "",
-        "config": yaml.safe_dump(config, sort_keys=False, allow_unicode=True),
-        "space": yaml.safe_dump(record["space"], sort_keys=False, allow_unicode=True),
+        "config": dump_yaml(config),
+        "space": dump_yaml(record["space"]),
         "export": f"python -m raystar.export --sweep {found.summary.sweep}{runs} --out my_model"
         if left and found.purpose.models
         else "",

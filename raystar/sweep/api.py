@@ -6,8 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-import yaml
-
+from raystar.config.strict_yaml import dump_yaml
 from raystar.record import results
 from raystar.record.summary import Summary
 from raystar.sweep.plan import make_plan
@@ -48,4 +47,4 @@ def run_sweep(request: SweepRequest | None = None, *, values: Mapping[str, Any] 
 
 def _as_yaml(value: Any) -> str:
     """A value on one line, as `--set` takes it."""
-    return yaml.safe_dump(value, default_flow_style=True, width=10**6).partition("\n")[0]
+    return dump_yaml(value, default_flow_style=True, width=10**6, allow_unicode=False).partition("\n")[0]
