@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from raystar.base.console import run_cli, say
+from raystar.base.console import run_cli
 from raystar.base.errors import RaystarError, TrialDiverged, TrialOutOfMemory
 from raystar.config.folders import cache_dir, check_name
 from raystar.config.load import override, request_config, signature, to_yaml
@@ -88,7 +88,8 @@ def main(argv: list[str] | None = None) -> int:
     tracker.begin()
     try:
         codec, note = open_codec(config, device)
-        say(note)
+        if note is not None:
+            print(f"note: {note}", file=sys.stderr)
         ruler = Ruler.build(bank, config, cache)
         if config.progress != "off":
             nothing, transfer = (ruler.references[name]["eval/score"] for name in (NOTHING, TRANSFER))

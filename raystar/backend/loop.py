@@ -15,6 +15,7 @@ import torch
 
 from raystar.backend.placing import ensure_local
 from raystar.backend.reporting import Reporter, Request
+from raystar.base.console import show
 from raystar.base.errors import RaystarError, TrialDiverged, TrialOutOfMemory
 from raystar.config.load import from_mapping, override
 from raystar.config.schema import Config
@@ -80,6 +81,7 @@ def _settle_process() -> None:
 
 def train(settings: dict[str, Any], report: Reporter, group: Group) -> None:
     """Trains one configuration, alone or as one of a group of workers; whatever goes wrong is raised."""
+    show()  # a trial's process has no other way to tell
     request: Request = settings["request"]
     config = override(from_mapping(request.config, "sweep"), settings["params"], "trial")
     if 0 < request.gpu_share < 1:

@@ -14,6 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
+from raystar.base.console import shows
 from raystar.base.errors import RaystarError
 from raystar.base.secrets import redact
 from raystar.base.storage import Storage
@@ -152,7 +153,7 @@ def on_every_node(function: Callable[..., Any], *args: Any, timeout_s: float, wh
                 failed[node] = _in_short(error.cause)
             except ray.exceptions.RayError as error:
                 failed[node] = _in_short(error)
-        if time.monotonic() - began > _SHOW_AFTER_S and (running or shown):
+        if shows() and time.monotonic() - began > _SHOW_AFTER_S and (running or shown):
             shown = True
             print(f"\r{what}: {len(there) - len(running)} of {len(there)} nodes", end="", file=sys.stderr, flush=True)
     if shown:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from raystar.base.files import notify, sync_folder, wait_for_space
+from raystar.base.files import sync_folder, wait_for_space
+
+logger = logging.getLogger(__name__)
 
 _BLOCK = 1 << 16
 
@@ -75,7 +78,7 @@ class Journal:
                     if isinstance(record, dict):
                         yield record, start
                         continue
-                notify(f"note: {self.path}: the line that ends at byte {start} is damaged and left out")
+                logger.warning(f"{self.path}: the line that ends at byte {start} is damaged and left out")
 
     def _opened(self) -> int:
         if self._file is None:

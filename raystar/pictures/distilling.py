@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 import os
 import sys
@@ -29,6 +30,8 @@ from raystar.pictures import decoder as decoders
 from raystar.pictures.autoencoders import SCALE, VaeCodec
 from raystar.pictures.codec import BuiltInCodec, Codec
 from raystar.pictures.decoder import Decoder
+
+logger = logging.getLogger(__name__)
 
 BATCH = 4
 _CHUNK = 8  # pictures decoded at once
@@ -249,7 +252,7 @@ def train(
     step, spent = 0, 0.0
     if saved.is_file():
         step, spent = _go_on(saved, lesson.digest, seed, student, mean, optimiser)
-        print(f"going on after {spent / 60:.1f} minutes, step {step}", flush=True)
+        logger.info(f"going on after {spent / 60:.1f} minutes, step {step}")
     last_said, last = spent, time.monotonic()
     running: list[Tensor] = []
     while spent < seconds:
@@ -277,7 +280,7 @@ def train(
                     f"the loss is {average} at step {step}; are the latents unscaled, the teacher sound?"
                 )
             reached = measure(mean, held)
-            print(f"{spent / 60:6.1f} min  step {step:6d}  loss {average:.4f}  {settings_line(reached)}", flush=True)
+            logger.info(f"{spent / 60:6.1f} min  step {step:6d}  loss {average:.4f}  {settings_line(reached)}")
             running, last_said = [], spent
             decoders.save(mean, out, header_facts(teacher, reached))
             _keep(saved, lesson.digest, seed, student, mean, optimiser, step, spent)

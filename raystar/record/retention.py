@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import logging
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -11,6 +11,8 @@ from raystar.record import finals
 from raystar.record.statuses import FINISHED, STOPPED, UNFINISHED
 from raystar.record.summary import TrialRecord
 from raystar.record.trial_files import checkpoint_name, saved_epochs
+
+logger = logging.getLogger(__name__)
 
 RECENT = 2  # checkpoints of a trial that can still go on: should the last one be damaged, the one before it serves
 
@@ -94,4 +96,4 @@ class Janitor:
             for epoch in epochs:
                 self.storage.delete(checkpoint_name(trial, epoch))
         except OSError as error:  # costs space, nothing else
-            print(f"note: old checkpoints of {trial} cannot be removed: {error}", file=sys.stderr, flush=True)
+            logger.warning(f"old checkpoints of {trial} cannot be removed: {error}")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from raystar.base.console import shown
 from raystar.config.strict_yaml import dump_yaml
 from raystar.record import results
 from raystar.record.summary import Summary
@@ -13,7 +15,9 @@ from raystar.sweep.plan import make_plan
 from raystar.sweep.request import SweepRequest
 
 
-def run_sweep(request: SweepRequest | None = None, *, values: Mapping[str, Any] | None = None, **asked: Any) -> Summary:
+def run_sweep(
+    request: SweepRequest | None = None, *, values: Mapping[str, Any] | None = None, show: bool = True, **asked: Any
+) -> Summary:
     """Searches hyper-parameters as `python -m raystar.tune` does, and returns what came of it.
 
         summary = run_sweep(space="search_spaces/loss.yaml", trials=4, values={"training.epochs": 2})
@@ -22,6 +26,7 @@ def run_sweep(request: SweepRequest | None = None, *, values: Mapping[str, Any] 
     Args:
         request: what is asked for; or its fields one by one, as keywords.
         values: configuration keys and values over those of the configuration file.
+        show: print what the command prints. False leaves that to `logging`, below the logger `raystar`.
 
     Returns:
         The sweep's summary; `summary.finals` names the winner where finalists were trained again. Its folder, below
@@ -40,8 +45,9 @@ def run_sweep(request: SweepRequest | None = None, *, values: Mapping[str, Any] 
     if values:
         written = [f"{key}={_as_yaml(value)}" for key, value in values.items()]
         request = dataclasses.replace(request, set=[*request.set, *written])
-    plan = make_plan(request)
-    run(plan)
+    with shown() if show else contextlib.nullcontext():
+        plan = make_plan(request)
+        run(plan)
     return results.read(plan.folder).summary
 
 

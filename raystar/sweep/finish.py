@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import logging
 import platform
-import sys
 import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -35,6 +35,8 @@ from raystar.sweep.plan import Plan
 from raystar.tracking.mlflow import models as registry
 from raystar.tracking.tracker import CHECKPOINT, PARENT, Tracker
 
+logger = logging.getLogger(__name__)
+
 FINALISTS = "finalists"
 
 
@@ -58,11 +60,9 @@ def report(plan: Plan) -> dict[str, Path]:
     except Exception as error:
         first = (str(error).strip().splitlines() or [""])[0]
         runs = "" if plan.out == Path("runs") else f" --runs {plan.out}"
-        print(
-            f"note: the report could not be made: {type(error).__name__}: {redact(first)}; "
-            f"python -m raystar.report --sweep {plan.name}{runs} tries again",
-            file=sys.stderr,
-            flush=True,
+        logger.warning(
+            f"the report could not be made: {type(error).__name__}: {redact(first)}; "
+            f"python -m raystar.report --sweep {plan.name}{runs} tries again"
         )
     return {name: plan.folder / name for name in (REPORT, CONTACT_SHEET) if (plan.folder / name).is_file()}
 
@@ -110,7 +110,7 @@ def _write_model(
                 pictures[model.INTERPOLATION] = drawn
             # A VAE that is gone, or more memory than there is: that costs a picture, not the model.
             except (RaystarError, OSError, RuntimeError) as error:
-                print(f"note: {model.INTERPOLATION} could not be drawn: {redact(str(error))}", file=sys.stderr)
+                logger.warning(f"{model.INTERPOLATION} could not be drawn: {redact(str(error))}")
         model.write(folder, checkpoint, facts, pictures)
 
 
@@ -197,7 +197,7 @@ def hand_in_models(
             try:
                 folder = stage(plan, summary, record, epoch)
             except (RaystarError, FileNotFoundError) as missing:
-                print(f"note: {record.trial} is not handed in as a model: {missing}", file=sys.stderr, flush=True)
+                logger.warning(f"{record.trial} is not handed in as a model: {missing}")
                 continue
             tracker.log_model(record.trial, epoch, folder, record.params, {"raystar.trial": record.trial})
     best = summary.best

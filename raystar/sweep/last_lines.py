@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import sys
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 
-from raystar.base.console import announce, duration
+from raystar.base.console import duration
 from raystar.record import finals, results
 from raystar.record.results import REPORT
 from raystar.record.statuses import BROKEN, FINISHED, UNFINISHED
@@ -14,6 +14,8 @@ from raystar.record.summary import Summary, TrialRecord
 from raystar.search.space import SEED
 from raystar.sweep.live_table import ranking, reference_lines
 from raystar.sweep.plan import Plan
+
+logger = logging.getLogger(__name__)
 
 
 def tell(
@@ -30,9 +32,9 @@ def tell(
             of the best ones' pictures.
     """
     counts = ", ".join(f"{n} {status}" for status, n in summary.counts().items())
-    announce(f"\nsweep {summary.status} in {duration(summary.wall_s)}: {counts}")
+    logger.info(f"\nsweep {summary.status} in {duration(summary.wall_s)}: {counts}")
     if error is not None:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        logger.error(error)
     left = plan.folder / plan.purpose.left
     for line in (
         *_troubles(summary),
@@ -40,7 +42,7 @@ def tell(
         *_best(plan, summary, left, registered),
         *_where_to_go_on(plan, summary, how_to_compare, left),
     ):
-        announce(line)
+        logger.info(line)
 
 
 def _troubles(summary: Summary) -> Iterator[str]:

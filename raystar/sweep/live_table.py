@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -11,10 +12,12 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from raystar.base.console import announce, duration
+from raystar.base.console import duration, shows
 from raystar.record.statuses import BROKEN, PENDING, RUNNING
 from raystar.record.summary import REFERENCES, Summary, TrialRecord
 from raystar.search.purpose import Column
+
+logger = logging.getLogger(__name__)
 
 _ROWS = 16
 _STYLES = {
@@ -41,7 +44,7 @@ class Board:
         self.repeats = repeats
         self.console = Console()
         self.live: Live | None = None
-        if self.console.is_terminal:
+        if self.console.is_terminal and shows():
             self.live = Live(get_renderable=self._render, console=self.console, refresh_per_second=2)
 
     def start(self) -> None:
@@ -64,16 +67,15 @@ class Board:
         state = f"{record.status}, unmoved" if record.unmoved else record.status
         leader = f"best {best.score:.4f} ({best.trial})  " if best is not None and best.score is not None else ""
         reason = f"  {record.reason}" if record.reason and record.status not in (RUNNING, "stopped") else ""
-        print(
-            f"{record.trial}  {state:<9} epoch {record.epochs}/{self.epochs}  {score}{leader}{self._clock()}{reason}",
-            flush=True,
+        logger.info(
+            f"{record.trial}  {state:<9} epoch {record.epochs}/{self.epochs}  {score}{leader}{self._clock()}{reason}"
         )
 
     def told_references(self) -> None:
         """Tells what a model has to beat, which is known from now on."""
         if self.live is None:
             for line in reference_lines(self.summary):
-                announce(line)
+                logger.info(line)
 
     def _clock(self) -> str:
         elapsed = time.time() - self.summary.started

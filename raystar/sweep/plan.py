@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import re
 import shlex
 import sys
@@ -38,6 +39,8 @@ from raystar.sweep.resources import trial_resources
 from raystar.tracking.mlflow.address import check_uri, default_uri
 from raystar.tracking.tracker import provenance
 from raystar.training.speed import check_steps
+
+logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -263,7 +266,7 @@ def _resumed(request: SweepRequest, name: str, budget: float | None) -> Plan:
     changed = differences(before["code"], code(), "code")
     gone = [file for file in (asked["space"], asked["config"], *asked["overlay"]) if not find_shipped(file).is_file()]
     if gone:
-        print(f"note: {' and '.join(gone)} not there any more; the sweep's record counts", file=sys.stderr)
+        logger.warning(f"{' and '.join(gone)} not there any more; the sweep's record counts")
     else:
         config_now, content_now = _read(asked)
         config_now, _ = _settle(asked, config_now, content_now)
@@ -290,7 +293,7 @@ def _resumed(request: SweepRequest, name: str, budget: float | None) -> Plan:
             "put it back, or go on with what is there now with --force"
         )
     if changed:
-        print(f"note: {len(changed)} things have changed since sweep {name} began; --force goes on", file=sys.stderr)
+        logger.warning(f"{len(changed)} things have changed since sweep {name} began; --force goes on")
     return plan
 
 

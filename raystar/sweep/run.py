@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import logging
 import os
 import shutil
 import threading
@@ -14,7 +15,6 @@ from typing import Any
 from raystar.backend import nodes as cluster
 from raystar.backend import placing, ray_start
 from raystar.backend.ray_start import RAY_ENVIRONMENT
-from raystar.base.console import announce, say
 from raystar.base.errors import RaystarError
 from raystar.base.files import locked
 from raystar.base.journal import Journal
@@ -37,6 +37,8 @@ from raystar.tracking.mlflow import client
 from raystar.tracking.mlflow.writer import MlflowStore
 from raystar.tracking.relay import Relay
 from raystar.tracking.tracker import SPOOL, provenance
+
+logger = logging.getLogger(__name__)
 
 _PLACING_S = 3600.0  # for nodes to fetch latents from a distant storage
 
@@ -64,7 +66,7 @@ def _run(plan: Plan) -> int:
     ledger = _ledger(plan)
     left = _left(plan, ledger)
     again = f", the best {plan.space.finalists.top} again from other seeds" if plan.seeds else ""
-    announce(
+    logger.info(
         f"sweep {plan.name}{' goes on' if plan.resumed else ''}: {plan.trials} trials of up to "
         f"{plan.config.training.epochs} epochs{again}{f', {left} to go' if plan.resumed else ''}, "
         f"{len(plan.bank.domains)} domains, {sum(map(len, plan.bank.train))} latents"
@@ -82,7 +84,8 @@ def _run(plan: Plan) -> int:
             plan, placed = _on_the_cluster(plan, ruler)
         if plan.purpose.models:
             config, note = _settle_codec(plan.config)
-            say(note)
+            if note is not None:
+                logger.warning(note)
             plan = dataclasses.replace(plan, config=config)
         return _tracked(plan, ledger, placed, ruler.result)
     finally:
@@ -210,7 +213,7 @@ def _on_the_cluster(plan: Plan, ruler: _Background) -> tuple[Plan, placing.Place
         timeout_s=_PLACING_S,
     )
     there = cluster.nodes()
-    announce(f"{len(there)} node{'s' if len(there) > 1 else ''}, {fit} trials at a time; nodes that join are used")
+    logger.info(f"{len(there)} node{'s' if len(there) > 1 else ''}, {fit} trials at a time; nodes that join are used")
     return dataclasses.replace(plan, gpu_share=gpus), placed
 
 

@@ -5,6 +5,7 @@ Trials know nothing of any of this: `backend.tune_hooks` carries their reports h
 
 from __future__ import annotations
 
+import logging
 import shutil
 import time
 import traceback
@@ -12,7 +13,6 @@ from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 from raystar.backend import placing
-from raystar.base.console import announce
 from raystar.base.errors import RaystarError
 from raystar.base.journal import Journal
 from raystar.record import finals
@@ -53,6 +53,8 @@ from raystar.sweep.keeping import IdleClock, Keeper
 from raystar.sweep.live_table import Board
 from raystar.sweep.plan import Plan
 from raystar.tracking.tracker import PARENT, Tracker
+
+logger = logging.getLogger(__name__)
 
 
 class Session:
@@ -144,7 +146,7 @@ class Session:
             n = self.plan.at_a_time
             how_many = "" if self.plan.address else f"{n} trial{'s' if n > 1 else ''} at a time; "
             better = "lower" if self.plan.space.mode == "min" else "higher"
-            announce(f"{how_many}{self.plan.space.metric}, {better} is better")
+            logger.info(f"{how_many}{self.plan.space.metric}, {better} is better")
         self._fit_all(names, fresh)
         if self.plan.seeds and not self.stopping and self._choose_finalists():
             self._fit_all(self._to_run(repeats=True), [])
@@ -161,7 +163,7 @@ class Session:
             self._fit(beside, fresh)
         for name in sorted({*names, *fresh} & self.ledger.alone):
             if not self.stopping:
-                announce(f"{name} was out of memory beside others and is tried again by itself")
+                logger.info(f"{name} was out of memory beside others and is tried again by itself")
                 self._fit([name], [])
 
     def _choose_finalists(self) -> bool:
@@ -183,7 +185,7 @@ class Session:
             self._happened(FINALS, finalists=chosen, seeds=seeds)
         if left := len(self._to_run(repeats=True)):
             numbers = f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}"
-            announce(f"the finals: {', '.join(chosen)} again from {numbers}; {left} trials to go")
+            logger.info(f"the finals: {', '.join(chosen)} again from {numbers}; {left} trials to go")
         return True
 
     def _fit(self, names: list[str], fresh: list[str]) -> None:

@@ -9,9 +9,9 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import logging
 import os
 import shutil
-import sys
 import tempfile
 import threading
 import time
@@ -25,6 +25,8 @@ from raystar.base.errors import RaystarError
 from raystar.base.secrets import in_a_line, redact, redact_value
 from raystar.tracking.spool import Spool, Told
 from raystar.tracking.tracker import PARENT
+
+logger = logging.getLogger(__name__)
 
 _RETRY_S = (0.2, 0.5, 1.0, 2.0, 5.0)
 _LAST_S = 40.0  # how long a record is tried once nothing else is left to do
@@ -266,7 +268,7 @@ class Relay:
             for trial in sorted(still_open, reverse=True):  # the parent's name sorts first, so it is closed last
                 self.end(trial, "interrupted", None)
             if self.waiting > 20:
-                print(f"writing the last {self.waiting} records to {self.store.name}", flush=True)
+                logger.info(f"writing the last {self.waiting} records to {self.store.name}")
             self._closing_since = time.monotonic()
             self._spool.finish()
             self._thread.join()
@@ -307,22 +309,18 @@ class Relay:
             try:
                 step()
                 if attempt > _TOLD:
-                    print(f"note: {self.store.name} takes records again", file=sys.stderr, flush=True)
+                    logger.warning(f"{self.store.name} takes records again")
                 return
             except Declined as declined:
-                print(f"note: {declined}", file=sys.stderr, flush=True)
+                logger.warning(declined)
                 return
             except Exception as error:
                 reason = in_a_line(error)
                 if self._is_final(error, attempt):
-                    print(f"error: {self.store.name} refuses a record: {reason}", file=sys.stderr, flush=True)
+                    logger.error(f"{self.store.name} refuses a record: {reason}")
                     return
             if attempt == _TOLD:
-                print(
-                    f"note: {self.store.name} takes no records now ({reason}); trying again",
-                    file=sys.stderr,
-                    flush=True,
-                )
+                logger.warning(f"{self.store.name} takes no records now ({reason}); trying again")
             if (
                 self._closing_since is not None
                 and time.monotonic() - max(began, self._closing_since) >= self._patience_s
@@ -341,11 +339,9 @@ class Relay:
 
     def _give_up(self, reason: str) -> None:
         self._given_up = True
-        print(
-            f"error: {reason}; {self.waiting} records wait in {self._spool.path} and are not lost: "
-            f"{self._how_to_resume()} writes them",
-            file=sys.stderr,
-            flush=True,
+        logger.error(
+            f"{reason}; {self.waiting} records wait in {self._spool.path} and are not lost: "
+            f"{self._how_to_resume()} writes them"
         )
 
     def _how_to_resume(self) -> str:
