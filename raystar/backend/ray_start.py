@@ -18,11 +18,11 @@ from typing import Any
 
 import raystar
 from raystar.base.errors import RaystarError
+from raystar.base.limits import JOIN, limit
 
 _OBJECT_STORE_BYTES = 128 * 2**20  # trials exchange nothing but small results
 _NAMESPACE = "raystar"
 _CONNECT_TIMEOUT_S = 5.0
-_JOIN_TIMEOUT_S = 40.0
 
 
 def start(
@@ -168,7 +168,7 @@ def _try_to_join(address: str) -> None:
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
-            timeout=_JOIN_TIMEOUT_S,
+            timeout=limit(JOIN),
         )
     except subprocess.TimeoutExpired:
         raise nobody from None

@@ -40,8 +40,6 @@ from raystar.tracking.tracker import SPOOL, provenance
 
 logger = logging.getLogger(__name__)
 
-_PLACING_S = 3600.0  # for nodes to fetch latents from a distant storage
-
 
 def run(plan: Plan) -> int:
     """Runs a checked sweep, or the rest of one, to its end; returns the exit status of `python -m raystar.tune`.
@@ -210,7 +208,6 @@ def _on_the_cluster(plan: Plan, ruler: _Background) -> tuple[Plan, placing.Place
         plan.cache_dir,
         [ruler_file(plan.bank, plan.config, plan.cache_dir)] if plan.purpose.models else [],
         plan.storage.child("shared"),
-        timeout_s=_PLACING_S,
     )
     there = cluster.nodes()
     logger.info(f"{len(there)} node{'s' if len(there) > 1 else ''}, {fit} trials at a time; nodes that join are used")

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from raystar.base.errors import RaystarError
+from raystar.base.limits import LAST_RECORDS, limit
 from raystar.base.secrets import in_a_line, redact, redact_value
 from raystar.tracking.spool import Spool, Told
 from raystar.tracking.tracker import PARENT
@@ -29,7 +30,6 @@ from raystar.tracking.tracker import PARENT
 logger = logging.getLogger(__name__)
 
 _RETRY_S = (0.2, 0.5, 1.0, 2.0, 5.0)
-_LAST_S = 40.0  # how long a record is tried once nothing else is left to do
 _TOLD = 2  # attempts before anything is said
 _READ_ATTEMPTS = 6  # of a picture that is no picture: it may be about to be written again
 
@@ -120,7 +120,7 @@ class Relay:
         self._connected = threading.Event()
         self._failure: RaystarError | None = None
         self._closing_since: float | None = None
-        self._patience_s = _LAST_S
+        self._patience_s = limit(LAST_RECORDS)
         self._given_up = False
         self._thread = threading.Thread(target=self._work, name="raystar-tracking", daemon=True)
 
