@@ -50,7 +50,7 @@ def parser() -> argparse.ArgumentParser:
         "--set", metavar="KEY=VALUE", action="append", default=[], help="override a configuration key; repeatable"
     )
     p.add_argument("--out", metavar="DIR", type=Path, default=Path("runs"), help="where everything goes (runs)")
-    p.add_argument("--resume", action="store_true", help="go on from the last checkpoint of --name")
+    p.add_argument("--resume", action="store_true", help="resume from the last checkpoint of --name")
     p.add_argument(
         "--tracking-uri", metavar="URI", help="MLflow store ($MLFLOW_TRACKING_URI, else a SQLite file in --out)"
     )
@@ -121,13 +121,13 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _place(args: argparse.Namespace, config: Config) -> tuple[str, Path, list[Path]]:
-    """The run's name, its folder, and the checkpoints from which it goes on, newest first.
+    """The run's name, its folder, and the checkpoints from which it is resumed, newest first.
 
     Raises:
         RaystarError: there is a run already, or none, and the opposite was asked for.
     """
     if args.resume and args.name is None:
-        raise RaystarError("--resume: name the run that goes on with --name")
+        raise RaystarError("--resume: name the run to resume with --name")
     name = args.name if args.name is not None else f"{Path(args.config).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
     check_name(name)
     folder = Path(config.checkpoint.save_dir) if config.checkpoint.save_dir else args.out / name
@@ -137,7 +137,7 @@ def _place(args: argparse.Namespace, config: Config) -> tuple[str, Path, list[Pa
     if begun or (folder / SPOOL).exists():
         if not args.resume:
             held = "checkpoints" if begun else "the record of a run"
-            raise RaystarError(f"{folder} holds {held} already; go on with --resume, or choose another name")
+            raise RaystarError(f"{folder} holds {held} already; resume it with --resume, or choose another name")
     elif args.resume:
         raise RaystarError(f"--resume: {folder} holds no checkpoint (latest.pt)")
     return name, folder, begun

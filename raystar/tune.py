@@ -46,9 +46,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--tracking-uri", metavar="URI", help="MLflow store ($MLFLOW_TRACKING_URI, else a SQLite file in --out)"
     )
-    p.add_argument("--resume", metavar="NAME", help="go on with a sweep that ended, however it ended")
+    p.add_argument("--resume", metavar="NAME", help="resume a sweep that ended, however it ended")
     p.add_argument(
-        "--force", action="store_true", help="with --resume: go on although code, configuration, space or data changed"
+        "--force", action="store_true", help="with --resume: continue though code, configuration, space or data changed"
     )
     p.add_argument("--address", metavar="A", help="run on the Ray cluster there (auto, or HOST:PORT)")
     p.add_argument("--storage", metavar="URI", help="where trials save: a path or fsspec URI that every node reaches")

@@ -37,7 +37,7 @@ def train_loop(settings: dict[str, Any]) -> None:
     torch.set_num_threads(request.cpus)
     try:
         train(settings, report, ALONE)
-    # Whatever a trial raises is that trial's result: the sweep goes on, and the trace is kept for the curious.
+    # Whatever a trial raises is that trial's result: the sweep continues, and the trace is kept for the curious.
     except Exception as error:
         if not isinstance(error, RaystarError):
             report.files.save_error(traceback.format_exc())
@@ -148,4 +148,4 @@ def _build_ruler(config: Config, latent_scale: float, cache_dir: str, key: str) 
 
 @functools.lru_cache(maxsize=2)
 def _open_codec(config: Config, device: str) -> Codec:
-    return open_codec(config, device)[0]  # the driver has told the user already
+    return open_codec(config, device)[0]  # the driver has logged the note already

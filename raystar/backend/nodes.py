@@ -222,7 +222,7 @@ def _probe_read(uri: str, folder: str, wanted: Mapping[str, str]) -> None:
 
 
 def _remove_probe(storage: Storage, folder: str) -> None:
-    # Whether the storage can be used has been told by now.
+    # Whether the storage can be used has been checked by now.
     with suppress(Exception):
         for name in storage.list(folder):
             storage.delete(f"{folder}/{name}")

@@ -114,7 +114,7 @@ def _searcher(space: Space, assignment: Assignment) -> Any:
 
     points += [dict(params) for params in assignment.first]
     searcher = ADAPTIVE[space.search](space, assignment, points)
-    # A search that learns has little to go on if all its trials begin at once.
+    # A search that learns learns little if all its trials begin at once.
     return SearchGenerator(ConcurrencyLimiter(searcher, max_concurrent=assignment.at_a_time or _LEARNING))
 
 

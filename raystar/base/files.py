@@ -67,7 +67,7 @@ def sync_folder(folder: Path) -> None:
 def wait_for_space(path: Path | str, operation: Callable[[], T]) -> T:
     """Runs `operation` until the disk that holds `path` has space for it.
 
-    Tells once when it begins to wait and when it goes on, however many threads wait for the same folder.
+    Logs once when it begins to wait and once when it continues, however many threads wait for the same folder.
     """
     tells, folder = False, str(path).rpartition("/")[0]
     try:
@@ -80,11 +80,11 @@ def wait_for_space(path: Path | str, operation: Callable[[], T]) -> T:
                 if folder not in _waited_for:
                     tells = True
                     _waited_for.add(folder)
-                    logger.warning(f"the disk that holds {path} is full; waiting: free some space and it goes on")
+                    logger.warning(f"the disk that holds {path} is full; waiting: free some space and it continues")
                 time.sleep(_FULL_S)
             else:
                 if tells:
-                    logger.warning(f"the disk that holds {path} has space again; going on")
+                    logger.warning(f"the disk that holds {path} has space again; continuing")
                 return done
     finally:
         if tells:

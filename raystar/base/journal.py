@@ -61,7 +61,7 @@ class Journal:
     def read(self, start: int = 0) -> Iterator[tuple[dict[str, Any], int]]:
         """The records from the offset `start` on, each with the offset behind it; none where there is no file.
 
-        A damaged line between whole ones (a power cut may leave one) is told and left out.
+        A damaged line between whole ones (a power cut may leave one) is logged and left out.
         """
         try:
             file = self.path.open("rb")

@@ -3,7 +3,7 @@
 A checkpoint is a dictionary with `epoch`, `G`, `F`, `E`, `D` (state dictionaries), `opt_g`, `opt_d`, `config`
 and, from raystar, `scaler`, `metrics`, `raystar`, where `training.ema_epochs` is on `ema` (the averages of `G`, `F`
 and `E`), and a `digest` over all tensors. Files without raystar's keys, as users have them from other trainers, are
-gone on from just as well (docs/networks.md).
+continued just as well (docs/networks.md).
 """
 
 from __future__ import annotations

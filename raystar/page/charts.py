@@ -352,7 +352,7 @@ def _ticks(low: float, high: float) -> list[float]:
 
 
 def _frame(values: Sequence[float], mode: str) -> list[float] | None:
-    """A range that leaves out what is far worse than the rest, so that the rest can be told apart; None to show all."""
+    """A range without what is far worse than the rest, so that the rest can be distinguished; None to show all."""
     toward_worse = sorted(v if mode == "min" else -v for v in values)
     best, usual, worst = toward_worse[0], toward_worse[int(0.9 * (len(toward_worse) - 1))], toward_worse[-1]
     if usual == best or worst - best <= 2.5 * (usual - best):

@@ -51,7 +51,7 @@ def nearest_epoch(storage: Storage, trial: str, key: str, epoch: int) -> int | N
 
 
 def read_picture(storage: Storage, trial: str, key: str, epoch: int, widest: int) -> Image.Image | None:
-    """A grid, at most `widest` pixels wide; None where there is none, or, told on stderr, none that can be read."""
+    """A grid, at most `widest` pixels wide; None where there is none, or, with a note, none that can be read."""
     name = picture_name(trial, key, epoch)
     try:
         with Image.open(io.BytesIO(storage.read(name))) as opened:

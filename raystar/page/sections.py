@@ -34,7 +34,7 @@ _TRACE = 25  # lines of what a trial raised
 # Characters of embedded pictures; with the charts' library (4.8 MB) and the numbers the page stays below 10 MB.
 _THUMBS, _GRIDS = 2_900_000, 1_400_000
 _SHEET_ROWS = 12
-TRUST = 0.15  # skill below which importances are told to mean nothing
+TRUST = 0.15  # skill below which importances are said to mean nothing
 
 _GRID_KINDS = {"grid_ref": "styles of references", "grid_noise": "styles of noise"}
 

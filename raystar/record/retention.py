@@ -14,11 +14,11 @@ from raystar.record.trial_files import checkpoint_name, saved_epochs
 
 logger = logging.getLogger(__name__)
 
-RECENT = 2  # checkpoints of a trial that can still go on: should the last one be damaged, the one before it serves
+RECENT = 2  # checkpoints of a trial that can still continue: should the last one be damaged, the one before it serves
 
 
 class Janitor:
-    """Keeps each trial's latest and measured checkpoints while it can go on, and afterwards those of the best trials.
+    """Keeps a trial's latest and measured checkpoints while it can continue, and afterwards those of the best trials.
 
     Files are removed in a thread: a distant storage must not hold up the sweep.
 
@@ -38,7 +38,7 @@ class Janitor:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="raystar-janitor")
 
     def known(self, record: TrialRecord) -> None:
-        """Takes in a trial of a sweep that goes on."""
+        """Takes in a trial of a resumed sweep."""
         if record.epochs:
             self._there[record.trial] = saved_epochs(self.storage, record.trial)
             self.ended(record)

@@ -1,4 +1,4 @@
-"""`sweep.json`: what a sweep was asked for and ran with, and what has changed since when it goes on."""
+"""`sweep.json`: what a sweep was asked for and ran with, and what has changed when it is resumed."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def write_record(folder: Path, content: Mapping[str, Any]) -> None:
 
 
 def read_record(out: Path, name: str) -> dict[str, Any]:
-    """The record of a sweep that is to go on.
+    """The record of a sweep that is to be resumed.
 
     Raises:
         RaystarError: there is no such sweep, its files are another user's, or the record is damaged.
@@ -53,7 +53,7 @@ def read_record(out: Path, name: str) -> dict[str, Any]:
         if file.stat().st_uid != os.getuid():
             raise RaystarError(
                 f"--resume {name}: {file} belongs to user {file.stat().st_uid}, not to you ({os.getuid()}); "
-                "only sweeps of one's own go on"
+                "only sweeps of one's own are resumed"
             )
     try:
         content = json.loads(path.read_text(encoding="utf-8"))

@@ -55,7 +55,7 @@ def saved_epochs(storage: Storage, trial: str) -> list[int]:
 
 @dataclass(frozen=True)
 class Restored:
-    """Where a trial goes on."""
+    """Where a trial is resumed."""
 
     checkpoint: dict[str, Any] | None
     epoch: int
@@ -107,7 +107,7 @@ class TrialFiles:
                 logger.warning(error)
                 damaged.append(name.rpartition("/")[2])
         done = int(found["epoch"]) if found else 0
-        note = f"{' and '.join(damaged)} cannot be read; went on after epoch {done}" if damaged else None
+        note = f"{' and '.join(damaged)} cannot be read; resumed after epoch {done}" if damaged else None
         return Restored(found, done, note)
 
     def reports(self, after: int, until: int) -> list[TrialReport]:

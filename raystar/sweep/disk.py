@@ -69,7 +69,7 @@ class DiskWatch:
                     f"the disk that holds {self.storage.uri} is full ({_size(free)} free, a checkpoint "
                     f"takes {_size(self.needed)}); trials wait until there is space again"
                     if full
-                    else f"the disk that holds {self.storage.uri} has space again; trials go on"
+                    else f"the disk that holds {self.storage.uri} has space again; trials continue"
                 )
 
     def close(self) -> None:

@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 
 
 class Ending:
-    """What speaks against going on, and how Ctrl-C and SIGTERM are answered.
+    """What speaks against continuing, and how Ctrl-C and SIGTERM are answered.
 
     Args:
         time_budget_s: seconds from now; None for no limit.

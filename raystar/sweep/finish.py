@@ -53,7 +53,7 @@ def leave(plan: Plan, summary: Summary, best: TrialRecord) -> dict[str, Path]:
 def report(plan: Plan) -> dict[str, Path]:
     """Writes the sweep's page and contact sheet from what lies in its folder; returns them by artifact name.
 
-    Whatever is in the way of them is told in a line: it costs no sweep its result.
+    What keeps them from being made is logged in a line: it costs no sweep its result.
     """
     try:
         page_module.write(plan.folder, plan.storage)
@@ -119,7 +119,7 @@ def _interpolation(plan: Plan, checkpoint: Mapping[str, Any]) -> Image.Image:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     config = from_mapping(checkpoint["config"], "checkpoint")
     nets = Nets.of(config.model, config.num_domains, checkpoints.shown_weights(checkpoint), "checkpoint")
-    codec, _ = open_codec(plan.config, device)  # what is in its way has been told
+    codec, _ = open_codec(plan.config, device)  # why it is not the one asked for has been logged
     return grid.interpolation(nets.to(device), config, grid.choose(plan.bank, config, codec), codec)
 
 

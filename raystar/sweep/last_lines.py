@@ -40,7 +40,7 @@ def tell(
         *_troubles(summary),
         *(ranking(summary, plan.purpose.table) if plan.purpose.table else []),
         *_best(plan, summary, left, registered),
-        *_where_to_go_on(plan, summary, how_to_compare, left),
+        *_next_commands(plan, summary, how_to_compare, left),
     ):
         logger.info(line)
 
@@ -78,7 +78,7 @@ def _best(plan: Plan, summary: Summary, left: Path, registered: str | None) -> I
         yield f"  model: {registered}"
 
 
-def _where_to_go_on(
+def _next_commands(
     plan: Plan, summary: Summary, how_to_compare: tuple[str, str, str | None], left: Path
 ) -> Iterator[str]:
     """The commands that come next, each at its place."""
@@ -86,7 +86,7 @@ def _where_to_go_on(
     finals_wait = bool(plan.seeds) and not summary.repeats and summary.best is not None
     if waiting or finals_wait or len(summary.trials) < summary.expected:
         out = "" if plan.out == Path("runs") else f" --out {plan.out}"
-        yield f"go on:   python -m raystar.tune --resume {plan.name}{out}"
+        yield f"resume:  python -m raystar.tune --resume {plan.name}{out}"
     if (page := plan.folder / REPORT).exists():
         yield f"report:  {page}"
     command, address, pictures = how_to_compare

@@ -138,8 +138,8 @@ def make_plan(request: SweepRequest) -> Plan:
     check_name(name)
     folder = request.out / name
     if folder.exists():
-        goes_on = f"go on with --resume {name}, " if (folder / RECORD).exists() else ""
-        raise RaystarError(f"--name {name}: {folder} is there already; {goes_on}choose another name or remove it")
+        resume = f"resume it with --resume {name}, " if (folder / RECORD).exists() else ""
+        raise RaystarError(f"--name {name}: {folder} is there already; {resume}choose another name or remove it")
     asked = {
         "space": str(request.space),
         "config": str(request.config),
@@ -189,7 +189,7 @@ def _check(
     *,
     before: Mapping[str, Any] | None = None,
 ) -> Plan:
-    """Everything that must hold before Ray starts. `before`: the record of the sweep that goes on."""
+    """Everything that must hold before Ray starts. `before`: the record of the sweep that is resumed."""
     gpu_share, cpus = trial_resources(config, space, request.address)
     points = space.points(config, resolve_device(config) if request.address is None else torch.device("cpu"))
     trials = len(points) if points is not None else space.trials
@@ -233,7 +233,7 @@ def _check(
 
 
 def _tracking_uri(request: SweepRequest, before: Mapping[str, Any] | None) -> str:
-    """Where records go; a sweep that goes on stays with its store."""
+    """Where records go; a resumed sweep stays with its store."""
     given = request.tracking_uri or default_uri(request.out)
     if before is None:
         return given
@@ -249,7 +249,7 @@ def _tracking_uri(request: SweepRequest, before: Mapping[str, Any] | None) -> st
 
 
 def _resumed(request: SweepRequest, name: str, budget: float | None) -> Plan:
-    """The plan of a sweep that goes on: its record's, unless what it was made from has changed and `--force` is given.
+    """The plan of a resumed sweep: its record's, unless what it was made from has changed and `--force` is given.
 
     Raises:
         RaystarError: what has changed; or anything that `make_plan` refuses.
@@ -261,7 +261,7 @@ def _resumed(request: SweepRequest, name: str, budget: float | None) -> Plan:
         ("--config", str(request.config) != DEFAULT_CONFIG),
     ):  # fmt: skip
         if given:
-            raise RaystarError(f"--resume {name} goes on as the sweep was asked for; leave out {flag}")
+            raise RaystarError(f"--resume {name} continues the sweep as it was asked for; leave out {flag}")
     before = read_record(request.out, name)
     asked = {**before["request"], **({"trials": request.trials} if request.trials is not None else {})}
     config, content = config_from_mapping(before["config"], RECORD), before["space"]
@@ -292,10 +292,10 @@ def _resumed(request: SweepRequest, name: str, budget: float | None) -> Plan:
         listed = "".join(f"\n  {line}" for line in changed)
         raise RaystarError(
             f"--resume {name}: not what the sweep began with:{listed}\n"
-            "put it back, or go on with what is there now with --force"
+            "put it back, or continue with what is there now with --force"
         )
     if changed:
-        logger.warning(f"{len(changed)} things have changed since sweep {name} began; --force goes on")
+        logger.warning(f"{len(changed)} things have changed since sweep {name} began; continuing, because of --force")
     return plan
 
 

@@ -65,7 +65,7 @@ def _run(plan: Plan) -> int:
     left = _left(plan, ledger)
     again = f", the best {plan.space.finalists.top} again from other seeds" if plan.seeds else ""
     logger.info(
-        f"sweep {plan.name}{' goes on' if plan.resumed else ''}: {plan.trials} trials of up to "
+        f"sweep {plan.name}{' resumed' if plan.resumed else ''}: {plan.trials} trials of up to "
         f"{plan.config.training.epochs} epochs{again}{f', {left} to go' if plan.resumed else ''}, "
         f"{len(plan.bank.domains)} domains, {sum(map(len, plan.bank.train))} latents"
         + (f"; starting Ray, MLflow{', the ruler' if plan.purpose.models else ''}" if left else "")
@@ -215,7 +215,7 @@ def _on_the_cluster(plan: Plan, ruler: _Background) -> tuple[Plan, placing.Place
 
 
 def _settle_codec(config: Config) -> tuple[Config, str | None]:
-    """Tries the codec once for all trials: one that cannot be had is looked for, and told of, a single time."""
+    """Tries the codec once for all trials: one that cannot be had is looked for, and noted, a single time."""
     if config.visualization.vae_model_name_or_path is None or not config.grid_every:
         return config, None
     _, note = open_codec(config)

@@ -58,7 +58,7 @@ logger = logging.getLogger(__name__)
 
 
 class Session:
-    """A sweep from when it begins, or goes on, to when it ends: what happens goes to journal, MLflow and screen.
+    """A sweep from when it begins, or is resumed, to when it ends: what happens goes to journal, MLflow and screen.
 
     Args:
         placed: on a cluster, the files that nodes must hold.
@@ -107,7 +107,7 @@ class Session:
             self._run_trials()
         except KeyboardInterrupt:
             self.ending.interrupts = max(self.ending.interrupts, 1)
-        # Tune's own failures, not a trial's: what is done is kept and recorded, then the reason is told.
+        # Tune's own failures, not a trial's: what is done is kept and recorded, then the reason is printed.
         except Exception as failure:
             if self.refused is not None:
                 raise self.refused from None
@@ -152,7 +152,7 @@ class Session:
             self._fit_all(self._to_run(repeats=True), [])
 
     def _to_run(self, *, repeats: bool) -> list[str]:
-        """Trials of the search, or of the finals, that are known and can go on."""
+        """Trials of the search, or of the finals, that are known and can continue."""
         wanted = finals.repeats(self.summary.finalists, self.summary.seeds)
         return [n for n in self.ledger.unfinished() if (n in wanted if repeats else n not in self.summary.repeats)]
 
@@ -177,7 +177,7 @@ class Session:
         wanted = finals.repeats(chosen, seeds)
         for name in summary.repeats:
             record = summary.trials[name]
-            if name not in wanted and record.status == INTERRUPTED:  # nobody will go on with it
+            if name not in wanted and record.status == INTERRUPTED:  # nobody will resume it
                 reason = f"{record.parent} is no finalist any more"
                 self._happened(ENDED, trial=name, status=STOPPED, reason=reason)
                 self.tracker.attach(name, {}, {"raystar.status": STOPPED, "raystar.reason": reason}, {})
@@ -231,7 +231,7 @@ class Session:
         self.board.changed(self.summary.trials[name])
 
     def trial_reported(self, name: str, report: TrialReport) -> bool:
-        """A trial reports an epoch, or that it cannot go on; returns whether it may."""
+        """A trial reports an epoch, or that it cannot continue; returns whether it may."""
         if not self.idle.running:  # what started beside Ray must have worked before the first result counts
             try:
                 self.tracker.wait_until_connected()
@@ -291,7 +291,7 @@ class Session:
         elif self.stopping:
             status, reason = INTERRUPTED, self.ending.why
         else:
-            status, reason = FAILED, f"ended after epoch {record.epochs} of {self.ledger.epochs} without a word"
+            status, reason = FAILED, f"ended after epoch {record.epochs} of {self.ledger.epochs} without a reason"
         if status == OUT_OF_MEMORY and name not in self.ledger.alone:
             self._happened(ALONE, trial=name, reason=reason)
             self._begun.discard(name)

@@ -39,7 +39,7 @@ class Refused(Exception):  # noqa: N818
 
 
 class Declined(Exception):  # noqa: N818
-    """What the store does not do, and nobody needs in order to go on."""
+    """What the store does not do, and no sweep depends on."""
 
 
 class Unreadable(Exception):  # noqa: N818
@@ -78,7 +78,7 @@ class Store(Protocol):
     """Runs whose pictures it shows beside each other."""
 
     def connect(self, spool: Spool) -> None:
-        """Opens the store, once; `spool` says which runs there are, and what was told of each.
+        """Opens the store, once; `spool` says which runs there are, and what was recorded of each.
 
         Raises:
             RaystarError: it does not know the runs of the spool. Whatever else is raised becomes one.
@@ -109,7 +109,7 @@ class Relay:
     """A `Tracker` whose records wait in a file until the store has taken them.
 
     Args:
-        spool: the file that holds records. One that is there already is gone on with: what waits in it is written
+        spool: the file that holds records. One that is there already is continued: what waits in it is written
             first, and its trials keep their runs.
     """
 
@@ -348,7 +348,7 @@ class Relay:
         sweep, run = (self.store.common_tags.get(f"raystar.{kind}") for kind in ("sweep", "run"))
         if sweep is not None:
             return f"python -m raystar.tune --resume {sweep}"
-        return f"python -m raystar.train ... --name {run} --resume" if run is not None else "going on with that file"
+        return f"python -m raystar.train ... --name {run} --resume" if run is not None else "continuing with that file"
 
 
 def without_credentials(tags: Mapping[str, str]) -> dict[str, str]:

@@ -72,7 +72,7 @@ class Trainer:
         ruler: measures the networks as they are shown, in epochs that `measure_at` says; None measures nothing.
         codec: decodes the grids; None draws none.
         state: networks and optimisers; fresh ones from `training.seed` by default.
-        checkpoint: goes on after this checkpoint's epoch, bitwise as if never stopped.
+        checkpoint: continues after this checkpoint's epoch, bitwise as if never stopped.
         source: where the checkpoint comes from, for errors.
         name: shown in the terminal.
         group: the workers of this run; of `state`, where one is given.

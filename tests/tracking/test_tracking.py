@@ -360,7 +360,7 @@ def test_another_store_is_refused(tracker: Relay, folder: Path, empty_store: Pat
     record(tracker, folder)
     tracker.close()
     copy_store(empty_store, folder)
-    with pytest.raises(RaystarError, match=r"has no run [0-9a-f]{32}, where .*spool.jsonl goes on; name the store"):
+    with pytest.raises(RaystarError, match=r"has no run [0-9a-f]{32}, which .*spool.jsonl continues; name the store"):
         opened(folder)
 
 
