@@ -22,9 +22,9 @@ from raystar.pictures.codec import check_codec, open_codec
 from raystar.record.statuses import DIVERGED, FAILED, FINISHED, INTERRUPTED
 from raystar.ruler.ruler import NOTHING, TRANSFER, Ruler
 from raystar.ruler.samples import check as check_ruler
-from raystar.tracking.mlflow.address import check_uri, default_uri
-from raystar.tracking.mlflow.writer import MlflowStore
+from raystar.tracking.mlflow.address import default_uri
 from raystar.tracking.relay import Relay
+from raystar.tracking.stores import check_uri, open_tracker
 from raystar.tracking.tracker import CHECKPOINT, PARENT, SPOOL, Tracker, provenance
 from raystar.training.losses import outlasting
 from raystar.training.state import TrainState
@@ -144,15 +144,14 @@ def _place(args: argparse.Namespace, config: Config) -> tuple[str, Path, list[Pa
 
 
 def _tracker(uri: str, out: Path, bank: Bank, name: str, folder: Path) -> Relay:
-    store = MlflowStore(
+    return open_tracker(
         uri,
-        out / "artifacts",
-        {"name": Path(bank.root).name or "latents", "digest": bank.digest, "source": bank.root},
-        {**provenance(), "raystar.run": name},
-        "eval/score",
-        lower_is_better=True,
+        folder / SPOOL,
+        artifacts=out / "artifacts",
+        dataset={"name": Path(bank.root).name or "latents", "digest": bank.digest, "source": bank.root},
+        tags={**provenance(), "raystar.run": name},
+        metric="eval/score",
     )
-    return Relay(store, folder / SPOOL)
 
 
 def initial_state(config: Config, device: Any) -> TrainState:

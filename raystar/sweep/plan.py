@@ -37,7 +37,8 @@ from raystar.search.space import from_mapping as space_from_mapping
 from raystar.sweep.disk import check_space, checkpoint_bytes, needed_bytes
 from raystar.sweep.request import DEFAULT_CONFIG, SweepRequest
 from raystar.sweep.resources import trial_resources
-from raystar.tracking.mlflow.address import check_uri, default_uri
+from raystar.tracking.mlflow.address import default_uri
+from raystar.tracking.stores import check_uri
 from raystar.tracking.tracker import provenance
 from raystar.training.speed import check_steps
 

@@ -34,8 +34,7 @@ from raystar.sweep.plan import Plan
 from raystar.sweep.resources import share_of_gpu
 from raystar.sweep.session import Session
 from raystar.tracking.mlflow import client
-from raystar.tracking.mlflow.writer import MlflowStore
-from raystar.tracking.relay import Relay
+from raystar.tracking.stores import open_tracker
 from raystar.tracking.tracker import SPOOL, provenance
 
 logger = logging.getLogger(__name__)
@@ -96,16 +95,16 @@ def _references(plan: Plan) -> dict[str, dict[str, float]]:
 
 
 def _tracked(plan: Plan, ledger: Ledger, placed: placing.Placed | None, ruler_ready: Callable[[], Any]) -> int:
-    store = MlflowStore(
+    tracker = open_tracker(
         plan.tracking_uri,
-        plan.out / "artifacts",
-        {"name": Path(plan.bank.root).name or "latents", "digest": plan.bank.digest, "source": plan.bank.root},
-        {**provenance(), "raystar.sweep": plan.name},
-        plan.space.metric,
-        plan.space.mode == "min",
+        plan.folder / SPOOL,
+        artifacts=plan.out / "artifacts",
+        dataset={"name": Path(plan.bank.root).name or "latents", "digest": plan.bank.digest, "source": plan.bank.root},
+        tags={**provenance(), "raystar.sweep": plan.name},
+        metric=plan.space.metric,
+        lower_is_better=plan.space.mode == "min",
         columns=list(plan.space.space),
     )
-    tracker = Relay(store, plan.folder / SPOOL)
     try:
         return Session(plan, tracker, ledger, placed, ruler_ready).run()
     except RaystarError:
