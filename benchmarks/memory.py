@@ -26,6 +26,7 @@ from raystar.data.bank import open_bank
 from raystar.data.listing import DEMO_ROOT
 from raystar.demo import DOMAINS
 from raystar.record.statuses import RUNNING
+from raystar.search.purpose import QUALITY
 from raystar.training import trainer
 from raystar.training.step import LOGGED
 
@@ -87,7 +88,7 @@ def run_trials(
         cpus=threads,
         workers=1,
         measure_at=(),
-        speed=False,
+        purpose=QUALITY,
     )
     conversation = Conversation()
     reporting.tune = conversation  # type: ignore[assignment]

@@ -45,7 +45,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--seed", metavar="N", type=int, default=0, help="of weights, batches and added latents (0)")
     p.add_argument(
         "--work", metavar="DIR", type=Path,
-        help="the teacher's pictures and the state of the training, from which the same command goes on "
+        help="the teacher's pictures and the state of the training, from which the same command resumes "
         "(FILE with .work)",
     )  # fmt: skip
     p.add_argument("--device", metavar="DEVICE", help="cpu, cuda, ... (a GPU if there is one)")

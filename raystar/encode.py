@@ -27,7 +27,7 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         prog="python -m raystar.encode",
         description="Encodes folders of pictures, one a domain, into the latents that raystar trains on. Stopped and "
-        "started again it goes on; later it does what is new or has changed.",
+        "started again it continues; later it does what is new or has changed.",
     )
     p.add_argument("--images", metavar="DIR", type=Path, required=True, help="DIR/<domain>/ with pictures at any depth")
     p.add_argument("--out", metavar="DIR", type=Path, required=True, help="where latents go: DIR/<domain>/*.npy")
@@ -69,7 +69,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         encode(job, VaeCodec(codec.model, codec.name, codec.device, batch, DTYPES[args.dtype]), settings)
     except KeyboardInterrupt:
-        print(f"{len(job.done)} of {found} latents are in {args.out}; the same command goes on", file=sys.stderr)
+        print(f"{len(job.done)} of {found} latents are in {args.out}; the same command continues", file=sys.stderr)
         raise
     _tell(job, args.vae, time.monotonic() - started)
     return 1 if job.bad and not args.skip_bad else 0

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from raystar.base.console import run_cli, say
+from raystar.base.console import run_cli
 from raystar.base.errors import RaystarError, TrialDiverged, TrialOutOfMemory
 from raystar.base.metrics import measured_by_0_1
 from raystar.config.folders import cache_dir, check_name
@@ -24,9 +24,9 @@ from raystar.pictures.codec import check_codec, open_codec
 from raystar.record.statuses import DIVERGED, FAILED, FINISHED, INTERRUPTED
 from raystar.ruler.ruler import NOTHING, TRANSFER, Ruler
 from raystar.ruler.samples import check as check_ruler
-from raystar.tracking.mlflow.address import check_uri, default_uri
-from raystar.tracking.mlflow.writer import MlflowStore
+from raystar.tracking.mlflow.address import default_uri
 from raystar.tracking.relay import Relay
+from raystar.tracking.stores import check_uri, open_tracker
 from raystar.tracking.tracker import CHECKPOINT, PARENT, SPOOL, Tracker, provenance
 from raystar.training.losses import outlasting
 from raystar.training.state import TrainState
@@ -52,7 +52,7 @@ def parser() -> argparse.ArgumentParser:
         "--set", metavar="KEY=VALUE", action="append", default=[], help="override a configuration key; repeatable"
     )
     p.add_argument("--out", metavar="DIR", type=Path, default=Path("runs"), help="where everything goes (runs)")
-    p.add_argument("--resume", action="store_true", help="go on from the last checkpoint of --name")
+    p.add_argument("--resume", action="store_true", help="resume from the last checkpoint of --name")
     p.add_argument(
         "--tracking-uri", metavar="URI", help="MLflow store ($MLFLOW_TRACKING_URI, else a SQLite file in --out)"
     )
@@ -89,7 +89,8 @@ def main(argv: list[str] | None = None) -> int:
     tracker.begin()
     try:
         codec, note = open_codec(config, device)
-        say(note)
+        if note is not None:
+            print(f"note: {note}", file=sys.stderr)
         ruler = Ruler.build(bank, config, cache)
         if config.progress != "off":
             nothing, transfer = (ruler.references[name]["eval/score"] for name in (NOTHING, TRANSFER))
@@ -122,13 +123,13 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _place(args: argparse.Namespace, config: Config) -> tuple[str, Path, list[Path]]:
-    """The run's name, its folder, and the checkpoints from which it goes on, newest first.
+    """The run's name, its folder, and the checkpoints from which it is resumed, newest first.
 
     Raises:
         RaystarError: there is a run already, or none, and the opposite was asked for.
     """
     if args.resume and args.name is None:
-        raise RaystarError("--resume: name the run that goes on with --name")
+        raise RaystarError("--resume: name the run to resume with --name")
     name = args.name if args.name is not None else f"{Path(args.config).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
     check_name(name)
     folder = Path(config.checkpoint.save_dir) if config.checkpoint.save_dir else args.out / name
@@ -138,22 +139,21 @@ def _place(args: argparse.Namespace, config: Config) -> tuple[str, Path, list[Pa
     if begun or (folder / SPOOL).exists():
         if not args.resume:
             held = "checkpoints" if begun else "the record of a run"
-            raise RaystarError(f"{folder} holds {held} already; go on with --resume, or choose another name")
+            raise RaystarError(f"{folder} holds {held} already; resume it with --resume, or choose another name")
     elif args.resume:
         raise RaystarError(f"--resume: {folder} holds no checkpoint (latest.pt)")
     return name, folder, begun
 
 
 def _tracker(uri: str, out: Path, bank: Bank, name: str, folder: Path) -> Relay:
-    store = MlflowStore(
+    return open_tracker(
         uri,
-        out / "artifacts",
-        {"name": Path(bank.root).name or "latents", "digest": bank.digest, "source": bank.root},
-        {**provenance(), "raystar.run": name},
-        "eval/score",
-        lower_is_better=True,
+        folder / SPOOL,
+        artifacts=out / "artifacts",
+        dataset={"name": Path(bank.root).name or "latents", "digest": bank.digest, "source": bank.root},
+        tags={**provenance(), "raystar.run": name},
+        metric="eval/score",
     )
-    return Relay(store, folder / SPOOL)
 
 
 def _tell_of_0_1(tracker: Tracker, checkpoint: Mapping[str, Any] | None, first_epoch: int) -> None:

@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from raystar.base.console import run_cli, say
+from raystar.base.console import run_cli
 from raystar.base.errors import RaystarError, nearest
 from raystar.base.files import is_file, is_folder
 from raystar.data.latent import read_latent
@@ -209,7 +209,8 @@ def _codec(translator: Translator, vae: str | None, encodes: bool) -> Codec:
         # A decoder's file cannot encode.
         return open_vae(DEFAULT_VAE if named is None or is_file(Path(named)) else named, translator.device)
     codec, note = open_codec(config, translator.device)
-    say(note)
+    if note is not None:
+        print(f"note: {note}", file=sys.stderr)
     return codec
 
 

@@ -46,9 +46,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--tracking-uri", metavar="URI", help="MLflow store ($MLFLOW_TRACKING_URI, else a SQLite file in --out)"
     )
-    p.add_argument("--resume", metavar="NAME", help="go on with a sweep that ended, however it ended")
+    p.add_argument("--resume", metavar="NAME", help="resume a sweep that ended, however it ended")
     p.add_argument(
-        "--force", action="store_true", help="with --resume: go on although code, configuration, space or data changed"
+        "--force", action="store_true", help="with --resume: continue though code, configuration, space or data changed"
     )
     p.add_argument("--address", metavar="A", help="run on the Ray cluster there (auto, or HOST:PORT)")
     p.add_argument("--storage", metavar="URI", help="where trials save: a path or fsspec URI that every node reaches")
@@ -81,7 +81,7 @@ def note_schedules(plan: Plan) -> None:
     drawn = [dict(zip(swept, values, strict=True)) for values in itertools.product(*swept.values())]
     points = drawn if plan.points is None else plan.points  # a search that draws as it goes may draw any of these
     notes = [note for point in points if (note := outlasting(override(plan.config, point)))]
-    if notes and not plan.speed:
+    if notes and plan.purpose.models:
         many = f" ({len(notes)} of {len(points)} trials)" if plan.points is not None else ""
         print(f"note: {notes[0]}{many}", file=sys.stderr)
 
@@ -107,7 +107,7 @@ def print_plan(plan: Plan) -> None:
         # Of many switches, few differ from the baseline: those are what a reader looks for.
         shown = (
             point
-            if number == 0 or not (plan.speed and space.baseline)
+            if number == 0 or not (plan.purpose.table and space.baseline)
             else {k: v for k, v in point.items() if v != plan.points[0][k]}
         )
         values = "  ".join(f"{key}={value}" for key, value in shown.items())

@@ -69,6 +69,9 @@ request = SweepRequest(
     space=folder / "space.yaml", config=folder / "config.yaml", out=folder / "runs", name="p", trials=2, epochs=2
 )
 summary = run_sweep(request, values={"loss.w_sty": 0.5, "data.domains": ["a", "b"], "training.progress_style": "off"})
+print("silent from here")
+again = run_sweep(resume="p", out=folder / "runs", show=False)
+assert again.best.trial == summary.best.trial
 print(json.dumps([summary.status, summary.best.trial, [r.trial for r in summary.trials.values()]]))
 """
 
@@ -81,7 +84,10 @@ def test_a_sweep_from_python(tmp_path: Path) -> None:
     (tmp_path / "space.yaml").write_text("finalists: 1\nspace:\n  loss.w_cyc: {loguniform: [0.1, 10.0]}\n")
     done = run("-c", FROM_PYTHON, str(tmp_path))
     assert done.returncode == 0, done.stdout + done.stderr
-    status, best, trials = json.loads(done.stdout.splitlines()[-1])
+    *printed, silent, last = done.stdout.splitlines()
+    assert printed[0].startswith("sweep p: 2 trials of up to 2 epochs")
+    assert silent == "silent from here"
+    status, best, trials = json.loads(last)
     assert (status, trials) == ("finished", ["t00", "t01"])
     assert best in trials
     record = json.loads((tmp_path / "runs/p/sweep.json").read_text())

@@ -312,14 +312,14 @@ def _merges(levels: int) -> str:
     return "a0: &a0 {k: 1}\n" + "".join(f"a{i}: &a{i} {{<<: [*a{i - 1}, *a{i - 1}]}}\n" for i in range(1, levels))
 
 
-WIDE = "[" + ", ".join("*a0" for _ in range(9_000)) + "]"
+WIDE = "[" + ", ".join("x" for _ in range(9_000)) + "]"
 LARGE: dict[str, tuple[str, str, str]] = {
-    "aliases of aliases": ("yaml", _bomb(12, "x"), "more than 10000 values"),
-    "merges of merges": ("yaml", _merges(40), "more than 10000 values"),
-    "a merge of itself": ("yaml", "loss: &a {<<: *a}", "an alias stands inside of what it means"),
-    "itself": ("yaml", "&a [*a]", "an alias stands inside of what it means"),
+    "aliases of aliases": ("yaml", _bomb(12, "x"), r"\*a0: aliases are not read; write the value out"),
+    "merges of merges": ("yaml", _merges(40), r"\*a0: aliases are not read"),
+    "a merge of itself": ("yaml", "loss: &a {<<: *a}", r"\*a: aliases are not read"),
+    "itself": ("yaml", "&a [*a]", r"\*a: aliases are not read"),
     "many values": ("yaml", "- 1\n" * 11_000, "more than 10000 values"),
-    "as many values as there may be": ("yaml", f"loss: {{a: &a0 {'x' * 9000}, w_cyc: {WIDE}}}", "unknown key 'loss.a'"),
+    "as many values as there may be": ("yaml", f"loss: {{a: {'x' * 9000}, w_cyc: {WIDE}}}", "unknown key 'loss.a'"),
     "brackets": ("yaml", "[" * 900_000, "nested deeper than 32 levels"),
     "mappings": ("yaml", "{a: " * 200_000, "nested deeper than 32 levels"),
     "keys of keys": ("yaml", "? " * 400_000, "nested deeper than 32 levels"),
@@ -363,7 +363,7 @@ def assert_usable(space: Space, trials: int = 300) -> None:
             for key, drawn in point.items():
                 low, high = space.space[key].values[0], space.space[key].values[-1]
                 if space.space[key].kind == "choice":
-                    assert drawn in space.space[key].values or space.purpose == "speed"
+                    assert drawn in space.space[key].values or not space.purpose.models
                 else:
                     assert low <= drawn <= high
 

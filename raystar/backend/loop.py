@@ -15,6 +15,7 @@ import torch
 
 from raystar.backend.placing import ensure_local
 from raystar.backend.reporting import Reporter, Request
+from raystar.base.console import show
 from raystar.base.errors import RaystarError, TrialDiverged, TrialOutOfMemory
 from raystar.config.load import from_mapping, override
 from raystar.config.schema import Config
@@ -36,7 +37,7 @@ def train_loop(settings: dict[str, Any]) -> None:
     torch.set_num_threads(request.cpus)
     try:
         train(settings, report, ALONE)
-    # Whatever a trial raises is that trial's result: the sweep goes on, and the trace is kept for the curious.
+    # Whatever a trial raises is that trial's result: the sweep continues, and the trace is kept for the curious.
     except Exception as error:
         if not isinstance(error, RaystarError):
             report.files.save_error(traceback.format_exc())
@@ -80,6 +81,7 @@ def _settle_process() -> None:
 
 def train(settings: dict[str, Any], report: Reporter, group: Group) -> None:
     """Trains one configuration, alone or as one of a group of workers; whatever goes wrong is raised."""
+    show()  # a trial's process has no other way to tell
     request: Request = settings["request"]
     config = override(from_mapping(request.config, "sweep"), settings["params"], "trial")
     if 0 < request.gpu_share < 1:
@@ -90,7 +92,7 @@ def train(settings: dict[str, Any], report: Reporter, group: Group) -> None:
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache / "inductor"))
         request = dataclasses.replace(request, cache_dir=str(cache))
     bank = _bank(config, request)
-    if request.speed:
+    if not request.purpose.models:
         for epoch, (metrics, labels) in enumerate(
             measure(config, from_mapping(request.config, "sweep"), bank), start=1
         ):
@@ -146,4 +148,4 @@ def _build_ruler(config: Config, latent_scale: float, cache_dir: str, key: str) 
 
 @functools.lru_cache(maxsize=2)
 def _open_codec(config: Config, device: str) -> Codec:
-    return open_codec(config, device)[0]  # the driver has told the user already
+    return open_codec(config, device)[0]  # the driver has logged the note already

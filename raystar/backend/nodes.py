@@ -14,7 +14,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
+from raystar.base.console import shows
 from raystar.base.errors import RaystarError
+from raystar.base.limits import NODE, limit
 from raystar.base.secrets import redact
 from raystar.base.storage import Storage
 
@@ -122,11 +124,12 @@ def check_tracking(uri: str) -> None:
         )
 
 
-def on_every_node(function: Callable[..., Any], *args: Any, timeout_s: float, what: str) -> dict[Node, Any]:
+def on_every_node(function: Callable[..., Any], *args: Any, what: str, wait: str = NODE) -> dict[Node, Any]:
     """Runs a module's function once on every node, at the same time and beside whatever runs there.
 
     Args:
         what: a few words of what is done, for the line that tells of it and for errors.
+        wait: the limit of `base.limits` that ends it.
 
     Raises:
         RaystarError: naming each node on which it failed or did not end in time, and why.
@@ -142,7 +145,7 @@ def on_every_node(function: Callable[..., Any], *args: Any, timeout_s: float, wh
         running[remote.options(num_cpus=0, max_retries=0, scheduling_strategy=here).remote(*args)] = node
     results: dict[Node, Any] = {}
     failed: dict[Node, str] = {}
-    began, shown = time.monotonic(), False
+    began, shown, timeout_s = time.monotonic(), False, limit(wait)
     while running and time.monotonic() - began < timeout_s:
         for ready in ray.wait(list(running), timeout=0.2)[0]:
             node = running.pop(ready)
@@ -152,14 +155,14 @@ def on_every_node(function: Callable[..., Any], *args: Any, timeout_s: float, wh
                 failed[node] = _in_short(error.cause)
             except ray.exceptions.RayError as error:
                 failed[node] = _in_short(error)
-        if time.monotonic() - began > _SHOW_AFTER_S and (running or shown):
+        if shows() and time.monotonic() - began > _SHOW_AFTER_S and (running or shown):
             shown = True
             print(f"\r{what}: {len(there) - len(running)} of {len(there)} nodes", end="", file=sys.stderr, flush=True)
     if shown:
         print(file=sys.stderr)
     for task, node in running.items():
         ray.cancel(task, force=True)
-        failed[node] = f"no answer within {timeout_s:g} s"
+        failed[node] = f"no answer within {timeout_s:g} s ({wait} sets how long to wait)"
     if failed:
         reasons = "\n  ".join(f"{node}: {reason}" for node, reason in sorted(failed.items(), key=lambda f: f[0].host))
         raise RaystarError(f"{what} failed on {len(failed)} of {len(there)} nodes:\n  {reasons}")
@@ -174,7 +177,7 @@ def _in_short(error: BaseException) -> str:
 # -- the storage -----------------------------------------------------------------------------------
 
 
-def probe_storage(uri: str, *, timeout_s: float = 60.0) -> None:
+def probe_storage(uri: str) -> None:
     """Has every node write a file into the storage, and read what all the others and this process wrote.
 
     Raises:
@@ -185,10 +188,10 @@ def probe_storage(uri: str, *, timeout_s: float = 60.0) -> None:
     shown = f"--storage {redact(storage.uri)}"
     try:
         wanted = dict([_here(f"writing to {shown}", _probe_write, storage.uri, folder)])
-        written = on_every_node(_probe_write, storage.uri, folder, timeout_s=timeout_s, what=f"writing to {shown}")
+        written = on_every_node(_probe_write, storage.uri, folder, what=f"writing to {shown}")
         wanted |= dict(written.values())
         _here(f"reading from {shown}", _probe_read, storage.uri, folder, wanted)
-        on_every_node(_probe_read, storage.uri, folder, wanted, timeout_s=timeout_s, what=f"reading from {shown}")
+        on_every_node(_probe_read, storage.uri, folder, wanted, what=f"reading from {shown}")
     finally:
         _remove_probe(storage, folder)
 
@@ -219,7 +222,7 @@ def _probe_read(uri: str, folder: str, wanted: Mapping[str, str]) -> None:
 
 
 def _remove_probe(storage: Storage, folder: str) -> None:
-    # Whether the storage can be used has been told by now.
+    # Whether the storage can be used has been checked by now.
     with suppress(Exception):
         for name in storage.list(folder):
             storage.delete(f"{folder}/{name}")

@@ -16,6 +16,7 @@ from typing import Any
 from raystar.backend.nodes import on_every_node
 from raystar.base.errors import RaystarError
 from raystar.base.files import cache_dir as own_cache
+from raystar.base.limits import PLACING
 from raystar.base.secrets import redact
 from raystar.base.storage import Storage
 from raystar.config.load import from_mapping
@@ -52,9 +53,7 @@ class Placed:
             return False
 
 
-def place_data(
-    config: Mapping[str, Any], bank: Bank, cache: Path, others: Iterable[Path], storage: Storage, *, timeout_s: float
-) -> Placed:
+def place_data(config: Mapping[str, Any], bank: Bank, cache: Path, others: Iterable[Path], storage: Storage) -> Placed:
     """Copies the packed latents and other files of the cache into the storage, and has every node take them.
 
     Args:
@@ -74,7 +73,7 @@ def place_data(
     )
     for path in paths:
         storage.fill(path.name, functools.partial(shutil.copyfile, path))
-    on_every_node(_place_here, placed, config, bank.key, bank.digest, timeout_s=timeout_s, what="placing the latents")
+    on_every_node(_place_here, placed, config, bank.key, bank.digest, what="placing the latents", wait=PLACING)
     return placed
 
 

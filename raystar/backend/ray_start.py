@@ -18,17 +18,17 @@ from typing import Any
 
 import raystar
 from raystar.base.errors import RaystarError
+from raystar.base.limits import JOIN, limit
 
 _OBJECT_STORE_BYTES = 128 * 2**20  # trials exchange nothing but small results
 _NAMESPACE = "raystar"
 _CONNECT_TIMEOUT_S = 5.0
-_JOIN_TIMEOUT_S = 40.0
 
 
 def start(
     address: str | None, *, cpus: int, environment: Mapping[str, str], shared: Mapping[str, str] | None = None
 ) -> None:
-    """Starts Ray on this machine, or joins the cluster at `address`, without a word on the terminal.
+    """Starts Ray on this machine, or joins the cluster at `address`, silently.
 
     Args:
         address: `HOST:PORT` of a running cluster's head; None starts one here that ends with this process.
@@ -168,7 +168,7 @@ def _try_to_join(address: str) -> None:
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
-            timeout=_JOIN_TIMEOUT_S,
+            timeout=limit(JOIN),
         )
     except subprocess.TimeoutExpired:
         raise nobody from None
@@ -199,11 +199,11 @@ RAY_ENVIRONMENT = {
     "RAY_worker_niceness": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     # Tune gives a stopped trial's thread two seconds to leave before it reuses the process, and on a busy machine
-    # drops the next trial without a word when that is too short (LOG.md). It leaves by itself: wait for it.
+    # drops the next trial silently when that is too short (LOG.md). It leaves by itself: wait for it.
     "TUNE_FUNCTION_THREAD_TIMEOUT_S": "600",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
-    # The sweep's own journal is what goes on; writing Tune's state costs more with every trial.
+    # The sweep's own journal is what a sweep is resumed from; writing Tune's state costs more with every trial.
     "TUNE_GLOBAL_CHECKPOINT_S": "1000000000",
     # For trials of several workers: reports are passed on five times a second, a group waits as long as it must for
     # its processors, and nobody watches for a cloud that takes machines back (one more process a trial).

@@ -17,6 +17,7 @@ from raystar.base.storage import Storage
 from raystar.record.events import TrialReport
 from raystar.record.statuses import RUNNING, STARTING
 from raystar.record.trial_files import Restored, TrialFiles
+from raystar.search.purpose import Purpose
 from raystar.training.trainer import Progress
 from raystar.training.workers import Group
 
@@ -41,7 +42,7 @@ class Request:
     scratch: str
     """A folder for what Ray itself writes about groups of workers; nothing is read back from it."""
     known: Mapping[str, int]
-    """Epochs of each trial that the driver knew of when it began or went on."""
+    """Epochs of each trial that the driver knew of when it began or was resumed."""
     gpu_share: float
     """Of each worker."""
     cpus: int
@@ -49,8 +50,7 @@ class Request:
     workers: int
     measure_at: tuple[int, ...]
     """Epochs that are measured: ASHA's rungs. The last one always is."""
-    speed: bool
-    """Measure speed only: no ruler, no pictures, no checkpoints; the parity gate comes first."""
+    purpose: Purpose
 
 
 class Reporter:
@@ -61,11 +61,11 @@ class Reporter:
         self.trial = trial
         self.files = TrialFiles(Storage(request.storage), trial)
         self.value = _worst(request)
-        """The metric as it was measured last, which Tune is told again at epochs that are not measured."""
+        """The metric as it was measured last, which Tune gets again at epochs that are not measured."""
         self.note: str | None = None
 
     def repeat(self) -> Restored:
-        """Reports again what was saved and may not have been heard of; returns where to go on."""
+        """Reports again what was saved and may not have arrived; returns where to continue."""
         restored = self.files.restore()
         self.note = restored.note
         for report in self.files.reports(self.request.known.get(self.trial, 0), restored.epoch):
@@ -135,7 +135,7 @@ class GroupReporter(Reporter):
 
 
 def message(report: TrialReport, metric: str, value: float) -> dict[str, Any]:
-    """What Tune is told: the metric for its searchers, and the report in one piece, which it need not take apart."""
+    """What Tune gets: the metric for its searchers, and the report in one piece, which it need not take apart."""
     who = {"pid": os.getpid(), "host": os.uname().nodename}
     return {"report": json.dumps({**report, **who}), metric: value}
 

@@ -100,7 +100,7 @@ def _run_group(settings: dict[str, Any]) -> None:
 
 
 def _failure(failures: Mapping[int, Exception]) -> Exception | None:
-    """What ended a group of workers, of all that they raised; None if a process died, and the trial is to go on."""
+    """What ended a group of workers, of all that they raised; None if a process died, and the trial is to continue."""
     found = [error for _, error in sorted(failures.items()) if not _lost(error)]
     # A trial's own reason comes first: the others' errors may follow from it.
     own = [error for error in found if isinstance(error, RaystarError)]

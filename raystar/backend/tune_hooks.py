@@ -68,7 +68,7 @@ class Listener(Protocol):
         """A trial begins, or begins again after its process died."""
 
     def trial_reported(self, name: str, report: TrialReport) -> bool:
-        """A trial reports an epoch, or that it cannot go on; returns whether it may."""
+        """A trial reports an epoch, or that it cannot continue; returns whether it may."""
 
     def trial_ended(self, name: str, deaths: int | None) -> None:
         """A trial is over; `deaths` of its process ended it, or None."""
@@ -84,8 +84,8 @@ class Warden(FIFOScheduler):  # type: ignore[misc]
     def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
         """See `ray.tune.schedulers.TrialScheduler`."""
         report: TrialReport = json.loads(result.get("report", "{}"))  # there is none if the trial ended without one
-        goes_on = not report or self.listener.trial_reported(str(trial), report)
-        return str(TrialScheduler.CONTINUE if goes_on and not self.listener.stopping else TrialScheduler.STOP)
+        continues = not report or self.listener.trial_reported(str(trial), report)
+        return str(TrialScheduler.CONTINUE if continues and not self.listener.stopping else TrialScheduler.STOP)
 
     def choose_trial_to_run(self, tune_controller: Any) -> Trial | None:
         """See `ray.tune.schedulers.TrialScheduler`. Tune starts pending trials by itself, in their order."""

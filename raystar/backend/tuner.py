@@ -60,7 +60,7 @@ def fit(listener: Listener, request: Request, space: Space, assignment: Assignme
                 num_samples=len(names),
                 # The function of a stopped trial still waits for its group of workers: it ends with its process.
                 # And what one setting compiled would be in the next one's way, and in its memory.
-                reuse_actors=not grouped and not request.speed,
+                reuse_actors=not grouped and not request.purpose.alone,
                 trial_name_creator=TrialNames(names),
                 trial_dirname_creator=str,
             ),
@@ -114,7 +114,7 @@ def _searcher(space: Space, assignment: Assignment) -> Any:
 
     points += [dict(params) for params in assignment.first]
     searcher = ADAPTIVE[space.search](space, assignment, points)
-    # A search that learns has little to go on if all its trials begin at once.
+    # A search that learns learns little if all its trials begin at once.
     return SearchGenerator(ConcurrencyLimiter(searcher, max_concurrent=assignment.at_a_time or _LEARNING))
 
 

@@ -1,16 +1,71 @@
-"""What commands print: notes, announcements, durations, errors as one line."""
+"""What raystar prints.
+
+The library logs, below the logger `raystar`, and prints nothing: who imports it sees what their own `logging` shows.
+Commands call `show`, which prints those records as lines.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from raystar.base.errors import RaystarError
 from raystar.base.secrets import redact
 
+PROGRESS = logging.INFO - 5
+"""The level of lines that only tell how far something is. Commands print them on stderr."""
+logging.addLevelName(PROGRESS, "PROGRESS")
+_LOGGER = logging.getLogger("raystar")
+_LOGGER.addHandler(logging.NullHandler())  # else warnings would come out on stderr by themselves
+
+
+class _Lines(logging.Handler):
+    """Prints each record as a line: on stdout as it is, progress, `note:` and `error:` on stderr."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Prints one; a line that finds no room, as when the output goes to a full disk, is lost and costs no work."""
+        text = record.getMessage()
+        if record.levelno >= logging.WARNING:
+            text = f"{'error' if record.levelno >= logging.ERROR else 'note'}: {text}"
+        with contextlib.suppress(OSError):
+            print(text, file=sys.stdout if record.levelno == logging.INFO else sys.stderr, flush=True)
+
+
+_LINES = _Lines()
+
+
+def show() -> None:
+    """Prints from now on what this process's raystar logs."""
+    _LOGGER.addHandler(_LINES)
+    _LOGGER.setLevel(PROGRESS)
+    _LOGGER.propagate = False  # some library of many may have given the root logger a printer of its own
+
+
+def shows() -> bool:
+    """Whether records are printed, and so whether a line may be rewritten in place on a terminal."""
+    return _LINES in _LOGGER.handlers
+
+
+@contextlib.contextmanager
+def shown() -> Iterator[None]:
+    """Within it records are printed."""
+    if shows():
+        yield
+        return
+    before = _LOGGER.level, _LOGGER.propagate
+    show()
+    try:
+        yield
+    finally:
+        _LOGGER.removeHandler(_LINES)
+        _LOGGER.level, _LOGGER.propagate = before
+
 
 def run_cli(main: Callable[[], int]) -> None:
     """Runs a command line's `main` and exits with its status; a `RaystarError` is one line and status 2."""
+    show()
     try:
         status = main()
     except RaystarError as error:
@@ -23,12 +78,6 @@ def run_cli(main: Callable[[], int]) -> None:
     sys.exit(status)
 
 
-def say(note: str | None) -> None:
-    """Prints `open_codec`'s line, if there is one."""
-    if note is not None:
-        print(f"note: {note}", file=sys.stderr)
-
-
 def duration(seconds: float) -> str:
     """`42 s`, `3:07` or `1:02:03`."""
     whole = max(0, round(seconds))
@@ -37,8 +86,3 @@ def duration(seconds: float) -> str:
     hours, rest = divmod(whole, 3600)
     minutes, seconds_left = divmod(rest, 60)
     return f"{hours}:{minutes:02d}:{seconds_left:02d}" if hours else f"{minutes}:{seconds_left:02d}"
-
-
-def announce(text: str) -> None:
-    """One line of what is going on, at once."""
-    print(text, flush=True)

@@ -25,7 +25,7 @@ class WrongResults(RaystarError):  # noqa: N818
 
 
 class WorkerLost(RaystarError):  # noqa: N818
-    """Another worker of the same model is gone, so this one cannot go on."""
+    """Another worker of the same model is gone, so this one cannot continue."""
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

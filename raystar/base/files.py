@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import fcntl
+import logging
 import os
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,6 +13,8 @@ from pathlib import Path
 from typing import TypeVar
 
 from raystar.base.errors import RaystarError
+
+logger = logging.getLogger(__name__)
 
 
 def is_file(path: Path) -> bool:
@@ -66,7 +67,7 @@ def sync_folder(folder: Path) -> None:
 def wait_for_space(path: Path | str, operation: Callable[[], T]) -> T:
     """Runs `operation` until the disk that holds `path` has space for it.
 
-    Tells once when it begins to wait and when it goes on, however many threads wait for the same folder.
+    Logs once when it begins to wait and once when it continues, however many threads wait for the same folder.
     """
     tells, folder = False, str(path).rpartition("/")[0]
     try:
@@ -79,21 +80,15 @@ def wait_for_space(path: Path | str, operation: Callable[[], T]) -> T:
                 if folder not in _waited_for:
                     tells = True
                     _waited_for.add(folder)
-                    notify(f"note: the disk that holds {path} is full; waiting: free some space and it goes on")
+                    logger.warning(f"the disk that holds {path} is full; waiting: free some space and it continues")
                 time.sleep(_FULL_S)
             else:
                 if tells:
-                    notify(f"note: the disk that holds {path} has space again; going on")
+                    logger.warning(f"the disk that holds {path} has space again; continuing")
                 return done
     finally:
         if tells:
             _waited_for.discard(folder)
-
-
-def notify(line: str) -> None:
-    """Prints a line to stderr, if there is room for it."""
-    with contextlib.suppress(OSError):  # stderr may go to a file on the same disk
-        print(line, file=sys.stderr, flush=True)
 
 
 LOCK = "lock"

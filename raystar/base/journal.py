@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from raystar.base.files import notify, sync_folder, wait_for_space
+from raystar.base.files import sync_folder, wait_for_space
+
+logger = logging.getLogger(__name__)
 
 _BLOCK = 1 << 16
 
@@ -58,7 +61,7 @@ class Journal:
     def read(self, start: int = 0) -> Iterator[tuple[dict[str, Any], int]]:
         """The records from the offset `start` on, each with the offset behind it; none where there is no file.
 
-        A damaged line between whole ones (a power cut may leave one) is told and left out.
+        A damaged line between whole ones (a power cut may leave one) is logged and left out.
         """
         try:
             file = self.path.open("rb")
@@ -75,7 +78,7 @@ class Journal:
                     if isinstance(record, dict):
                         yield record, start
                         continue
-                notify(f"note: {self.path}: the line that ends at byte {start} is damaged and left out")
+                logger.warning(f"{self.path}: the line that ends at byte {start} is damaged and left out")
 
     def _opened(self) -> int:
         if self._file is None:

@@ -128,10 +128,6 @@ METRICS = {
 }
 """Every metric by its name, in the order in which they are shown; how busy the machine was (`system/`) is not there."""
 
-QUALITY = tuple(name for name, metric in METRICS.items() if metric.quality)
-"""What a training reports."""
-SPEED = tuple(name for name, metric in METRICS.items() if metric.speed)
-"""What a speed sweep's trials report."""
 RULER = tuple(name.partition("/")[2] for name in METRICS if name.startswith("eval/"))
 """The ruler's, by their short names."""
 

@@ -100,7 +100,7 @@ def _check_archive(file: IO[bytes]) -> None:
 
 
 def _check_pickles(file: IO[bytes]) -> None:
-    """The same of a file that is no archive; it stops where the pickles are not what torch would go on with."""
+    """The same of a file that is no archive; it stops where the pickles are not what torch would continue with."""
     for _ in range(_LEGACY_PICKLES):
         for opcode, argument, _ in pickletools.genops(file):
             if opcode.name == "GLOBAL":

@@ -20,6 +20,7 @@ from raystar.base.errors import RaystarError, key_text, misspelt, show
 from raystar.config.problems import check_limits, convert
 from raystar.config.schema import HINTS, SECTIONS, Config, key_field, known_keys
 from raystar.config.strict_yaml import (
+    dump_yaml,
     find_shipped,
     parse_yaml,
     read_mapping,
@@ -149,7 +150,7 @@ def to_mapping(config: Config) -> dict[str, dict[str, Any]]:
 
 def to_yaml(config: Config) -> str:
     """The configuration as a YAML file that `load_config` reads back equal."""
-    return yaml.safe_dump(to_mapping(config), sort_keys=False, allow_unicode=True)
+    return dump_yaml(to_mapping(config))
 
 
 def overlay_yaml(values: Mapping[str, Any]) -> str:
@@ -158,7 +159,7 @@ def overlay_yaml(values: Mapping[str, Any]) -> str:
     for key, value in values.items():
         section, _, name = key.partition(".")
         sections.setdefault(section, {})[name] = value
-    return yaml.safe_dump(sections, sort_keys=False, allow_unicode=True)
+    return dump_yaml(sections)
 
 
 def get_value(config: Config, key: str) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 
@@ -16,43 +16,35 @@ MAX_FILE_BYTES = 1_000_000
 """A configuration or space file is text written by hand; anything larger is the wrong file."""
 
 MAX_NODES, MAX_DEPTH, MAX_SCALAR = 10_000, 32, 10_000
-"""Values in one file, aliases written out; levels of them; characters of one. A small file can claim much."""
+"""Values in one file; levels of them; characters of one."""
 
 
 class StrictLoader(yaml.SafeLoader):
-    """Safe YAML that refuses a key written twice, since the second would silently win, and files without measure."""
+    """Safe YAML that refuses a key written twice, since the second would silently win, and files without measure.
+
+    Aliases (`*name`) and merges (`<<`) are refused: with them a small file can claim more than the memory holds, and no
+    file of this project's needs them.
+    """
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
         self._nodes = self._depth = 0
-        self._sizes: dict[int, int] = {}
-        """Nodes below a finished node, aliases written out, by the node's id."""
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        """The next node; counted, so that aliases of aliases end here and not in the memory."""
-        mark = self.peek_event().start_mark
-        if self.check_event(yaml.AliasEvent):
-            node = super().compose_node(parent, index)
-            if id(node) not in self._sizes:
-                raise yaml.constructor.ConstructorError(None, None, "an alias stands inside of what it means", mark)
-            self._count(self._sizes[id(node)], mark)
-            return node
-        before, self._depth = self._nodes, self._depth + 1
-        self._count(1, mark)
+        """The next node, counted."""
+        event = self.peek_event()
+        if isinstance(event, yaml.AliasEvent):
+            _refuse(f"*{event.anchor}: aliases are not read; write the value out", event.start_mark)
+        self._nodes, self._depth = self._nodes + 1, self._depth + 1
+        if self._nodes > MAX_NODES:
+            _refuse(f"more than {MAX_NODES} values", event.start_mark)
         if self._depth > MAX_DEPTH:
-            raise yaml.constructor.ConstructorError(None, None, f"nested deeper than {MAX_DEPTH} levels", mark)
-        if self.check_event(yaml.ScalarEvent) and len(self.peek_event().value) > MAX_SCALAR:
-            raise yaml.constructor.ConstructorError(None, None, f"a value of over {MAX_SCALAR} characters", mark)
+            _refuse(f"nested deeper than {MAX_DEPTH} levels", event.start_mark)
+        if isinstance(event, yaml.ScalarEvent) and len(event.value) > MAX_SCALAR:
+            _refuse(f"a value of over {MAX_SCALAR} characters", event.start_mark)
         node = super().compose_node(parent, index)
         self._depth -= 1
-        self._sizes[id(node)] = self._nodes - before
         return node
-
-    def _count(self, nodes: int, mark: yaml.Mark) -> None:
-        self._nodes += nodes
-        if self._nodes > MAX_NODES:
-            words = f"more than {MAX_NODES} values (aliases written out)"
-            raise yaml.constructor.ConstructorError(None, None, words, mark)
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         """The value of a node; PyYAML raises nearly anything at a text that is not of its `!!type`."""
@@ -60,45 +52,43 @@ class StrictLoader(yaml.SafeLoader):
             return super().construct_object(node, deep)
         except (ValueError, KeyError, IndexError, TypeError, AttributeError, OverflowError):
             kind = node.tag.rpartition(":")[2]
-            raise yaml.constructor.ConstructorError(
-                None, None, f"no {kind} that can be read: {show(node.value)}", node.start_mark
-            ) from None
+            _refuse(f"no {kind} that can be read: {show(node.value)}", node.start_mark)
+
+
+def _refuse(words: str, mark: Any) -> NoReturn:
+    raise yaml.constructor.ConstructorError(None, None, words, mark) from None
 
 
 def _mapping_without_duplicates(loader: StrictLoader, node: yaml.MappingNode) -> dict[Any, Any]:
-    own: dict[Any, Any] = {}
-    merged: list[yaml.Node] = []
+    mapping: dict[Any, Any] = {}
     for key_node, value_node in node.value:
         if key_node.tag == "tag:yaml.org,2002:merge":
-            merged.append(value_node)
-            continue
+            _refuse("<<: merges are not read; write the keys out", key_node.start_mark)
         key = loader.construct_object(key_node, deep=True)
         try:
-            repeated = key in own
-        except TypeError as error:
-            raise yaml.constructor.ConstructorError(
-                None, None, f"a key must be text, found {show(key)}", key_node.start_mark
-            ) from error
+            repeated = key in mapping
+        except TypeError:
+            _refuse(f"a key must be text, found {show(key)}", key_node.start_mark)
         if repeated:
-            raise yaml.constructor.ConstructorError(
-                None, None, f"key {show(key)} is written twice", key_node.start_mark
-            )
-        own[key] = loader.construct_object(value_node, deep=True)
-    # What is merged (`<<`) gives way to what stands here, and of several mappings the first counts.
-    found: dict[Any, Any] = {}
-    for value_node in merged:
-        several = isinstance(value_node, yaml.SequenceNode)
-        content = loader.construct_object(value_node, deep=True)
-        for mapping in reversed(content if several else [content]):
-            if not isinstance(mapping, dict):
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"<< takes a mapping, found {show(mapping)}", value_node.start_mark
-                )
-            found |= mapping
-    return found | own
+            _refuse(f"key {show(key)} is written twice", key_node.start_mark)
+        mapping[key] = loader.construct_object(value_node, deep=True)
+    return mapping
 
 
 StrictLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping_without_duplicates)
+
+
+class _PlainDumper(yaml.SafeDumper):
+    """Writes a value anew wherever it stands: `parse_yaml` reads no aliases."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+def dump_yaml(content: Any, **style: Any) -> str:
+    """`content`, plain data, as YAML that `parse_yaml` reads back equal, keys in their order."""
+    style = {"sort_keys": False, "allow_unicode": True} | style
+    return str(yaml.dump(content, None, _PlainDumper, **style))
 
 
 def parse_yaml(text: str) -> Any:
@@ -107,12 +97,12 @@ def parse_yaml(text: str) -> Any:
 
 
 def _pairs_without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    mapping: dict[str, Any] = {}
     for key, value in pairs:
-        if key in found:
+        if key in mapping:
             raise ValueError(f"key {show(key)} is written twice")
-        found[key] = value
-    return found
+        mapping[key] = value
+    return mapping
 
 
 def _parse_json(text: str) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import logging
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
@@ -13,6 +13,8 @@ from torch import Tensor
 
 from raystar.config.schema import Config
 from raystar.data.bank import Bank
+
+logger = logging.getLogger(__name__)
 
 
 class Batch(NamedTuple):
@@ -66,7 +68,7 @@ class LatentDataset(torch.utils.data.Dataset[dict[str, Any]]):
         self.latent_dim = config.model.latent_dim
         self.rank, self.workers = rank, workers
         self.size = config.training.epoch_size or max(map(len, bank.train)) * len(bank.domains)
-        self.storage, self.preloaded = _place(bank, config.data.preload_to_gpu, device)
+        self.storage = _place(bank, config.data.preload_to_gpu, device)
         self._starts = np.cumsum([0, *map(len, bank.train)])
         self._rows = np.concatenate(bank.train)
         self._plan: dict[str, Tensor] = {}
@@ -171,16 +173,15 @@ def _sent(batch: Batch, device: torch.device, pin: bool) -> Batch:
     return batch.to(device, non_blocking=pin)
 
 
-def _place(bank: Bank, preload: bool, device: torch.device) -> tuple[Tensor, bool]:
+def _place(bank: Bank, preload: bool, device: torch.device) -> Tensor:
     """The latents where batches are gathered: GPU memory when asked for and half of what is free holds them."""
     if device.type != "cuda" or not preload:
-        return bank.latents, False
+        return bank.latents
     free, _ = torch.cuda.mem_get_info(device)
     if bank.latents.nbytes > free // 2:
-        print(
-            f"note: {bank.latents.nbytes / 2**30:.1f} GiB of latents stay in CPU memory, "
-            f"{free / 2**30:.1f} GiB are free on the GPU",
-            file=sys.stderr,
+        logger.warning(
+            f"{bank.latents.nbytes / 2**30:.1f} GiB of latents stay in CPU memory, "
+            f"{free / 2**30:.1f} GiB are free on the GPU"
         )
-        return bank.latents, False
-    return bank.latents.to(device), True
+        return bank.latents
+    return bank.latents.to(device)

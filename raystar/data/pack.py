@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import logging
 import math
 import os
 import re
@@ -22,11 +23,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from raystar.base import torch_file as pt
+from raystar.base.console import shows
 from raystar.base.errors import RaystarError
 from raystar.config.schema import DataConfig
 from raystar.data.holdout import turns
 from raystar.data.latent import check_row, read_latent
 from raystar.data.listing import Part
+
+logger = logging.getLogger(__name__)
 
 _MAX_LISTED = 10
 _PROGRESS_AFTER_S = 2.0
@@ -201,7 +205,7 @@ def _read_all(parts: list[Part], channels: int, writer: _Writer, verbose: bool) 
             if not bad and len(shapes) == 1:
                 writer.append(latent)
         now = time.monotonic()
-        if verbose and now - started > _PROGRESS_AFTER_S and now - shown > 1.0:
+        if verbose and shows() and now - started > _PROGRESS_AFTER_S and now - shown > 1.0:
             print(f"\rreading latents {number}/{total}", end="", file=sys.stderr, flush=True)
             shown = now
     if shown != started:
@@ -243,8 +247,7 @@ def _warn_if_scaled(array: NDArray[Any], verbose: bool) -> None:
     """SD1.5's unscaled latents have a standard deviation of about 1 / 0.18215 = 5.5; scaled ones about 1."""
     deviation = float(array[:: max(1, len(array) // 256)].astype(np.float32).std())
     if verbose and deviation < 2.0:
-        print(
-            f"note: these latents have a standard deviation of {deviation:.2f}, unscaled SD1.5 latents about 5; "
-            "if they were already multiplied by 0.18215, set training.latent_scale=1.0",
-            file=sys.stderr,
+        logger.warning(
+            f"these latents have a standard deviation of {deviation:.2f}, unscaled SD1.5 latents about 5; "
+            "if they were already multiplied by 0.18215, set training.latent_scale=1.0"
         )

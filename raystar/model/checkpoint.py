@@ -3,14 +3,14 @@
 A checkpoint is a dictionary with `epoch`, `G`, `F`, `E`, `D` (state dictionaries), `opt_g`, `opt_d`, `config`
 and, from raystar, `scaler`, `metrics`, `raystar`, where `training.ema_epochs` is on `ema` (the averages of `G`, `F`
 and `E`), and a `digest` over all tensors. Files without raystar's keys, as users have them from other trainers, are
-gone on from just as well (docs/networks.md).
+continued just as well (docs/networks.md).
 """
 
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -23,6 +23,8 @@ from raystar.base.errors import RaystarError, show
 from raystar.base.files import is_file, is_folder
 from raystar.config.schema import Config
 from raystar.model.networks import AVERAGED, NAMES
+
+logger = logging.getLogger(__name__)
 
 _COMPILED_PREFIX = "_orig_mod."
 
@@ -157,7 +159,7 @@ def load_latest(paths: list[Path]) -> tuple[dict[str, Any], Path]:
             first = first or error
             continue
         if first is not None:
-            print(f"note: {first}; going back to {path}", file=sys.stderr)
+            logger.warning(f"{first}; going back to {path}")
         return checkpoint, path
     raise first or RaystarError("no checkpoint was found")
 

@@ -191,7 +191,7 @@ def importances(results: Results, found: Importance) -> go.Figure:
 
 def front(results: Results) -> go.Figure | None:
     """Style over content, coloured by diversity, with lines of equal score; a speed sweep's compiling over speed."""
-    across, up = ("perf/compile_s", results.summary.metric) if results.speed else ("eval/style", "eval/content")
+    across, up = results.purpose.front[0], results.purpose.front[1] or results.summary.metric
     there = [r for r in _shown(results) if _finite(r.metrics.get(across)) and _finite(r.metrics.get(up))]
     if not there:
         return None
@@ -199,7 +199,7 @@ def front(results: Results) -> go.Figure | None:
     figure = _figure(
         results,
         f"{label(across)}, {better}",
-        score_label(results) if results.speed else f"{label(up)}, {better}",
+        score_label(results) if up == results.summary.metric else f"{label(up)}, {better}",
     )
     x, y = ([r.metrics[name] for r in there] for name in (across, up))
     optimal = set(undominated(results, there))
@@ -207,7 +207,7 @@ def front(results: Results) -> go.Figure | None:
     marker["size"] = [16 if r.trial in optimal else 11 for r in there]
     marker["line"]["width"] = [3 if r.trial in optimal else 1 for r in there]
     marker["line"]["color"] = [INK if r.trial in optimal else OTHER for r in there]
-    if not results.speed:
+    if results.purpose.models:
         _equal_scores(figure, x, y, 1.0 if results.of_0_1 else 0.1)
         marker |= {
             "color": [r.metrics.get("eval/diversity") for r in there],
@@ -264,7 +264,7 @@ def undominated(results: Results, records: Sequence[TrialRecord]) -> list[str]:
     """Trials than which none is better in one respect and as good in the others: style, content and diversity, or,
     of a speed sweep, speed and compiling."""
     rows: list[tuple[float, ...]]
-    if results.speed:
+    if not results.purpose.models:
         rows = [(r.metrics["perf/compile_s"], -r.metrics[results.summary.metric]) for r in records]
     else:
         rows = [
@@ -352,7 +352,7 @@ def _ticks(low: float, high: float) -> list[float]:
 
 
 def _frame(values: Sequence[float], mode: str) -> list[float] | None:
-    """A range that leaves out what is far worse than the rest, so that the rest can be told apart; None to show all."""
+    """A range without what is far worse than the rest, so that the rest can be distinguished; None to show all."""
     toward_worse = sorted(v if mode == "min" else -v for v in values)
     best, usual, worst = toward_worse[0], toward_worse[int(0.9 * (len(toward_worse) - 1))], toward_worse[-1]
     if usual == best or worst - best <= 2.5 * (usual - best):

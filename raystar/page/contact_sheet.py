@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
-import sys
+import logging
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -13,6 +13,8 @@ from PIL import Image, ImageDraw, ImageFont, UnidentifiedImageError
 from raystar.base.storage import Storage
 from raystar.pictures.grid import FAINT, INK, PAPER
 from raystar.record.trial_files import picture_name, saved_pictures
+
+logger = logging.getLogger(__name__)
 
 FIRST_CHOICE = "grid_ref"
 _WIDTHS = (1024, 820, 640, 512, 420, 340, 280, 220, 160, 112, 80)  # of an embedded picture, largest first
@@ -49,7 +51,7 @@ def nearest_epoch(storage: Storage, trial: str, key: str, epoch: int) -> int | N
 
 
 def read_picture(storage: Storage, trial: str, key: str, epoch: int, widest: int) -> Image.Image | None:
-    """A grid, at most `widest` pixels wide; None where there is none, or, told on stderr, none that can be read."""
+    """A grid, at most `widest` pixels wide; None where there is none, or, with a note, none that can be read."""
     name = picture_name(trial, key, epoch)
     try:
         with Image.open(io.BytesIO(storage.read(name))) as opened:
@@ -57,7 +59,7 @@ def read_picture(storage: Storage, trial: str, key: str, epoch: int, widest: int
     except FileNotFoundError:
         return None
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
-        print(f"note: {storage.at(name)} cannot be read and is left out: {error}", file=sys.stderr)
+        logger.warning(f"{storage.at(name)} cannot be read and is left out: {error}")
         return None
     return _fitted(picture, widest)
 

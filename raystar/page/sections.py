@@ -7,7 +7,6 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import yaml
 from PIL import Image
 
 from raystar.base.console import duration
@@ -16,6 +15,7 @@ from raystar.base.secrets import redact
 from raystar.base.storage import Storage
 from raystar.config.load import overlay_yaml, to_mapping
 from raystar.config.schema import Config
+from raystar.config.strict_yaml import dump_yaml
 from raystar.page import charts
 from raystar.page import contact_sheet as contact
 from raystar.page.importance import Importance, importance
@@ -34,7 +34,7 @@ _TRACE = 25  # lines of what a trial raised
 # Characters of embedded pictures; with the charts' library (4.8 MB) and the numbers the page stays below 10 MB.
 _THUMBS, _GRIDS = 2_900_000, 1_400_000
 _SHEET_ROWS = 12
-TRUST = 0.15  # skill below which importances are told to mean nothing
+TRUST = 0.15  # skill below which importances are said to mean nothing
 
 _GRID_KINDS = {"grid_ref": "styles of references", "grid_noise": "styles of noise"}
 
@@ -117,7 +117,7 @@ def parts(found: Results) -> list[dict[str, Any]]:
     best, baseline = found.summary.best, found.summary.baseline
     if best is None:
         return []
-    group = "perf/" if found.speed else "eval/"
+    group = found.purpose.group
     names = [name for name in _EXPLAINED if name in best.metrics and name.startswith(group)]
     names = list(dict.fromkeys([found.summary.metric, *names]))
     meanings = explained(found)
@@ -267,8 +267,7 @@ def error(found: Results, folder: Path) -> str:
 
 def table(found: Results) -> dict[str, Any]:
     """All trials, best first, and the references: columns as (title, what it is), rows of (text, exact value)."""
-    speed = found.speed
-    metrics = [m for m in _EXPLAINED if m.startswith("perf/" if speed else "eval/") and m != found.summary.metric]
+    metrics = [m for m in _EXPLAINED if m.startswith(found.purpose.group) and m != found.summary.metric]
     records = found.by_score()
     metrics = [m for m in metrics if any(m in r.metrics for r in records)]
     columns = [
@@ -302,7 +301,7 @@ def reproduce(found: Results, folder: Path) -> dict[str, Any]:
     defaults = dict(leaves("", to_mapping(Config())))
     differing = [(key, defaults.get(key), value) for key, value in leaves("", config) if value != defaults.get(key)]
     runs = "" if folder.parent == Path("runs") else f" --runs {folder.parent}"
-    left = (folder / ("fastest.yaml" if found.speed else "best")).exists()
+    left = (folder / found.purpose.left).exists()
     data = record["data"]
     return {
         "command": redact(str(record.get("command", ""))),
@@ -320,10 +319,10 @@ def reproduce(found: Results, folder: Path) -> dict[str, Any]:
         ],
         "differing": differing,
         "overlay": overlay_yaml(best.params) if best is not None else "",
-        "config": yaml.safe_dump(config, sort_keys=False, allow_unicode=True),
-        "space": yaml.safe_dump(record["space"], sort_keys=False, allow_unicode=True),
+        "config": dump_yaml(config),
+        "space": dump_yaml(record["space"]),
         "export": f"python -m raystar.export --sweep {found.summary.sweep}{runs} --out my_model"
-        if left and not found.speed
+        if left and found.purpose.models
         else "",
         "again": f"python -m raystar.report --sweep {found.summary.sweep}{runs}",
     }

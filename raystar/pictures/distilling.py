@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 import os
 import sys
@@ -29,6 +30,8 @@ from raystar.pictures import decoder as decoders
 from raystar.pictures.autoencoders import SCALE, VaeCodec
 from raystar.pictures.codec import BuiltInCodec, Codec
 from raystar.pictures.decoder import Decoder
+
+logger = logging.getLogger(__name__)
 
 BATCH = 4
 _CHUNK = 8  # pictures decoded at once
@@ -150,7 +153,7 @@ def perturbed(latents: Tensor, count: int, seed: int) -> Tensor:
 
 
 def _taught(latents: Tensor, teacher: VaeCodec, work: Path, what: str, exact: bool) -> Lesson:
-    """The teacher's pictures, from `work` if they are there; what is half done is gone on with.
+    """The teacher's pictures, from `work` if they are there; what is half done is continued.
 
     Args:
         exact: in float32, and not in bf16, whose error of a grey level is far below a student's and costs half.
@@ -248,8 +251,8 @@ def train(
     saved = work / "training.pt"
     step, spent = 0, 0.0
     if saved.is_file():
-        step, spent = _go_on(saved, lesson.digest, seed, student, mean, optimiser)
-        print(f"going on after {spent / 60:.1f} minutes, step {step}", flush=True)
+        step, spent = _resume(saved, lesson.digest, seed, student, mean, optimiser)
+        logger.info(f"resuming after {spent / 60:.1f} minutes, step {step}")
     last_said, last = spent, time.monotonic()
     running: list[Tensor] = []
     while spent < seconds:
@@ -277,7 +280,7 @@ def train(
                     f"the loss is {average} at step {step}; are the latents unscaled, the teacher sound?"
                 )
             reached = measure(mean, held)
-            print(f"{spent / 60:6.1f} min  step {step:6d}  loss {average:.4f}  {settings_line(reached)}", flush=True)
+            logger.info(f"{spent / 60:6.1f} min  step {step:6d}  loss {average:.4f}  {settings_line(reached)}")
             running, last_said = [], spent
             decoders.save(mean, out, header_facts(teacher, reached))
             _keep(saved, lesson.digest, seed, student, mean, optimiser, step, spent)
@@ -285,7 +288,7 @@ def train(
     return mean
 
 
-def _go_on(
+def _resume(
     path: Path, lesson: str, seed: int, student: Decoder, mean: Decoder, optimiser: torch.optim.Optimizer
 ) -> tuple[int, float]:
     """Restores what `_keep` kept; returns the steps and seconds trained so far."""
@@ -299,7 +302,7 @@ def _go_on(
             return int(state["step"]), float(state["seconds"])
     # Whatever a damaged file makes its reader, or a network of another shape makes torch, raise.
     except Exception as error:
-        raise RaystarError(f"{path}: cannot be gone on from ({pt.reason(error)}); remove it to begin anew") from None
+        raise RaystarError(f"{path}: cannot be resumed ({pt.reason(error)}); remove it to begin anew") from None
     raise RaystarError(
         f"{path}: is of another teacher, other latents, --pictures or --seed; choose another --work, or remove it"
     )

@@ -1,7 +1,7 @@
 """Pictures as people have them: folders of any shape, any common format, upright, 8 bits, in sRGB; and what is wrong.
 
-A picture that cannot be used is a `ValueError` with its reason, so that whoever reads a thousand of them can go on and
-list the bad ones at the end.
+A picture that cannot be used is a `ValueError` with its reason, so that reading a thousand of them can
+continue and list the bad ones at the end.
 """
 
 from __future__ import annotations

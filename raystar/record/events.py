@@ -8,8 +8,8 @@ from typing import Any, NotRequired, TypedDict, cast
 
 SESSION, STARTED, EPOCH, NOTE, ENDED, ALONE = "session", "started", "epoch", "note", "ended", "alone"
 REFERENCES, FINALS = "references", "finals"
-"""Events: the sweep begins or goes on; a trial begins or goes on; an epoch; a remark; its end; its one retry; what
-doing nothing gets from the ruler; which trials are trained again, and from which seeds."""
+"""Events: the sweep begins or is resumed; a trial begins or is resumed; an epoch; a remark; its end; its one retry;
+what doing nothing gets from the ruler; which trials are trained again, and from which seeds."""
 
 
 @dataclass(frozen=True)
@@ -17,18 +17,18 @@ class Verdict:
     """What follows from a trial's epoch."""
 
     ends: str | None = None
-    """The status with which the trial is to end now; None to go on."""
+    """The status with which the trial is to end now; None to continue."""
     reason: str | None = None
 
 
 class TrialReport(TypedDict):
-    """What a trial tells the driver, as JSON: an epoch; or that its group is there, or that it cannot go on."""
+    """What a trial reports to the driver, as JSON: an epoch; or that its group is there, or that it cannot continue."""
 
     status: str
     pid: NotRequired[int]
     host: NotRequired[str]
     reason: NotRequired[str | None]
-    """Why it cannot go on."""
+    """Why it cannot continue."""
     epoch: NotRequired[int]
     metrics: NotRequired[dict[str, float]]
     images: NotRequired[dict[str, str]]

@@ -2,7 +2,7 @@
 
 A score of one seed is partly luck, and the best of many trials partly the luckiest. So the best configurations and the
 baseline are trained again, all from the same seeds. Seeds are taken to spread every configuration's scores alike: a
-pooled standard deviation has more to go on than the two or three scores of one, and Student's t allows for what it
+pooled standard deviation is better founded than that of one's two or three scores, and Student's t allows for what it
 still does not know. Of the ruler's score it is never taken for less than other sweeps have shown. Only a configuration
 whose runs all stayed the identity is no measure of that. Every function is a pure one of what the trials did.
 """
@@ -52,7 +52,7 @@ def repeats(finalists: Sequence[str], seeds: Sequence[int]) -> dict[str, tuple[s
 
 
 def decide(summary: Summary) -> Finals | None:
-    """What the finals have told; None before all of their trials have ended.
+    """What the finals say; None before all of their trials have ended.
 
     A trial that went wrong is left out of its finalist's mean, and a finalist all of whose repeats did out of the
     ranking: its first score was chosen for being good.

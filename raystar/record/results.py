@@ -11,7 +11,6 @@ from typing import Any
 
 from raystar.base.errors import RaystarError, nearest
 from raystar.base.journal import Journal
-from raystar.base.metrics import QUALITY, SPEED
 from raystar.record.events import EPOCH
 from raystar.record.finals import rank_correlation
 from raystar.record.statuses import FINISHED
@@ -20,6 +19,7 @@ from raystar.record.sweep_file import JOURNAL, RECORD, as_meant, of_0_1
 from raystar.ruler.ruler import UNMOVED
 from raystar.search.asha import Rungs
 from raystar.search.distributions import KINDS, Distribution
+from raystar.search.purpose import PURPOSES, QUALITY, Purpose
 from raystar.search.space import Scheduler, ranking, read_scheduler
 
 _FEW = 4  # runs below which nothing is said of a rung
@@ -74,9 +74,9 @@ class Results:
     """Metrics of each trial by epoch, up to the epoch that the summary knows."""
 
     @property
-    def speed(self) -> bool:
-        """Whether the sweep measured speed alone."""
-        return bool(self.record["space"].get("purpose") == "speed")
+    def purpose(self) -> Purpose:
+        """Of the sweep."""
+        return PURPOSES[self.record["space"].get("purpose", QUALITY.name)]
 
     @property
     def of_0_1(self) -> bool:
@@ -110,7 +110,7 @@ class Results:
     @property
     def _scheduler(self) -> Scheduler:
         space = as_meant(self.record["space"], self.record)
-        return read_scheduler(space.get("scheduler", {}), SPEED if self.speed else QUALITY, RECORD)
+        return read_scheduler(space.get("scheduler", {}), self.purpose.metrics, RECORD)
 
     def curve(self, trial: str, metric: str | None = None) -> dict[int, float]:
         """One metric of a trial by epoch, by default the sweep's, where it is finite."""
@@ -174,7 +174,7 @@ def read(folder: Path) -> Results:
     content, record = _json(folder / SUMMARY), _json(folder / RECORD)
     try:
         results = Results(Summary.from_mapping(content, int(record["trials"])), record, _curves(folder, content))
-        _ = results.speed, results.of_0_1, results.drawn, results.rungs, results.ranking
+        _ = results.purpose, results.of_0_1, results.drawn, results.rungs, results.ranking
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise RaystarError(
             f"{folder}: {SUMMARY} and {RECORD} are not those of a sweep of raystar: {type(error).__name__}: {error}"

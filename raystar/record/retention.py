@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import logging
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -12,11 +12,13 @@ from raystar.record.statuses import FINISHED, STOPPED, UNFINISHED
 from raystar.record.summary import TrialRecord
 from raystar.record.trial_files import checkpoint_name, saved_epochs
 
-RECENT = 2  # checkpoints of a trial that can still go on: should the last one be damaged, the one before it serves
+logger = logging.getLogger(__name__)
+
+RECENT = 2  # checkpoints of a trial that can still continue: should the last one be damaged, the one before it serves
 
 
 class Janitor:
-    """Keeps each trial's latest and measured checkpoints while it can go on, and afterwards those of the best trials.
+    """Keeps a trial's latest and measured checkpoints while it can continue, and afterwards those of the best trials.
 
     Files are removed in a thread: a distant storage must not hold up the sweep.
 
@@ -36,7 +38,7 @@ class Janitor:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="raystar-janitor")
 
     def known(self, record: TrialRecord) -> None:
-        """Takes in a trial of a sweep that goes on."""
+        """Takes in a trial of a resumed sweep."""
         if record.epochs:
             self._there[record.trial] = saved_epochs(self.storage, record.trial)
             self.ended(record)
@@ -94,4 +96,4 @@ class Janitor:
             for epoch in epochs:
                 self.storage.delete(checkpoint_name(trial, epoch))
         except OSError as error:  # costs space, nothing else
-            print(f"note: old checkpoints of {trial} cannot be removed: {error}", file=sys.stderr, flush=True)
+            logger.warning(f"old checkpoints of {trial} cannot be removed: {error}")

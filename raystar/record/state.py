@@ -1,4 +1,4 @@
-"""What a sweep knows, as a fold over what happened: told its journal again, it knows the same again.
+"""What a sweep knows, as a fold over what happened: applied to its journal again, it knows the same.
 
 `apply` takes one event, a plain mapping with a time, changes the summary and ASHA's rungs, and says what follows from
 it. A running sweep writes each event to its journal before it applies it; a resumed one applies the journal first.
@@ -17,7 +17,7 @@ from raystar.record.summary import Summary
 from raystar.search.asha import Rungs
 from raystar.search.space import SEED, Collapse
 
-UNTOLD = "its translations cannot be told from their sources"
+INDISTINCT = "its translations cannot be distinguished from their sources"
 """What `unmoved` means, in words."""
 
 
@@ -41,7 +41,7 @@ class Ledger:
     broken_in_a_row: list[str] = field(default_factory=list)
     """The trials that went wrong since the last that did not."""
     due: dict[str, Verdict] = field(default_factory=dict)
-    """Trials that were told to end and have not been recorded as ended: the sweep broke off in between."""
+    """Trials that had to end and have not been recorded as ended: the sweep broke off in between."""
     _alike: dict[str, int] = field(default_factory=dict)  # measured epochs in a row without diversity
     _since: dict[str, float] = field(default_factory=dict)  # up to when a trial's seconds are counted
     _last: float | None = None  # time of the last event
@@ -87,7 +87,7 @@ class Ledger:
         return verdict
 
     def unfinished(self) -> list[str]:
-        """Trials that are known and can go on, in order of their names."""
+        """Trials that are known and can continue, in order of their names."""
         return sorted(name for name, record in self.summary.trials.items() if record.status in UNFINISHED)
 
     def _begin_finals(self, finalists: list[str], seeds: list[int]) -> None:
@@ -141,7 +141,7 @@ class Ledger:
             return Verdict()
         if self.rungs.take(name, epoch, value, record.unmoved) or epoch >= self.epochs:
             return Verdict()
-        why = f": {UNTOLD}" if record.unmoved else ""
+        why = f": {INDISTINCT}" if record.unmoved else ""
         return Verdict(STOPPED, f"stopped early after epoch {epoch}{why}")
 
     def _has_collapsed(self, name: str, metrics: Mapping[str, float]) -> bool:

@@ -50,7 +50,7 @@ class TrialRecord:
     parent: str | None = None
     """The trial whose values these are, of one that trains them again from another seed."""
     unmoved: bool = False
-    """Whether, measured last, its translations could not be told from their sources."""
+    """Whether, measured last, its translations could not be distinguished from their sources."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Finalist:
 
 @dataclass(frozen=True)
 class Finals:
-    """What training the best configurations again from other seeds has told (`finals.decide`)."""
+    """What training the best configurations again from other seeds says (`finals.decide`)."""
 
     interval: float
     """The probability that `error` and `gain_error` stand for."""
@@ -111,7 +111,7 @@ class Summary:
     baseline_trial: str | None
     status: str = RUNNING
     started: float = field(default_factory=time.time)
-    """Unix time; of a sweep that goes on, less the seconds that it ran before."""
+    """Unix time; of a resumed sweep, less the seconds that it ran before."""
     over: float | None = None
     """Unix time of its end, from which on `wall_s` stands still."""
     trials: dict[str, TrialRecord] = field(default_factory=dict)
@@ -267,7 +267,7 @@ class Summary:
         value, known = self.value(record), [self.reference(name) for name in REFERENCES]
         if value is None or None in known:
             return None
-        # Who cannot be told from doing nothing is ahead of it, or behind, by rounding alone.
+        # What cannot be distinguished from doing nothing is ahead of it, or behind, by rounding alone.
         return not record.unmoved and all(self.better(value, reference) for reference in known)
 
     @property

@@ -1,4 +1,4 @@
-"""`sweep.json`: what a sweep was asked for and ran with, and what has changed since when it goes on."""
+"""`sweep.json`: what a sweep was asked for and ran with, and what has changed when it is resumed."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ import raystar
 from raystar import __version__
 from raystar.base.errors import RaystarError, nearest
 from raystar.base.files import write_whole
+from raystar.search.purpose import PURPOSES, QUALITY
 
 RECORD, JOURNAL = "sweep.json", "journal.jsonl"
 """Files of a sweep's folder."""
@@ -38,7 +39,7 @@ def write_record(folder: Path, content: Mapping[str, Any]) -> None:
 
 
 def read_record(out: Path, name: str) -> dict[str, Any]:
-    """The record of a sweep that is to go on.
+    """The record of a sweep that is to be resumed.
 
     Raises:
         RaystarError: there is no such sweep, its files are another user's, or the record is damaged.
@@ -54,7 +55,7 @@ def read_record(out: Path, name: str) -> dict[str, Any]:
         if file.stat().st_uid != os.getuid():
             raise RaystarError(
                 f"--resume {name}: {file} belongs to user {file.stat().st_uid}, not to you ({os.getuid()}); "
-                "only sweeps of one's own go on"
+                "only sweeps of one's own are resumed"
             )
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -115,7 +116,8 @@ def as_meant(content: Any, record: Mapping[str, Any]) -> Any:
     scheduler = content.get("scheduler", {})
     if not isinstance(scheduler, Mapping):
         return content
-    metric = content.get("metric", "speedup" if content.get("purpose") == "speed" else "score")
+    purpose = PURPOSES.get(str(content.get("purpose", QUALITY.name)), QUALITY)
+    metric = content.get("metric", purpose.metric)
     return {**content, "scheduler": {"grace_epochs": 1, "metric": metric, **scheduler}}
 
 

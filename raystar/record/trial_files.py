@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import re
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +21,8 @@ from raystar.base.files import wait_for_space
 from raystar.base.storage import Storage
 from raystar.model import checkpoint as checkpoints
 from raystar.record.events import TrialReport
+
+logger = logging.getLogger(__name__)
 
 _CHECKPOINT = re.compile(r"epoch_(\d+)\.pt")
 _PICTURE = re.compile(r"(\w+)_(\d+)\.png")
@@ -53,7 +55,7 @@ def saved_epochs(storage: Storage, trial: str) -> list[int]:
 
 @dataclass(frozen=True)
 class Restored:
-    """Where a trial goes on."""
+    """Where a trial is resumed."""
 
     checkpoint: dict[str, Any] | None
     epoch: int
@@ -102,10 +104,10 @@ class TrialFiles:
                     found = checkpoints.load(path)
                 break
             except (RaystarError, FileNotFoundError) as error:
-                print(f"note: {error}", file=sys.stderr)
+                logger.warning(error)
                 damaged.append(name.rpartition("/")[2])
         done = int(found["epoch"]) if found else 0
-        note = f"{' and '.join(damaged)} cannot be read; went on after epoch {done}" if damaged else None
+        note = f"{' and '.join(damaged)} cannot be read; resumed after epoch {done}" if damaged else None
         return Restored(found, done, note)
 
     def reports(self, after: int, until: int) -> list[TrialReport]:

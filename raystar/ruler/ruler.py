@@ -56,8 +56,9 @@ NOTHING, TRANSFER = "nothing", "transfer"
 """Keys of `Ruler.references`."""
 
 UNMOVED = 0.005
-"""A model whose `movement` is below this cannot be told from doing nothing. Generators that stay the identity have up
-to 0.002, by rounding; those that went on to move had more at a fifth of their run (benchmarks/RESULTS.md)."""
+"""A model whose `movement` is below this cannot be distinguished from doing nothing. Generators that stay the
+identity have up to 0.002, by rounding; those that moved later had more at a fifth of their run
+(benchmarks/RESULTS.md)."""
 _PERFECT = 0.1
 _DIVERSITY_WANTED = 0.2
 _IGNORED_FROM, _IGNORED_AT = 0.6, 0.85  # of what unrelated pictures lose; other renderings of one scene lose half of it

@@ -1,6 +1,6 @@
 """ASHA's memory: which values were reported at which epoch, and which trial they stop.
 
-A pure function of the reports in their order, so a sweep that goes on puts it back by telling it again. Asynchronous
+A pure function of the reports in their order, so a resumed sweep restores it by repeating them. Asynchronous
 successive halving after Li et al., arXiv:1810.05934, with the decisions of Ray Tune's `ASHAScheduler` (one bracket).
 """
 
@@ -63,11 +63,11 @@ class Rungs:
         return sorted({math.ceil(rung.epoch) for rung in self.rungs if rung.epoch < self.epochs})
 
     def take(self, trial: str, epoch: int, value: float, unmoved: bool = False) -> bool:
-        """Takes in a trial's value; returns whether the trial may go on. A value that is not finite is the worst.
+        """Takes in a trial's value; returns whether the trial may continue. A value that is not finite is the worst.
 
         Args:
-            unmoved: the trial's translations cannot be told from their sources. Whatever its value, it is last: it is
-                stopped where any trial has moved, and it counts for those that come after it.
+            unmoved: the trial's translations cannot be distinguished from their sources. Whatever its value, it
+                is last: it is stopped where any trial has moved, and it counts for those that come after it.
         """
         value = value if self.mode == "max" else -value
         for rung in self.rungs:

@@ -12,14 +12,15 @@ from typing import Any
 import torch
 
 from raystar.base.errors import RaystarError, key_text, misspelt, show
-from raystar.base.metrics import QUALITY, RULER, SPEED, higher_is_better
+from raystar.base.metrics import RULER, higher_is_better
 from raystar.config.load import get_value, override
 from raystar.config.schema import MAX_WHOLE, Config
 from raystar.config.strict_yaml import read_mapping
 from raystar.search.distributions import Distribution, read_distribution
 from raystar.search.fields import boolean, number, one_of, section, whole
+from raystar.search.purpose import PURPOSES, QUALITY, Purpose
 from raystar.search.searchers import SEARCHERS
-from raystar.training.compile import SPEED_KEYS, canonical
+from raystar.training.compile import canonical
 
 SEED = "training.seed"
 """The key that differs between the runs of a finalist."""
@@ -27,7 +28,6 @@ _KNOWN = (
     "description", "purpose", "metric", "mode", "trials", "baseline", "search", "seed", "scheduler", "resources",
     "space", "collapse", "keep", "finalists", "abort_after",
 )  # fmt: skip
-_PURPOSES = {"quality": ("score", "min"), "speed": ("speedup", "max")}  # with their metric and mode
 _SCORE, _OUTLOOK = "eval/score", "eval/outlook"
 _MOST = 10_000  # trials, or combinations of a grid: more would never be run, and hardly be listed
 
@@ -91,13 +91,12 @@ class Space:
 
     source: str
     metric: str
-    """One of `base.metrics.QUALITY`; for a speed sweep one of its `SPEED`."""
+    """One of the purpose's."""
     mode: str
     trials: int
     space: Mapping[str, Distribution]
     description: str = ""
-    purpose: str = "quality"
-    """`quality`, or `speed`: settings that must not change results, measured one trial at a time on a device."""
+    purpose: Purpose = QUALITY
     baseline: bool = True
     search: str = "random"
     seed: int = 0
@@ -118,7 +117,7 @@ class Space:
     def points(self, config: Config, device: torch.device) -> list[dict[str, Any]] | None:
         """The swept keys' values of every trial, the baseline first; None where the search decides as it goes.
 
-        No combination comes twice; for a speed sweep neither do two that run the same code on `device`.
+        No combination comes twice; where only the step is timed, neither do two that run the same code on `device`.
 
         Raises:
             RaystarError: a drawn combination that no configuration may have.
@@ -156,7 +155,7 @@ class Space:
         self, points: dict[tuple[Any, ...], Any], values: tuple[Any, ...], config: Config, device: torch.device
     ) -> None:
         drawn = override(config, dict(zip(self.space, values, strict=True)), self.source)
-        if self.purpose == "speed":
+        if not self.purpose.models:
             drawn = canonical(drawn, device)
         point = {key: get_value(drawn, key) for key in self.space}
         points.setdefault(tuple(point.values()), point)
@@ -188,11 +187,9 @@ def from_mapping(content: Mapping[str, Any], config: Config, source: str) -> Spa
     package = SEARCHERS[search].package
     if package is not None and importlib.util.find_spec(package) is None:
         raise RaystarError(f"{source}: search {search} needs the package {package}; install raystar[{search}]")
-    purpose = one_of(content.get("purpose", "quality"), tuple(_PURPOSES), f"{source}: purpose")
+    purpose = PURPOSES[one_of(content.get("purpose", QUALITY.name), tuple(PURPOSES), f"{source}: purpose")]
     resources = _resources(content.get("resources", {}), source)
-    if purpose == "speed":
-        _check_speed(space, search, resources, source)
-    metric, mode = _PURPOSES[purpose]
+    _check_purpose(purpose, space, search, resources, source)
     description = content.get("description", "")
     baseline = boolean(content.get("baseline", True), f"{source}: baseline")
     trials = whole(content.get("trials", 12), f"{source}: trials", 1, _MOST)
@@ -204,11 +201,10 @@ def from_mapping(content: Mapping[str, Any], config: Config, source: str) -> Spa
                 "leave out choices, or use search: random"
             )
         trials = combinations + (1 if baseline else 0)
-    metrics = SPEED if purpose == "speed" else QUALITY
     space_file = Space(
         source=source,
-        metric=_metric(content.get("metric", metric), metrics, f"{source}: metric"),
-        mode=one_of(content.get("mode", mode), ("min", "max"), f"{source}: mode"),
+        metric=_metric(content.get("metric", purpose.metric), purpose.metrics, f"{source}: metric"),
+        mode=one_of(content.get("mode", purpose.mode), ("min", "max"), f"{source}: mode"),
         trials=trials,
         space=space,
         description=description if isinstance(description, str) else show(description),
@@ -216,7 +212,7 @@ def from_mapping(content: Mapping[str, Any], config: Config, source: str) -> Spa
         baseline=baseline,
         search=search,
         seed=whole(content.get("seed", 0), f"{source}: seed", 0, MAX_WHOLE),
-        scheduler=read_scheduler(content.get("scheduler", {}), metrics, source),
+        scheduler=read_scheduler(content.get("scheduler", {}), purpose.metrics, source),
         resources=resources,
         collapse=_collapse(content.get("collapse", {}), source),
         keep=whole(content.get("keep", Space.keep), f"{source}: keep", 1, _MOST),
@@ -227,19 +223,24 @@ def from_mapping(content: Mapping[str, Any], config: Config, source: str) -> Spa
     return space_file
 
 
-def _check_speed(space: Mapping[str, Distribution], search: str, resources: Resources, source: str) -> None:
-    """A speed sweep's best is taken over into other runs, so it may change nothing but how fast they are."""
+def _check_purpose(
+    purpose: Purpose, space: Mapping[str, Distribution], search: str, resources: Resources, source: str
+) -> None:
+    """The fastest settings are taken over into other runs, so they may change nothing but how fast these are."""
     for key in space:
-        if key not in SPEED_KEYS:
+        if purpose.keys is not None and key not in purpose.keys:
             raise RaystarError(
-                f"{source}: space: {key}: purpose speed searches only what leaves the results as they are: "
-                f"{', '.join(SPEED_KEYS)}"
+                f"{source}: space: {key}: purpose {purpose.name} searches only what leaves the results as they are: "
+                f"{', '.join(purpose.keys)}"
             )
+    if not purpose.alone:
+        return
     if SEARCHERS[search].draw is None:
-        raise RaystarError(f"{source}: search: expected random or grid for purpose speed, found {search}")
+        raise RaystarError(f"{source}: search: expected random or grid for purpose {purpose.name}, found {search}")
     if resources.workers != 1:
         raise RaystarError(
-            f"{source}: resources.workers: purpose speed measures one worker on one device, found {resources.workers}"
+            f"{source}: resources.workers: purpose {purpose.name} measures one worker on one device, "
+            f"found {resources.workers}"
         )
 
 
@@ -285,11 +286,13 @@ def read_scheduler(content: Any, metrics: Sequence[str], source: str) -> Schedul
     return found
 
 
-def _finalists(content: Any, purpose: str, space: Mapping[str, Distribution], source: str) -> Finalists:
+def _finalists(content: Any, purpose: Purpose, space: Mapping[str, Distribution], source: str) -> Finalists:
     where = f"{source}: finalists"
-    if purpose == "speed":
+    if not purpose.models:
         if content is not None:
-            raise RaystarError(f"{where}: purpose speed has none, since speed does not depend on a seed; leave it out")
+            raise RaystarError(
+                f"{where}: purpose {purpose.name} has none, since speed does not depend on a seed; leave it out"
+            )
         return Finalists(0, 0)
     if content is None:  # where seeds are searched, there is no other seed to train from
         return Finalists(seeds=0) if SEED in space else Finalists()

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-import yaml
-
+from raystar.base.console import shown
+from raystar.config.strict_yaml import dump_yaml
 from raystar.record import results
 from raystar.record.summary import Summary
 from raystar.sweep.plan import make_plan
 from raystar.sweep.request import SweepRequest
 
 
-def run_sweep(request: SweepRequest | None = None, *, values: Mapping[str, Any] | None = None, **asked: Any) -> Summary:
+def run_sweep(
+    request: SweepRequest | None = None, *, values: Mapping[str, Any] | None = None, show: bool = True, **asked: Any
+) -> Summary:
     """Searches hyper-parameters as `python -m raystar.tune` does, and returns what came of it.
 
         summary = run_sweep(space="search_spaces/loss.yaml", trials=4, values={"training.epochs": 2})
@@ -23,6 +26,7 @@ def run_sweep(request: SweepRequest | None = None, *, values: Mapping[str, Any] 
     Args:
         request: what is asked for; or its fields one by one, as keywords.
         values: configuration keys and values over those of the configuration file.
+        show: print what the command prints. False leaves that to `logging`, below the logger `raystar`.
 
     Returns:
         The sweep's summary; `summary.finals` names the winner where finalists were trained again. Its folder, below
@@ -41,11 +45,12 @@ def run_sweep(request: SweepRequest | None = None, *, values: Mapping[str, Any] 
     if values:
         written = [f"{key}={_as_yaml(value)}" for key, value in values.items()]
         request = dataclasses.replace(request, set=[*request.set, *written])
-    plan = make_plan(request)
-    run(plan)
+    with shown() if show else contextlib.nullcontext():
+        plan = make_plan(request)
+        run(plan)
     return results.read(plan.folder).summary
 
 
 def _as_yaml(value: Any) -> str:
     """A value on one line, as `--set` takes it."""
-    return yaml.safe_dump(value, default_flow_style=True, width=10**6).partition("\n")[0]
+    return dump_yaml(value, default_flow_style=True, width=10**6, allow_unicode=False).partition("\n")[0]

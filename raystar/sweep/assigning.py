@@ -34,7 +34,7 @@ def request(plan: Plan, ledger: Ledger, placed: Placed | None, alone: bool) -> R
         cpus=plan.cpus,
         workers=plan.space.resources.workers,
         measure_at=tuple(ledger.rungs.places) if ledger.rungs is not None else (),
-        speed=plan.speed,
+        purpose=plan.purpose,
     )
 
 

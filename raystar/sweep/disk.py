@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import logging
 import threading
 
 import torch
@@ -12,6 +12,8 @@ from raystar.base.storage import Storage
 from raystar.config.schema import Config
 from raystar.model.networks import AVERAGED, NAMES, Nets
 from raystar.record.retention import RECENT
+
+logger = logging.getLogger(__name__)
 
 _EXTRA_BYTES = 1 << 20  # a trial's pictures and records, about
 _LOOK_S = 2.0
@@ -63,13 +65,11 @@ class DiskWatch:
                 return
             if (free < self.needed) != full:
                 full = not full
-                print(
-                    f"note: the disk that holds {self.storage.uri} is full ({_size(free)} free, a checkpoint takes "
-                    f"{_size(self.needed)}); trials wait until there is space again"
+                logger.warning(
+                    f"the disk that holds {self.storage.uri} is full ({_size(free)} free, a checkpoint "
+                    f"takes {_size(self.needed)}); trials wait until there is space again"
                     if full
-                    else f"note: the disk that holds {self.storage.uri} has space again; trials go on",
-                    file=sys.stderr,
-                    flush=True,
+                    else f"the disk that holds {self.storage.uri} has space again; trials continue"
                 )
 
     def close(self) -> None:

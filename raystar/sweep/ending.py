@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import signal
-import sys
 import time
 from collections.abc import Callable
 from types import FrameType
 
+from raystar.base.console import PROGRESS
+
+logger = logging.getLogger(__name__)
+
 
 class Ending:
-    """What speaks against going on, and how Ctrl-C and SIGTERM are answered.
+    """What speaks against continuing, and how Ctrl-C and SIGTERM are answered.
 
     Args:
         time_budget_s: seconds from now; None for no limit.
@@ -71,8 +75,7 @@ class Ending:
         if not self.fitting or self.interrupts >= 3:
             raise KeyboardInterrupt
         if self.interrupts == 1:
-            print(
+            logger.log(
+                PROGRESS,
                 "\nstopping when each running trial has saved its epoch; press Ctrl-C twice more to stop at once",
-                file=sys.stderr,
-                flush=True,
             )

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import logging
 import platform
-import sys
 import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -35,41 +35,43 @@ from raystar.sweep.plan import Plan
 from raystar.tracking.mlflow import models as registry
 from raystar.tracking.tracker import CHECKPOINT, PARENT, Tracker
 
-BEST, FASTEST, FINALISTS = "best", "fastest.yaml", "finalists"
+logger = logging.getLogger(__name__)
+
+FINALISTS = "finalists"
 
 
 def leave(plan: Plan, summary: Summary, best: TrialRecord) -> dict[str, Path]:
     """Writes `best/`, or a speed sweep's `fastest.yaml`; returns what belongs to the record, by artifact name."""
-    if plan.speed:
-        return {FASTEST: _write_fastest(plan, summary, best)}
-    _export(plan, summary, best)
-    return {f"{BEST}/{name}": plan.folder / BEST / name for name in (model.GRID, model.INTERPOLATION)}
+    left = plan.purpose.left
+    if not plan.purpose.models:
+        _write_overlay(plan, summary, best, plan.folder / left)
+        return {left: plan.folder / left}
+    _export(plan, summary, best, plan.folder / left)
+    return {f"{left}/{name}": plan.folder / left / name for name in (model.GRID, model.INTERPOLATION)}
 
 
 def report(plan: Plan) -> dict[str, Path]:
     """Writes the sweep's page and contact sheet from what lies in its folder; returns them by artifact name.
 
-    Whatever is in the way of them is told in a line: it costs no sweep its result.
+    What keeps them from being made is logged in a line: it costs no sweep its result.
     """
     try:
         page_module.write(plan.folder, plan.storage)
     except Exception as error:
         first = (str(error).strip().splitlines() or [""])[0]
         runs = "" if plan.out == Path("runs") else f" --runs {plan.out}"
-        print(
-            f"note: the report could not be made: {type(error).__name__}: {redact(first)}; "
-            f"python -m raystar.report --sweep {plan.name}{runs} tries again",
-            file=sys.stderr,
-            flush=True,
+        logger.warning(
+            f"the report could not be made: {type(error).__name__}: {redact(first)}; "
+            f"python -m raystar.report --sweep {plan.name}{runs} tries again"
         )
     return {name: plan.folder / name for name in (REPORT, CONTACT_SHEET) if (plan.folder / name).is_file()}
 
 
-def _export(plan: Plan, summary: Summary, best: TrialRecord) -> None:
-    """Writes `best/` from the best trial's scored checkpoint."""
+def _export(plan: Plan, summary: Summary, best: TrialRecord, folder: Path) -> None:
+    """Writes the folder from the best trial's scored checkpoint."""
     if best.score_epoch is None or best.score_epoch not in saved_epochs(plan.storage, best.trial):
         return
-    _write_model(plan, summary, best, best.score_epoch, plan.folder / BEST, strip=True)
+    _write_model(plan, summary, best, best.score_epoch, folder, strip=True)
 
 
 def _write_model(
@@ -108,7 +110,7 @@ def _write_model(
                 pictures[model.INTERPOLATION] = drawn
             # A VAE that is gone, or more memory than there is: that costs a picture, not the model.
             except (RaystarError, OSError, RuntimeError) as error:
-                print(f"note: {model.INTERPOLATION} could not be drawn: {redact(str(error))}", file=sys.stderr)
+                logger.warning(f"{model.INTERPOLATION} could not be drawn: {redact(str(error))}")
         model.write(folder, checkpoint, facts, pictures)
 
 
@@ -117,14 +119,14 @@ def _interpolation(plan: Plan, checkpoint: Mapping[str, Any]) -> Image.Image:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     config = from_mapping(checkpoint["config"], "checkpoint")
     nets = Nets.of(config.model, config.num_domains, checkpoints.shown_weights(checkpoint), "checkpoint")
-    codec, _ = open_codec(plan.config, device)  # what is in its way has been told
+    codec, _ = open_codec(plan.config, device)  # why it is not the one asked for has been logged
     return grid.interpolation(nets.to(device), config, grid.choose(plan.bank, config, codec), codec)
 
 
 def finalists(plan: Plan, summary: Summary) -> list[tuple[TrialRecord, int]]:
     """The trials whose models go into the store, each with its scored epoch, best first: of each finalist its best run,
     or without finals the best trials."""
-    if plan.speed:
+    if not plan.purpose.models:
         return []
     top = plan.space.finalists.top
     ranked = (
@@ -147,7 +149,7 @@ def stage(plan: Plan, summary: Summary, record: TrialRecord, epoch: int) -> Path
     return folder
 
 
-def _write_fastest(plan: Plan, summary: Summary, best: TrialRecord) -> Path:
+def _write_overlay(plan: Plan, summary: Summary, best: TrialRecord, path: Path) -> None:
     """The best trial's settings as an overlay for `--overlay`."""
     found = best.metrics
     text = (
@@ -155,9 +157,7 @@ def _write_fastest(plan: Plan, summary: Summary, best: TrialRecord) -> Path:
         f"{found['perf/steady_samples_per_s']:.4g} samples/s, {found['perf/speedup']:.2f} times eager.\n"
         f"# Measured on {platform.machine()} with torch {version('torch')}; use it with --overlay.\n"
     )
-    path = plan.folder / FASTEST
     write_whole(path, text + overlay_yaml(best.params))
-    return path
 
 
 def close_parent(plan: Plan, summary: Summary, tracker: Tracker, files: Mapping[str, Path], error: str | None) -> None:
@@ -197,7 +197,7 @@ def hand_in_models(
             try:
                 folder = stage(plan, summary, record, epoch)
             except (RaystarError, FileNotFoundError) as missing:
-                print(f"note: {record.trial} is not handed in as a model: {missing}", file=sys.stderr, flush=True)
+                logger.warning(f"{record.trial} is not handed in as a model: {missing}")
                 continue
             tracker.log_model(record.trial, epoch, folder, record.params, {"raystar.trial": record.trial})
     best = summary.best

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import sys
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 
-from raystar.base.console import announce, duration
+from raystar.base.console import duration
 from raystar.record import finals, results
 from raystar.record.results import REPORT
 from raystar.record.statuses import BROKEN, FINISHED, UNFINISHED
 from raystar.record.summary import Summary, TrialRecord
 from raystar.search.space import SEED
-from raystar.sweep.finish import BEST, FASTEST
 from raystar.sweep.live_table import ranking, reference_lines
 from raystar.sweep.plan import Plan
+
+logger = logging.getLogger(__name__)
 
 
 def tell(
@@ -31,17 +32,17 @@ def tell(
             of the best ones' pictures.
     """
     counts = ", ".join(f"{n} {status}" for status, n in summary.counts().items())
-    announce(f"\nsweep {summary.status} in {duration(summary.wall_s)}: {counts}")
+    logger.info(f"\nsweep {summary.status} in {duration(summary.wall_s)}: {counts}")
     if error is not None:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-    left = plan.folder / (FASTEST if plan.speed else BEST)
+        logger.error(error)
+    left = plan.folder / plan.purpose.left
     for line in (
         *_troubles(summary),
-        *(ranking(summary) if plan.speed else []),
+        *(ranking(summary, plan.purpose.table) if plan.purpose.table else []),
         *_best(plan, summary, left, registered),
-        *_where_to_go_on(plan, summary, how_to_compare, left),
+        *_next_commands(plan, summary, how_to_compare, left),
     ):
-        announce(line)
+        logger.info(line)
 
 
 def _troubles(summary: Summary) -> Iterator[str]:
@@ -68,16 +69,16 @@ def _best(plan: Plan, summary: Summary, left: Path, registered: str | None) -> I
     yield from reference_lines(summary)
     if (standing := summary.standing) is not None:
         yield standing
-    if not plan.speed and (rungs := results.read(plan.folder).foresight()):
+    if plan.purpose.models and (rungs := results.read(plan.folder).foresight()):
         yield rungs[0].words
     if left.exists():
         of = f" (of {best.trial}: {summary.short_metric} {best.score:.4f})" if summary.finals is not None else ""
-        yield f"  {'overlay' if plan.speed else 'files'}: {left}{of}"
+        yield f"  {plan.purpose.called}: {left}{of}"
     if registered is not None:
         yield f"  model: {registered}"
 
 
-def _where_to_go_on(
+def _next_commands(
     plan: Plan, summary: Summary, how_to_compare: tuple[str, str, str | None], left: Path
 ) -> Iterator[str]:
     """The commands that come next, each at its place."""
@@ -85,7 +86,7 @@ def _where_to_go_on(
     finals_wait = bool(plan.seeds) and not summary.repeats and summary.best is not None
     if waiting or finals_wait or len(summary.trials) < summary.expected:
         out = "" if plan.out == Path("runs") else f" --out {plan.out}"
-        yield f"go on:   python -m raystar.tune --resume {plan.name}{out}"
+        yield f"resume:  python -m raystar.tune --resume {plan.name}{out}"
     if (page := plan.folder / REPORT).exists():
         yield f"report:  {page}"
     command, address, pictures = how_to_compare
@@ -94,7 +95,7 @@ def _where_to_go_on(
         yield f"         then open {address}"
     if pictures is not None:
         yield f"         pictures: {pictures}"
-    if plan.speed and left.exists():
+    if not plan.purpose.models and left.exists():
         yield f"use it:  python -m raystar.tune --overlay {left} --space ..."
     elif left.exists():
         runs = "" if plan.out == Path("runs") else f" --runs {plan.out}"

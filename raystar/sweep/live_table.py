@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console, Group
@@ -10,9 +12,12 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from raystar.base.console import announce, duration
+from raystar.base.console import duration, shows
 from raystar.record.statuses import BROKEN, PENDING, RUNNING
 from raystar.record.summary import REFERENCES, Summary, TrialRecord
+from raystar.search.purpose import Column
+
+logger = logging.getLogger(__name__)
 
 _ROWS = 16
 _STYLES = {
@@ -39,7 +44,7 @@ class Board:
         self.repeats = repeats
         self.console = Console()
         self.live: Live | None = None
-        if self.console.is_terminal:
+        if self.console.is_terminal and shows():
             self.live = Live(get_renderable=self._render, console=self.console, refresh_per_second=2)
 
     def start(self) -> None:
@@ -62,16 +67,15 @@ class Board:
         state = f"{record.status}, unmoved" if record.unmoved else record.status
         leader = f"best {best.score:.4f} ({best.trial})  " if best is not None and best.score is not None else ""
         reason = f"  {record.reason}" if record.reason and record.status not in (RUNNING, "stopped") else ""
-        print(
-            f"{record.trial}  {state:<9} epoch {record.epochs}/{self.epochs}  {score}{leader}{self._clock()}{reason}",
-            flush=True,
+        logger.info(
+            f"{record.trial}  {state:<9} epoch {record.epochs}/{self.epochs}  {score}{leader}{self._clock()}{reason}"
         )
 
     def told_references(self) -> None:
         """Tells what a model has to beat, which is known from now on."""
         if self.live is None:
             for line in reference_lines(self.summary):
-                announce(line)
+                logger.info(line)
 
     def _clock(self) -> str:
         elapsed = time.time() - self.summary.started
@@ -146,16 +150,14 @@ def reference_lines(summary: Summary) -> list[str]:
     return [f"  {words}: {summary.short_metric} {value:.4f}" for words, value in known if value is not None]
 
 
-def ranking(summary: Summary) -> list[str]:
-    """The lines of a speed sweep's end: how fast each setting is, what compiling took, and how it differs."""
-    lines = [f"  {'trial':6}{'x eager':>9}{'samples/s':>11}{'compiling':>11}  changed"]
+def ranking(summary: Summary, columns: Sequence[Column]) -> list[str]:
+    """All trials with a score, best first: `columns`, and how each differs from the baseline."""
+    titles = "".join(f"{c.title:>{len(format(0.0, c.form) + c.unit)}}" for c in columns)
+    lines = [f"  {'trial':6}{titles}  changed"]
     for record in summary.ranked():
-        found = {name.partition("/")[2]: value for name, value in record.metrics.items()}
+        values = "".join(format(record.metrics[c.metric], c.form) + c.unit for c in columns)
         changed = "baseline" if record is summary.baseline else _values(summary.changed(record))
-        lines.append(
-            f"  {record.trial:6}{found['speedup']:9.2f}{found['steady_samples_per_s']:11.1f}"
-            f"{found['compile_s']:9.0f} s  {changed}"
-        )
+        lines.append(f"  {record.trial:6}{values}  {changed}")
     return lines
 
 

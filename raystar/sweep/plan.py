@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import re
 import shlex
 import sys
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 
 from raystar.base.errors import RaystarError
+from raystar.base.limits import check_limits
 from raystar.base.machine import usable_cpus
 from raystar.base.secrets import redact
 from raystar.base.storage import Storage
@@ -28,15 +30,19 @@ from raystar.pictures.codec import check_codec
 from raystar.record.sweep_file import RECORD, as_meant, code, code_differences, differences, of_0_1, read_record
 from raystar.ruler.samples import check as check_ruler
 from raystar.ruler.samples import measured_by
+from raystar.search.purpose import Purpose
 from raystar.search.searchers import SEARCHERS
 from raystar.search.space import SEED, Space
 from raystar.search.space import from_mapping as space_from_mapping
 from raystar.sweep.disk import check_space, checkpoint_bytes, needed_bytes
 from raystar.sweep.request import DEFAULT_CONFIG, SweepRequest
 from raystar.sweep.resources import trial_resources
-from raystar.tracking.mlflow.address import check_uri, default_uri
+from raystar.tracking.mlflow.address import default_uri
+from raystar.tracking.stores import check_uri
 from raystar.tracking.tracker import provenance
 from raystar.training.speed import check_steps
+
+logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,9 +80,9 @@ class Plan:
         return self.out / self.name
 
     @property
-    def speed(self) -> bool:
-        """Whether this sweep measures speed alone."""
-        return self.space.purpose == "speed"
+    def purpose(self) -> Purpose:
+        """Of the sweep."""
+        return self.space.purpose
 
     @property
     def at_a_time(self) -> int:
@@ -85,7 +91,7 @@ class Plan:
         fit = usable_cpus() // (self.cpus * workers)
         if self.gpu_share:
             fit = min(fit, int(torch.cuda.device_count() / (self.gpu_share * workers)))
-        elif self.speed:
+        elif self.purpose.alone:
             fit = 1  # two trials on one device would measure each other
         return max(1, min(fit, self.max_concurrent or fit, self.trials + self.repeats))
 
@@ -123,6 +129,7 @@ def make_plan(request: SweepRequest) -> Plan:
     ):
         if value is not None and value < 1:
             raise RaystarError(f"{flag}: expected at least 1, found {value}")
+    check_limits()
     budget = _time_budget(request.time_budget) if request.time_budget else None
     if request.resume is not None:
         return _resumed(request, request.resume, budget)
@@ -132,8 +139,8 @@ def make_plan(request: SweepRequest) -> Plan:
     check_name(name)
     folder = request.out / name
     if folder.exists():
-        goes_on = f"go on with --resume {name}, " if (folder / RECORD).exists() else ""
-        raise RaystarError(f"--name {name}: {folder} is there already; {goes_on}choose another name or remove it")
+        resume = f"resume it with --resume {name}, " if (folder / RECORD).exists() else ""
+        raise RaystarError(f"--name {name}: {folder} is there already; {resume}choose another name or remove it")
     asked = {
         "space": str(request.space),
         "config": str(request.config),
@@ -183,7 +190,7 @@ def _check(
     *,
     before: Mapping[str, Any] | None = None,
 ) -> Plan:
-    """Everything that must hold before Ray starts. `before`: the record of the sweep that goes on."""
+    """Everything that must hold before Ray starts. `before`: the record of the sweep that is resumed."""
     gpu_share, cpus = trial_resources(config, space, request.address)
     points = space.points(config, resolve_device(config) if request.address is None else torch.device("cpu"))
     trials = len(points) if points is not None else space.trials
@@ -191,7 +198,7 @@ def _check(
     check_uri(uri)
     storage = Storage(request.storage or (before or {}).get("storage") or str(request.out)).child(name)
     bank = open_bank(config, cache_dir(config, request.out))
-    if space.purpose == "speed":
+    if not space.purpose.models:
         check_steps(config, bank)
     else:
         check_ruler(bank, config)
@@ -212,7 +219,7 @@ def _check(
         "points": points,
         "signature": signature(config),
         "data": {"root": bank.root, "digest": bank.digest, "latents": len(bank.names)},
-        **({"ruler": measured_by(bank, config)} if space.purpose == "quality" else {}),
+        **({"ruler": measured_by(bank, config)} if space.purpose.models else {}),
         "storage": request.storage or (before or {}).get("storage"),
         "tracking_uri": redact(uri),
         "code": code(),
@@ -227,7 +234,7 @@ def _check(
 
 
 def _tracking_uri(request: SweepRequest, before: Mapping[str, Any] | None) -> str:
-    """Where records go; a sweep that goes on stays with its store."""
+    """Where records go; a resumed sweep stays with its store."""
     given = request.tracking_uri or default_uri(request.out)
     if before is None:
         return given
@@ -243,7 +250,7 @@ def _tracking_uri(request: SweepRequest, before: Mapping[str, Any] | None) -> st
 
 
 def _resumed(request: SweepRequest, name: str, budget: float | None) -> Plan:
-    """The plan of a sweep that goes on: its record's, unless what it was made from has changed and `--force` is given.
+    """The plan of a resumed sweep: its record's, unless what it was made from has changed and `--force` is given.
 
     Raises:
         RaystarError: what has changed; or anything that `make_plan` refuses.
@@ -255,7 +262,7 @@ def _resumed(request: SweepRequest, name: str, budget: float | None) -> Plan:
         ("--config", str(request.config) != DEFAULT_CONFIG),
     ):  # fmt: skip
         if given:
-            raise RaystarError(f"--resume {name} goes on as the sweep was asked for; leave out {flag}")
+            raise RaystarError(f"--resume {name} continues the sweep as it was asked for; leave out {flag}")
     before = read_record(request.out, name)
     asked = {**before["request"], **({"trials": request.trials} if request.trials is not None else {})}
     config = config_from_mapping(before["config"], RECORD)
@@ -263,7 +270,7 @@ def _resumed(request: SweepRequest, name: str, budget: float | None) -> Plan:
     changed = code_differences(before["code"], code())
     gone = [file for file in (asked["space"], asked["config"], *asked["overlay"]) if not find_shipped(file).is_file()]
     if gone:
-        print(f"note: {' and '.join(gone)} not there any more; the sweep's record counts", file=sys.stderr)
+        logger.warning(f"{' and '.join(gone)} not there any more; the sweep's record counts")
     else:
         config_now, content_now = _read(asked)
         content_now = as_meant(content_now, before)
@@ -287,11 +294,11 @@ def _resumed(request: SweepRequest, name: str, budget: float | None) -> Plan:
     if changed and not request.force:
         raise RaystarError(
             f"--resume {name}: not what the sweep began with:{listed}\n"
-            "put it back, or go on with what is there now with --force"
+            "put it back, or continue with what is there now with --force"
         )
     if changed:
         many = f"{len(changed)} thing{'s have' if len(changed) > 1 else ' has'} changed"
-        print(f"note: {many} since sweep {name} began; --force goes on:{listed}", file=sys.stderr)
+        logger.warning(f"{many} since sweep {name} began; continuing, because of --force:{listed}")
     return plan
 
 
@@ -300,7 +307,7 @@ def _instead(before: Mapping[str, Any], listed: str) -> str:
     if of_0_1(before):
         at = f", commit {before['git_commit']}" if before.get("git_commit") else ""
         return (
-            f"start a new sweep, or go on with the raystar that began it (0.1{at}); "
+            f"start a new sweep, or continue with the raystar that began it (0.1{at}); "
             "its report, its models and its checkpoints can be used as they are"
         )
     return f"put back what has changed, or start a new sweep:{listed}" if listed else "start a new sweep"

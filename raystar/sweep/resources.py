@@ -15,7 +15,7 @@ def share_of_gpu(config: Config, space: Space, there: int) -> float:
     """GPUs of each worker of a trial, where there are so many."""
     gpus = space.resources.gpus
     if gpus == "auto":
-        whole = space.purpose == "speed" or space.resources.workers > 1
+        whole = space.purpose.alone or space.resources.workers > 1
         gpus = (1.0 if whole else 0.5) if there and config.training.device != "cpu" else 0.0
     return float(gpus)
 
@@ -23,16 +23,16 @@ def share_of_gpu(config: Config, space: Space, there: int) -> float:
 def trial_resources(config: Config, space: Space, address: str | None) -> tuple[float, int]:
     """GPUs and processors that each worker of a trial gets; checked against this machine, if trials run here."""
     there = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    speed, workers = space.purpose == "speed", space.resources.workers
+    alone, workers = space.purpose.alone, space.resources.workers
     trial = "a trial wants" if workers == 1 else f"{workers} workers want"
     gpus, cpus = share_of_gpu(config, space, there), space.resources.cpus
     if address is not None:
-        if speed:
+        if alone:
             raise RaystarError("--address: a speed sweep measures one machine; run it there, without --address")
         _check_shares(config, space)
         return gpus, 1 if cpus == "auto" else int(cpus)
     if cpus == "auto":
-        cpus = usable_cpus() // workers if speed and not gpus else 1
+        cpus = usable_cpus() // workers if alone and not gpus else 1
     cpus = max(1, int(cpus))
     if cpus * workers > usable_cpus():
         raise RaystarError(
@@ -44,7 +44,7 @@ def trial_resources(config: Config, space: Space, address: str | None) -> tuple[
             f"{space.source}: resources.gpus: {trial} {gpus * workers:g}, this machine has {there}; "
             + ("use auto or 0" if workers == 1 else "lower resources.workers, or set gpus: 0")
         )
-    if speed and 0 < gpus < 1:
+    if alone and 0 < gpus < 1:
         raise RaystarError(f"{space.source}: resources.gpus: speed is measured on a whole GPU; found {gpus:g}")
     if gpus == 0 and config.training.device == "cuda":
         raise RaystarError(

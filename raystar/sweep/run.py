@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import logging
 import os
 import shutil
 import threading
@@ -14,7 +15,6 @@ from typing import Any
 from raystar.backend import nodes as cluster
 from raystar.backend import placing, ray_start
 from raystar.backend.ray_start import RAY_ENVIRONMENT
-from raystar.base.console import announce, say
 from raystar.base.errors import RaystarError
 from raystar.base.files import locked
 from raystar.base.journal import Journal
@@ -34,11 +34,10 @@ from raystar.sweep.plan import Plan
 from raystar.sweep.resources import share_of_gpu
 from raystar.sweep.session import Session
 from raystar.tracking.mlflow import client
-from raystar.tracking.mlflow.writer import MlflowStore
-from raystar.tracking.relay import Relay
+from raystar.tracking.stores import open_tracker
 from raystar.tracking.tracker import SPOOL, provenance
 
-_PLACING_S = 3600.0  # for nodes to fetch latents from a distant storage
+logger = logging.getLogger(__name__)
 
 
 def run(plan: Plan) -> int:
@@ -64,42 +63,48 @@ def _run(plan: Plan) -> int:
     ledger = _ledger(plan)
     left = _left(plan, ledger)
     again = f", the best {plan.space.finalists.top} again from other seeds" if plan.seeds else ""
-    announce(
-        f"sweep {plan.name}{' goes on' if plan.resumed else ''}: {plan.trials} trials of up to "
+    logger.info(
+        f"sweep {plan.name}{' resumed' if plan.resumed else ''}: {plan.trials} trials of up to "
         f"{plan.config.training.epochs} epochs{again}{f', {left} to go' if plan.resumed else ''}, "
         f"{len(plan.bank.domains)} domains, {sum(map(len, plan.bank.train))} latents"
-        + (f"; starting Ray, MLflow{'' if plan.speed else ', the ruler'}" if left else "")
+        + (f"; starting Ray, MLflow{', the ruler' if plan.purpose.models else ''}" if left else "")
     )
     if not left:
         return _tracked(plan, ledger, None, dict)
     _set_environment(plan)
     # Made while Ray starts and the trials' processes import; a trial that comes first waits for its file.
-    ruler = _Background(lambda: {} if plan.speed else Ruler.build(plan.bank, plan.config, plan.cache_dir).references)
+    ruler = _Background(lambda: _references(plan))
     try:
         _start_ray(plan)
         placed = None
         if plan.address is not None:
             plan, placed = _on_the_cluster(plan, ruler)
-        if not plan.speed:
+        if plan.purpose.models:
             config, note = _settle_codec(plan.config)
-            say(note)
+            if note is not None:
+                logger.warning(note)
             plan = dataclasses.replace(plan, config=config)
         return _tracked(plan, ledger, placed, ruler.result)
     finally:
         ray_start.stop()
 
 
+def _references(plan: Plan) -> dict[str, dict[str, float]]:
+    """What the ruler says of a model that does nothing, and so on; makes its file on the way."""
+    return Ruler.build(plan.bank, plan.config, plan.cache_dir).references if plan.purpose.models else {}
+
+
 def _tracked(plan: Plan, ledger: Ledger, placed: placing.Placed | None, ruler_ready: Callable[[], Any]) -> int:
-    store = MlflowStore(
+    tracker = open_tracker(
         plan.tracking_uri,
-        plan.out / "artifacts",
-        {"name": Path(plan.bank.root).name or "latents", "digest": plan.bank.digest, "source": plan.bank.root},
-        {**provenance(), "raystar.sweep": plan.name},
-        plan.space.metric,
-        plan.space.mode == "min",
+        plan.folder / SPOOL,
+        artifacts=plan.out / "artifacts",
+        dataset={"name": Path(plan.bank.root).name or "latents", "digest": plan.bank.digest, "source": plan.bank.root},
+        tags={**provenance(), "raystar.sweep": plan.name},
+        metric=plan.space.metric,
+        lower_is_better=plan.space.mode == "min",
         columns=list(plan.space.space),
     )
-    tracker = Relay(store, plan.folder / SPOOL)
     try:
         return Session(plan, tracker, ledger, placed, ruler_ready).run()
     except RaystarError:
@@ -200,17 +205,16 @@ def _on_the_cluster(plan: Plan, ruler: _Background) -> tuple[Plan, placing.Place
         to_mapping(plan.config),
         plan.bank,
         plan.cache_dir,
-        [] if plan.speed else [ruler_file(plan.bank, plan.config, plan.cache_dir)],
+        [ruler_file(plan.bank, plan.config, plan.cache_dir)] if plan.purpose.models else [],
         plan.storage.child("shared"),
-        timeout_s=_PLACING_S,
     )
     there = cluster.nodes()
-    announce(f"{len(there)} node{'s' if len(there) > 1 else ''}, {fit} trials at a time; nodes that join are used")
+    logger.info(f"{len(there)} node{'s' if len(there) > 1 else ''}, {fit} trials at a time; nodes that join are used")
     return dataclasses.replace(plan, gpu_share=gpus), placed
 
 
 def _settle_codec(config: Config) -> tuple[Config, str | None]:
-    """Tries the codec once for all trials: one that cannot be had is looked for, and told of, a single time."""
+    """Tries the codec once for all trials: one that cannot be had is looked for, and noted, a single time."""
     if config.visualization.vae_model_name_or_path is None or not config.grid_every:
         return config, None
     _, note = open_codec(config)

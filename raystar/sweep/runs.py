@@ -50,7 +50,7 @@ def lacks_score(tracker: Tracker, summary: Summary, record: TrialRecord) -> bool
     return f"final/{summary.short_metric}" not in tracker.final(record.trial)
 
 
-def give_score(tracker: Tracker, summary: Summary, record: TrialRecord, *, speed: bool) -> None:
+def give_score(tracker: Tracker, summary: Summary, record: TrialRecord, *, models: bool) -> None:
     """The trial's score, which the summary ranks by, where MLflow's tables can sort by it too."""
     if record.score is None or record.score_epoch is None:
         return
@@ -58,6 +58,6 @@ def give_score(tracker: Tracker, summary: Summary, record: TrialRecord, *, speed
     note = f"{record.status}: {summary.short_metric} {record.score:.4f} after epoch {record.score_epoch}"
     note += f" of {record.epochs}" + (f"; {record.reason}" if record.reason else "")
     tags = {"mlflow.note.content": note}
-    if not speed:
+    if models:
         tags["raystar.unmoved"] = str(record.unmoved).lower()
     tracker.attach(record.trial, {}, tags, values)

@@ -5,6 +5,7 @@ Trials know nothing of any of this: `backend.tune_hooks` carries their reports h
 
 from __future__ import annotations
 
+import logging
 import shutil
 import time
 import traceback
@@ -12,7 +13,6 @@ from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 from raystar.backend import placing
-from raystar.base.console import announce
 from raystar.base.errors import RaystarError
 from raystar.base.journal import Journal
 from raystar.record import finals
@@ -54,9 +54,11 @@ from raystar.sweep.live_table import Board
 from raystar.sweep.plan import Plan
 from raystar.tracking.tracker import PARENT, Tracker
 
+logger = logging.getLogger(__name__)
+
 
 class Session:
-    """A sweep from when it begins, or goes on, to when it ends: what happens goes to journal, MLflow and screen.
+    """A sweep from when it begins, or is resumed, to when it ends: what happens goes to journal, MLflow and screen.
 
     Args:
         placed: on a cluster, the files that nodes must hold.
@@ -105,7 +107,7 @@ class Session:
             self._run_trials()
         except KeyboardInterrupt:
             self.ending.interrupts = max(self.ending.interrupts, 1)
-        # Tune's own failures, not a trial's: what is done is kept and recorded, then the reason is told.
+        # Tune's own failures, not a trial's: what is done is kept and recorded, then the reason is printed.
         except Exception as failure:
             if self.refused is not None:
                 raise self.refused from None
@@ -133,7 +135,7 @@ class Session:
         for record in self.summary.trials.values():
             if record.status in (*BROKEN, FINISHED, STOPPED, INTERRUPTED):
                 if runs.lacks_score(self.tracker, self.summary, record):
-                    runs.give_score(self.tracker, self.summary, record, speed=self.plan.speed)
+                    runs.give_score(self.tracker, self.summary, record, models=self.plan.purpose.models)
                 self.tracker.end(record.trial, record.status, record.reason)
             self.janitor.known(record)
 
@@ -146,13 +148,13 @@ class Session:
             n = self.plan.at_a_time
             how_many = "" if self.plan.address else f"{n} trial{'s' if n > 1 else ''} at a time; "
             better = "lower" if self.plan.space.mode == "min" else "higher"
-            announce(f"{how_many}{self.plan.space.metric}, {better} is better")
+            logger.info(f"{how_many}{self.plan.space.metric}, {better} is better")
         self._fit_all(names, fresh)
         if self.plan.seeds and not self.stopping and self._choose_finalists():
             self._fit_all(self._to_run(repeats=True), [])
 
     def _to_run(self, *, repeats: bool) -> list[str]:
-        """Trials of the search, or of the finals, that are known and can go on."""
+        """Trials of the search, or of the finals, that are known and can continue."""
         wanted = finals.repeats(self.summary.finalists, self.summary.seeds)
         return [n for n in self.ledger.unfinished() if (n in wanted if repeats else n not in self.summary.repeats)]
 
@@ -163,7 +165,7 @@ class Session:
             self._fit(beside, fresh)
         for name in sorted({*names, *fresh} & self.ledger.alone):
             if not self.stopping:
-                announce(f"{name} was out of memory beside others and is tried again by itself")
+                logger.info(f"{name} was out of memory beside others and is tried again by itself")
                 self._fit([name], [])
 
     def _choose_finalists(self) -> bool:
@@ -177,7 +179,7 @@ class Session:
         wanted = finals.repeats(chosen, seeds)
         for name in summary.repeats:
             record = summary.trials[name]
-            if name not in wanted and record.status == INTERRUPTED:  # nobody will go on with it
+            if name not in wanted and record.status == INTERRUPTED:  # nobody will resume it
                 reason = f"{record.parent} is no finalist any more"
                 self._happened(ENDED, trial=name, status=STOPPED, reason=reason)
                 self.tracker.attach(name, {}, {"raystar.status": STOPPED, "raystar.reason": reason}, {})
@@ -185,7 +187,7 @@ class Session:
             self._happened(FINALS, finalists=chosen, seeds=seeds)
         if left := len(self._to_run(repeats=True)):
             numbers = f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}"
-            announce(f"the finals: {', '.join(chosen)} again from {numbers}; {left} trials to go")
+            logger.info(f"the finals: {', '.join(chosen)} again from {numbers}; {left} trials to go")
         return True
 
     def _fit(self, names: list[str], fresh: list[str]) -> None:
@@ -231,7 +233,7 @@ class Session:
         self.board.changed(self.summary.trials[name])
 
     def trial_reported(self, name: str, report: TrialReport) -> bool:
-        """A trial reports an epoch, or that it cannot go on; returns whether it may."""
+        """A trial reports an epoch, or that it cannot continue; returns whether it may."""
         if not self.idle.running:  # what started beside Ray must have worked before the first result counts
             try:
                 self.tracker.wait_until_connected()
@@ -257,7 +259,7 @@ class Session:
         kept = {key: report[key] for key in ("metrics", "images", "first_images", "labels") if report.get(key)}
         verdict = self._happened(EPOCH, trial=name, epoch=epoch, idle_s=record.idle_s, **kept)
         self._track_epoch(name, cast(Event, {"epoch": epoch, **kept}))
-        if not self.plan.speed:
+        if self.plan.purpose.models:
             self.janitor.epoch(record, epoch)
         self.board.changed(record, report["metrics"].get(self.summary.metric))
         self.keeper.write()
@@ -291,7 +293,7 @@ class Session:
         elif self.stopping:
             status, reason = INTERRUPTED, self.ending.why
         else:
-            status, reason = FAILED, f"ended after epoch {record.epochs} of {self.ledger.epochs} without a word"
+            status, reason = FAILED, f"ended after epoch {record.epochs} of {self.ledger.epochs} without a reason"
         if status == OUT_OF_MEMORY and name not in self.ledger.alone:
             self._happened(ALONE, trial=name, reason=reason)
             self._begun.discard(name)
@@ -304,7 +306,7 @@ class Session:
         record = self.summary.trials[name]
         self._happened(ENDED, trial=name, status=status, reason=reason)
         record.run_id = self.tracker.run_id(name)
-        runs.give_score(self.tracker, self.summary, record, speed=self.plan.speed)
+        runs.give_score(self.tracker, self.summary, record, models=self.plan.purpose.models)
         self.tracker.end(name, status, reason)
         self.janitor.ended(record)
         self.board.changed(record)

@@ -9,9 +9,9 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import logging
 import os
 import shutil
-import sys
 import tempfile
 import threading
 import time
@@ -22,12 +22,14 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from raystar.base.errors import RaystarError
+from raystar.base.limits import LAST_RECORDS, limit
 from raystar.base.secrets import in_a_line, redact, redact_value
 from raystar.tracking.spool import Spool, Told
 from raystar.tracking.tracker import PARENT
 
+logger = logging.getLogger(__name__)
+
 _RETRY_S = (0.2, 0.5, 1.0, 2.0, 5.0)
-_LAST_S = 40.0  # how long a record is tried once nothing else is left to do
 _TOLD = 2  # attempts before anything is said
 _READ_ATTEMPTS = 6  # of a picture that is no picture: it may be about to be written again
 
@@ -37,7 +39,7 @@ class Refused(Exception):  # noqa: N818
 
 
 class Declined(Exception):  # noqa: N818
-    """What the store does not do, and nobody needs in order to go on."""
+    """What the store does not do, and no sweep depends on."""
 
 
 class Unreadable(Exception):  # noqa: N818
@@ -76,7 +78,7 @@ class Store(Protocol):
     """Runs whose pictures it shows beside each other."""
 
     def connect(self, spool: Spool) -> None:
-        """Opens the store, once; `spool` says which runs there are, and what was told of each.
+        """Opens the store, once; `spool` says which runs there are, and what was recorded of each.
 
         Raises:
             RaystarError: it does not know the runs of the spool. Whatever else is raised becomes one.
@@ -107,7 +109,7 @@ class Relay:
     """A `Tracker` whose records wait in a file until the store has taken them.
 
     Args:
-        spool: the file that holds records. One that is there already is gone on with: what waits in it is written
+        spool: the file that holds records. One that is there already is continued: what waits in it is written
             first, and its trials keep their runs.
     """
 
@@ -118,7 +120,7 @@ class Relay:
         self._connected = threading.Event()
         self._failure: RaystarError | None = None
         self._closing_since: float | None = None
-        self._patience_s = _LAST_S
+        self._patience_s = limit(LAST_RECORDS)
         self._given_up = False
         self._thread = threading.Thread(target=self._work, name="raystar-tracking", daemon=True)
 
@@ -270,7 +272,7 @@ class Relay:
             for trial in sorted(still_open, reverse=True):  # the parent's name sorts first, so it is closed last
                 self.end(trial, "interrupted", None)
             if self.waiting > 20:
-                print(f"writing the last {self.waiting} records to {self.store.name}", flush=True)
+                logger.info(f"writing the last {self.waiting} records to {self.store.name}")
             self._closing_since = time.monotonic()
             self._spool.finish()
             self._thread.join()
@@ -311,22 +313,18 @@ class Relay:
             try:
                 step()
                 if attempt > _TOLD:
-                    print(f"note: {self.store.name} takes records again", file=sys.stderr, flush=True)
+                    logger.warning(f"{self.store.name} takes records again")
                 return
             except Declined as declined:
-                print(f"note: {declined}", file=sys.stderr, flush=True)
+                logger.warning(declined)
                 return
             except Exception as error:
                 reason = in_a_line(error)
                 if self._is_final(error, attempt):
-                    print(f"error: {self.store.name} refuses a record: {reason}", file=sys.stderr, flush=True)
+                    logger.error(f"{self.store.name} refuses a record: {reason}")
                     return
             if attempt == _TOLD:
-                print(
-                    f"note: {self.store.name} takes no records now ({reason}); trying again",
-                    file=sys.stderr,
-                    flush=True,
-                )
+                logger.warning(f"{self.store.name} takes no records now ({reason}); trying again")
             if (
                 self._closing_since is not None
                 and time.monotonic() - max(began, self._closing_since) >= self._patience_s
@@ -345,18 +343,16 @@ class Relay:
 
     def _give_up(self, reason: str) -> None:
         self._given_up = True
-        print(
-            f"error: {reason}; {self.waiting} records wait in {self._spool.path} and are not lost: "
-            f"{self._how_to_resume()} writes them",
-            file=sys.stderr,
-            flush=True,
+        logger.error(
+            f"{reason}; {self.waiting} records wait in {self._spool.path} and are not lost: "
+            f"{self._how_to_resume()} writes them"
         )
 
     def _how_to_resume(self) -> str:
         sweep, run = (self.store.common_tags.get(f"raystar.{kind}") for kind in ("sweep", "run"))
         if sweep is not None:
             return f"python -m raystar.tune --resume {sweep}"
-        return f"python -m raystar.train ... --name {run} --resume" if run is not None else "going on with that file"
+        return f"python -m raystar.train ... --name {run} --resume" if run is not None else "continuing with that file"
 
 
 def without_credentials(tags: Mapping[str, str]) -> dict[str, str]:

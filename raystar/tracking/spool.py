@@ -38,7 +38,7 @@ class Spool:
     """A queue in a file that outlives its process; one thread adds, another takes.
 
     `NAME.jsonl` holds the records. `NAME.done.jsonl`, beside it, says how far the store has taken them and in which
-    runs, and what was told of the trials whose records are gone. A record is a mapping with `do` and `trial`; `add`
+    runs, and what was recorded of the trials whose records are gone. A record is a mapping with `do` and `trial`; `add`
     gives it a number `n` and the time `at` in milliseconds.
     """
 

@@ -40,7 +40,7 @@ class Tracker(Protocol):
         """Returns once the store is there.
 
         Raises:
-            RaystarError: it cannot be reached or opened, or does not know the runs that are to be gone on with.
+            RaystarError: it cannot be reached or opened, or does not know the runs that are to be continued.
         """
 
     def hurry(self) -> None:
@@ -63,7 +63,7 @@ class Tracker(Protocol):
     ) -> None:
         """Opens a run, shown as `name` or `trial`; `text` holds artifacts by name (`{"config.yaml": "..."}`).
 
-        A trial that has a run already, from a process before this one, goes on in it as it is.
+        A trial that has a run already, from a process before this one, continues in it as it is.
         """
 
     def log(self, trial: str, epoch: int, metrics: Mapping[str, float], images: Mapping[str, str | Path]) -> None:

@@ -6,7 +6,7 @@ compiled code does not have); compiled ones stand beside them in `TrainState.cal
 
 from __future__ import annotations
 
-import sys
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,6 +19,8 @@ from raystar.config.schema import Config
 from raystar.data.batches import share
 from raystar.model.device import autocast, layout
 from raystar.training.state import TrainState
+
+logger = logging.getLogger(__name__)
 
 _SWITCHES = {
     "G": "compile_generator",
@@ -84,7 +86,7 @@ def compile_networks(state: TrainState, size: tuple[int, int]) -> Compiled:
 def labels(config: Config, compiled: Compiled) -> dict[str, str]:
     """What runs compiled, and why something does not, in words for a run's tags; the latter also goes to stderr."""
     for note in compiled.notes:
-        print(f"note: {note}", file=sys.stderr)
+        logger.warning(note)
     found = {}
     if config.training.use_compile:
         found["raystar.compiled_modules"] = " ".join(compiled.modules) or "none"

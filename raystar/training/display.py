@@ -1,14 +1,18 @@
-"""What a training prints while it runs."""
+"""What a training shows while it runs: where raystar prints, on the terminal; else a record an epoch."""
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Mapping
 from typing import Any
 
 from tqdm import tqdm
 
+from raystar.base.console import PROGRESS, shows
 from raystar.config.schema import Config
+
+logger = logging.getLogger(__name__)
 
 
 class Display:
@@ -24,6 +28,8 @@ class Display:
     def step(self, epoch: int, step: int, values: Mapping[str, float]) -> None:
         """Shows the losses of one step."""
         shown = " ".join(f"{key}={values[key]:.3f}" for key in ("d_loss", "g_loss", "cyc", "sty", "ds"))
+        if not shows():
+            return
         if self.style == "percent" and sys.stderr.isatty():
             line = f"{self.name}epoch {epoch}/{self.epochs} {100 * step / self.steps:5.1f}% {shown}"
             print(f"\r{line:<100}", end="", file=sys.stderr, flush=True)
@@ -46,4 +52,4 @@ class Display:
             f"{self.name}epoch {epoch}/{self.epochs}  {score}d_loss {metrics['train/d_loss']:.3f}  "
             f"g_loss {metrics['train/g_loss']:.3f}  {metrics['perf/samples_per_s']:.1f} samples/s"
         )
-        print(f"\r{line:<100}" if sys.stderr.isatty() else line, file=sys.stderr, flush=True)
+        logger.log(PROGRESS, f"\r{line:<100}" if shows() and sys.stderr.isatty() else line)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,6 +15,8 @@ from raystar.config.load import to_mapping
 from raystar.model.checkpoint import check_function, networks_of
 from raystar.model.networks import AVERAGED, NAMES
 from raystar.training.state import TrainState
+
+logger = logging.getLogger(__name__)
 
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
@@ -68,11 +70,11 @@ def restore(state: TrainState, checkpoint: Mapping[str, Any], source: str) -> in
     if not isinstance(epoch, int) or isinstance(epoch, bool) or epoch < 0:
         raise RaystarError(f"{source}: expected the number of its epoch, found {show(epoch)}")
     if notes:
-        print(f"note: {source}: {', '.join(notes)}; the configuration counts", file=sys.stderr)
+        logger.warning(f"{source}: {', '.join(notes)}; the configuration counts")
     if state.averaged is not None and averages is None:
-        print(f"note: {source}: holds no averages; they start from its weights", file=sys.stderr)
+        logger.warning(f"{source}: holds no averages; they start from its weights")
     if state.averaged is None and averages is not None:
-        print(f"note: {source}: its averages are left out, since training.ema_epochs is 0", file=sys.stderr)
+        logger.warning(f"{source}: its averages are left out, since training.ema_epochs is 0")
     return epoch
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 import gc
 import json
+import logging
 import resource
-import sys
 import time
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from raystar.base.console import PROGRESS
 from raystar.base.errors import RaystarError, TrialDiverged, TrialOutOfMemory
 from raystar.config.schema import Config
 from raystar.data.bank import Bank
@@ -33,6 +34,8 @@ from raystar.training.state import TrainState
 from raystar.training.step import LOGGED, train_step
 from raystar.training.system_metrics import Usage
 from raystar.training.workers import ALONE, Group
+
+logger = logging.getLogger(__name__)
 
 EXPLODED = 1e6
 """A loss that is further from 0 has exploded: terms of a GAN that trains stay below some hundreds, R1's included."""
@@ -69,7 +72,7 @@ class Trainer:
         ruler: measures the networks as they are shown, in epochs that `measure_at` says; None measures nothing.
         codec: decodes the grids; None draws none.
         state: networks and optimisers; fresh ones from `training.seed` by default.
-        checkpoint: goes on after this checkpoint's epoch, bitwise as if never stopped.
+        checkpoint: continues after this checkpoint's epoch, bitwise as if never stopped.
         source: where the checkpoint comes from, for errors.
         name: shown in the terminal.
         group: the workers of this run; of `state`, where one is given.
@@ -123,7 +126,7 @@ class Trainer:
             TrialOutOfMemory: more than `MAX_SKIPPED` of an epoch's batches did not fit; with several workers, one.
         """
         if self.config.training.use_compile and self.config.progress != "off":
-            print("compiling the networks; minutes the first time, seconds from the cache", file=sys.stderr, flush=True)
+            logger.log(PROGRESS, "compiling the networks; minutes the first time, seconds from the cache")
         compiled = compile_networks(self.state, self.data.bank.shape[1:])
         told = labels(self.config, compiled)
         # Kept as they are before the first step, which need not wait for pictures: they are drawn with the first grids.
@@ -247,7 +250,7 @@ class Trainer:
         if shown and self.group.rank == 0:
             self.display.step(epoch, step, current)
         if logged and self.group.rank == 0:
-            print(json.dumps({"epoch": epoch, "step": step, **current, **now}), flush=True)
+            logger.info(json.dumps({"epoch": epoch, "step": step, **current, **now}))
 
     def _recover_memory(self, epoch: int, skipped: int) -> None:
         self.state.opt_g.zero_grad(set_to_none=True)

@@ -19,6 +19,7 @@ import pytest
 
 from raystar.backend import nodes as cluster
 from raystar.backend import placing, ray_start
+from raystar.base.console import show
 from raystar.base.errors import RaystarError
 from raystar.base.storage import Storage
 from raystar.config.load import to_mapping
@@ -84,9 +85,18 @@ def two(token: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Clust
 # -- what runs in the driver, and on the nodes -----------------------------------------------------
 
 
+def _slow() -> None:
+    os.environ["RAYSTAR_NODE_TIMEOUT_S"] = "3"
+    try:
+        cluster.on_every_node(_slow_on_second, what="being slow")
+    finally:
+        del os.environ["RAYSTAR_NODE_TIMEOUT_S"]
+
+
 def look() -> dict[str, Any]:
+    show()
     began = time.monotonic()
-    found = cluster.on_every_node(_environment, timeout_s=60, what="looking")
+    found = cluster.on_every_node(_environment, what="looking")
     took = time.monotonic() - began
     tracking = []
     for uri in ("sqlite:///x.db", "file:///mlruns", "mlruns", "http://127.0.0.1:5000", "postgresql://u:p@h/d"):
@@ -95,8 +105,8 @@ def look() -> dict[str, Any]:
         "nodes": [node.cpus for node in cluster.nodes()],
         "environment": list(found.values()),
         "took": took,
-        "failing": _error(lambda: cluster.on_every_node(_fail_on_second, timeout_s=60, what="failing")),
-        "slow": _error(lambda: cluster.on_every_node(_slow_on_second, timeout_s=3, what="being slow")),
+        "failing": _error(lambda: cluster.on_every_node(_fail_on_second, what="failing")),
+        "slow": _error(_slow),
         "tracking": tracking,
         "fit": [cluster.check_resources(cpus, 0, workers, "x") for cpus, workers in ((1, 1), (2, 1), (3, 1), (2, 2))],
         "none fits": _error(lambda: cluster.check_resources(4, 0, 1, "space.yaml: resources")),
@@ -129,7 +139,7 @@ def place(folder: str) -> dict[str, Any]:
 
     def put(step: str) -> placing.Placed:
         config = to_mapping(tiny_config(root, data__cache_dir=f"~/{step}"))  # each node has a home of its own
-        return placing.place_data(config, bank, cache, [more], Storage(f"{folder}/storage"), timeout_s=60)
+        return placing.place_data(config, bank, cache, [more], Storage(f"{folder}/storage"))
 
     placed = put("packed")
     root.rename(f"{folder}/elsewhere")
@@ -305,7 +315,10 @@ def test_failing_nodes_are_named(seen: tuple[dict[str, Any], str]) -> None:
     found, _ = seen
     host = re.escape(socket.gethostname())
     assert re.fullmatch(rf"failing failed on 1 of 2 nodes:\n  {host} \([\d.]+, node \w+\): not here", found["failing"])
-    assert re.fullmatch(r"being slow failed on 1 of 2 nodes:\n  .*: no answer within 3 s", found["slow"])
+    assert re.fullmatch(
+        r"being slow failed on 1 of 2 nodes:\n  .*: no answer within 3 s \(RAYSTAR_NODE_TIMEOUT_S .*\)",
+        found["slow"],
+    )
 
 
 def test_stores_in_files_are_refused(seen: tuple[dict[str, Any], str]) -> None:

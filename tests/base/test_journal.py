@@ -123,8 +123,8 @@ def test_a_full_disk_is_waited_for_and_told_once(
     assert [record["n"] for record in written] == list(range(12))
     notes = capsys.readouterr().err.splitlines()
     assert notes == [
-        f"note: the disk that holds {written.path} is full; waiting: free some space and it goes on",
-        f"note: the disk that holds {written.path} has space again; going on",
+        f"note: the disk that holds {written.path} is full; waiting: free some space and it continues",
+        f"note: the disk that holds {written.path} has space again; continuing",
     ]
 
 

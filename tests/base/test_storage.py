@@ -103,7 +103,7 @@ def test_a_trial_goes_on_from_the_newest_that_can_be_read(storage: Storage, chec
     storage.write(checkpoint_name("t00", 2), b"")
     restored = files.restore()
     assert restored.epoch == 1
-    assert restored.note == "epoch_0003.pt and epoch_0002.pt cannot be read; went on after epoch 1"
+    assert restored.note == "epoch_0003.pt and epoch_0002.pt cannot be read; resumed after epoch 1"
     assert [report["epoch"] for report in files.reports(after=0, until=2)] == [1, 2]
     storage.write(checkpoint_name("t00", 1), whole.replace(b"PK", b"KP"))
     restored = files.restore()
@@ -133,7 +133,7 @@ def record(trial: str, status: str, score: float, epoch: int) -> TrialRecord:
 
 
 def test_what_is_kept(storage: Storage) -> None:
-    """While a trial can go on its last two and its best; afterwards the best of the best trials."""
+    """While a trial can continue its last two and its best; afterwards the best of the best trials."""
 
     def saves(name: str, epoch: int) -> None:
         storage.write(checkpoint_name(name, epoch), b"x")
@@ -155,7 +155,7 @@ def test_what_is_kept(storage: Storage) -> None:
     assert janitor.checkpoint(record("t03", "finished", 1.5, 2)) == "trials/t03/epoch_0002.pt"
     assert janitor.checkpoint(record("t01", "finished", 3.0, 2)) is None
 
-    again = Janitor(storage, keep=1, mode="min")  # a sweep that goes on, and is to keep less
+    again = Janitor(storage, keep=1, mode="min")  # a resumed sweep, and is to keep less
     for name, status, score in ends:
         again.known(record(name, status, score, 2))
     again.known(record("t00", "interrupted", 1.0, 1))

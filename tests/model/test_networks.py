@@ -90,7 +90,7 @@ def test_it_begins_as_exactly_the_identity(amp: bool, base_dim: int, layout: tor
         found = G(x, s)
     assert found.dtype == torch.float32
     assert torch.equal(found, x.repeat(each, 1, 1, 1))
-    assert found.is_contiguous(memory_format=layout)  # translations go on in the layout of the contents
+    assert found.is_contiguous(memory_format=layout)  # translations keep the layout of the contents
 
 
 def test_without_it_nothing_begins_as_the_identity() -> None:

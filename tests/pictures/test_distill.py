@@ -1,4 +1,4 @@
-"""Training a decoder: what it is trained on, its loss, and a whole small run that is gone on with."""
+"""Training a decoder: what it is trained on, its loss, and a whole small run that is resumed."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_held_out_pictures_are_not_trained_on(teacher: Path, tmp_path: Path) -> 
 
 
 def test_the_teacher_decodes_a_latent_once(teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A run that was cut short goes on where it was; a finished one asks only for a picture's size."""
+    """A run that was cut short resumes where it was; a finished one asks only for a picture's size."""
     root = str(write_latents(tmp_path / "data", size=8))
     codec = codec_of(teacher)
     decode, asked = codec.decode, []

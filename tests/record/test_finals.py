@@ -1,4 +1,4 @@
-"""The finals: who is chosen, what their means say, and that a sweep that broke off in them goes on with the same."""
+"""The finals: who is chosen, what their means say, and that a sweep that broke off in them resumes with the same."""
 
 from __future__ import annotations
 

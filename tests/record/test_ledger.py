@@ -238,7 +238,7 @@ def test_rungs_rank_by_their_own_metric_and_say_why() -> None:
     assert second() == (events_module.Verdict(), False)  # nothing to rank by
     assert second(style=0.4, movement=0.9) == (events_module.Verdict(), False)
     assert second(style=0.6, movement=0.9) == (events_module.Verdict("stopped", stopped), False)
-    reason = f"{stopped}: its translations cannot be told from their sources"
+    reason = f"{stopped}: its translations cannot be distinguished from their sources"
     assert second(style=0.1, movement=0.001) == (events_module.Verdict("stopped", reason), True)
 
 

@@ -161,7 +161,7 @@ def test_sweeps_for_the_score_do_not_go_on(there: Path, sweep: str, flags: list[
         plan_of("--resume", sweep, *flags)
     said = str(refused.value)
     assert said.startswith(f"--resume {sweep}: its scores are those of another ruler, of an earlier version")
-    assert f"start a new sweep, or go on with the raystar that began it (0.1, commit {COMMIT})" in said
+    assert f"start a new sweep, or continue with the raystar that began it (0.1, commit {COMMIT})" in said
     assert "\n" not in said
 
 

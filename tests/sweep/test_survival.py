@@ -184,7 +184,7 @@ def test_the_driver_is_killed_in_an_epoch_and_in_a_checkpoint(
     process.kill()
     process.communicate()
 
-    process = start(resumed(tmp_path), "goes on")
+    process = start(resumed(tmp_path), "resumed")
     faults.kills(process.pid)
     process.communicate(timeout=120)
     assert process.returncode == -signal.SIGKILL
@@ -198,7 +198,7 @@ def test_the_driver_is_killed_in_an_epoch_and_in_a_checkpoint(
     os.truncate(newest, newest.stat().st_size - 100)
 
     shown = finished(run(resumed(tmp_path)))
-    assert re.search(r"t01: epoch_000\d\.pt cannot be read; went on after epoch \d", shown)
+    assert re.search(r"t01: epoch_000\d\.pt cannot be read; resumed after epoch \d", shown)
     summary = check(tmp_path / "runs", 3)
     assert {trial["status"] for trial in summary["trials"]} == {"finished"}
     assert summary["status"] == "finished"
@@ -280,7 +280,7 @@ def test_everything_that_can_go_wrong_with_trials(undisturbed: Path, faults: Fau
 
 
 def test_the_driver_is_killed_in_the_finals(tmp_path: Path) -> None:
-    """The same finalists go on, nothing is trained twice, and a longer sweep keeps what was trained."""
+    """The same finalists continue, nothing is trained twice, and a longer sweep keeps what was trained."""
     drawn = space(finalists={"top": 1, "seeds": 2}) | {
         "search": "random", "trials": 2, "space": {"loss.w_cyc": {"uniform": [2.0, 4.0]}},
     }  # fmt: skip
@@ -338,7 +338,7 @@ def test_the_driver_is_killed_in_the_finals(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(usable_cpus() < 2, reason="needs two processors, one for each worker")
 def test_a_worker_of_a_group_is_killed(faults: Faults, tmp_path: Path) -> None:
-    """Its trial goes on from the last epoch that was saved, with new workers."""
+    """Its trial resumes from the last epoch that was saved, with new workers."""
     faults.plan([{"w_cyc": 1.0, "epoch": 2, "step": 2, "do": "kill"}])
     wanted = space([1.0], resources={"workers": 2})
     shown = finished(run(command(tmp_path, wanted, training__epochs=3)))
@@ -349,7 +349,7 @@ def test_a_worker_of_a_group_is_killed(faults: Faults, tmp_path: Path) -> None:
 
 
 def test_every_trial_fails(faults: Faults, tmp_path: Path) -> None:
-    """The sweep gives up with the first cause, and goes on once that is mended."""
+    """The sweep gives up with the first cause, and resumes once that is mended."""
     weights = [1.0, 2.0, 3.0, 4.0]
     faults.plan([{"w_cyc": w, "do": "raise", "times": 99} for w in weights])
     wanted = space(weights, abort_after=2)
@@ -391,7 +391,7 @@ def small_disk(tmp_path: Path) -> Iterator[tuple[Path, Callable[[], None], Calla
 def test_the_disk_is_full(
     undisturbed: Path, tmp_path: Path, small_disk: tuple[Path, Callable[[], None], Callable[[], None]]
 ) -> None:
-    """Trials wait, one line says so, and they go on: nothing is lost and nothing ends."""
+    """Trials wait, one line says so, and they continue: nothing is lost and nothing ends."""
     folder, fill, free = small_disk
     process = start([*command(tmp_path, space()), "--storage", str(folder)], "epoch 1/4")
     fill()
@@ -497,7 +497,7 @@ class TestResumeRefuses:
             (["--resume", "s", "--space", "x.yaml"], "leave out --space"),
             (["--resume", "s", "--trials", "2"], "sweep s has 3 trials; expected at least as many"),
             (["--resume", "s", "--tracking-uri", "http://127.0.0.1:1"], "this sweep's runs are in sqlite:///"),
-            (["--name", "s", "--space", "space.yaml"], "is there already; go on with --resume s"),
+            (["--name", "s", "--space", "space.yaml"], "is there already; resume it with --resume s"),
         ],
     )
     def test_names_and_flags(self, runs: Path, flags: list[str], said: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -367,7 +367,7 @@ def test_a_single_run_is_tracked_saved_and_resumed(tmp_path: Path) -> None:
     assert len(list((folder / "vis").glob("grid_*.png"))) == 8
     again = run([*command, "--epochs", "3"])
     assert again.returncode == 2
-    assert "go on with --resume" in again.stderr
+    assert "resume it with --resume" in again.stderr
     more = run([*command, "--epochs", "5", "--resume"])
     assert more.returncode == 0, more.stdout + more.stderr
     assert checkpoints.load(folder / "latest.pt")["epoch"] == 5

@@ -282,7 +282,7 @@ def delivered(tracker: Relay) -> None:
 def test_a_server_whose_answers_are_lost_gets_a_model_once(
     store: Path, finalist: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(relay, "_LAST_S", 60.0)
+    monkeypatch.setenv("RAYSTAR_LAST_RECORDS_TIMEOUT_S", "600")
     tracker = sweep(store, finalist, 1, 1.5)
     second_trial(tracker)
     tracker.store.client = client = Mute(tracker.store.client, missing=40)
@@ -298,7 +298,7 @@ def test_a_server_whose_answers_are_lost_gets_a_model_once(
 
 
 def test_models_wait_for_a_server_that_is_away(store: Path, finalist: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(relay, "_LAST_S", 0.2)
+    monkeypatch.setenv("RAYSTAR_LAST_RECORDS_TIMEOUT_S", "0.2")
     tracker = sweep(store, finalist, 1, 1.5)
     second_trial(tracker)
     tracker.store.client = Flaky(tracker.store.client, missing=10**9)
@@ -343,7 +343,7 @@ def test_a_store_without_models_costs_a_note_and_nothing_else(
 def test_models_go_through_a_server(
     store: Path, finalist: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(relay, "_LAST_S", 60.0)
+    monkeypatch.setenv("RAYSTAR_LAST_RECORDS_TIMEOUT_S", "600")
     monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "remote")  # whose artifacts go through the server as well
     server = Server(store)
     server.start()

@@ -28,7 +28,6 @@ from PIL import Image
 from raystar.base.errors import RaystarError
 from raystar.base.journal import Journal
 from raystar.tracking import relay
-from raystar.tracking.mlflow import address as address_module
 from raystar.tracking.mlflow import client as client_module
 from raystar.tracking.mlflow.address import check_uri
 from raystar.tracking.mlflow.writer import MlflowStore
@@ -90,7 +89,7 @@ def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def _quickly(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(relay, "_RETRY_S", (0.01,))
-    monkeypatch.setattr(relay, "_LAST_S", 0.5)
+    monkeypatch.setenv("RAYSTAR_LAST_RECORDS_TIMEOUT_S", "0.5")
     monkeypatch.delenv("MLFLOW_EXPERIMENT_NAME", raising=False)
 
 
@@ -263,7 +262,7 @@ def content(folder: Path) -> dict[str, Any]:
 def test_a_server_whose_answers_are_lost_gets_nothing_twice(
     tracker: Relay, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tracker._patience_s = 60.0  # on a busy machine
+    tracker._patience_s = 600.0  # on a busy machine
     tracker.store.client = client = Mute(tracker.store.client, missing=50)
     record(tracker, folder)
     tracker.close()
@@ -361,7 +360,7 @@ def test_another_store_is_refused(tracker: Relay, folder: Path, empty_store: Pat
     record(tracker, folder)
     tracker.close()
     copy_store(empty_store, folder)
-    with pytest.raises(RaystarError, match=r"has no run [0-9a-f]{32}, where .*spool.jsonl goes on; name the store"):
+    with pytest.raises(RaystarError, match=r"has no run [0-9a-f]{32}, which .*spool.jsonl continues; name the store"):
         opened(folder)
 
 
@@ -425,7 +424,7 @@ def test_kill_9_at_any_moment_leaves_every_record_once(folder: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", KILLED, str(folder), "7"], cwd=ROOT, capture_output=True, text=True, timeout=120
     )
-    assert done.stdout.endswith("\ndone 0\n"), done.stdout + done.stderr
+    assert done.stdout.splitlines()[-1] == "done 0", done.stdout + done.stderr
     found = content(folder)
     assert [row[:2] for row in found["runs"]] == [(name, "FINISHED") for name in ("s", "t00", "t01")]
     for trial in ("t00", "t01"):
@@ -471,7 +470,7 @@ def test_a_full_disk_is_waited_for(
         pytest.skip("a small file system cannot be mounted here")
     try:
         monkeypatch.setattr("raystar.base.files._FULL_S", 0.05)
-        monkeypatch.setattr(relay, "_LAST_S", 20.0)
+        monkeypatch.setenv("RAYSTAR_LAST_RECORDS_TIMEOUT_S", "20.0")
         copy_store(empty_store, tmp_path)
         tracker = opened(tmp_path)
         ballast = tmp_path / "ballast"
@@ -549,7 +548,7 @@ def test_a_real_server_that_is_killed_in_mid_run(
 ) -> None:
     """Killed while it is written to, away for a while, started again: every record once, in order, in the same run."""
     monkeypatch.setattr(relay, "_RETRY_S", (0.05, 0.1, 0.2))
-    monkeypatch.setattr(relay, "_LAST_S", 60.0)
+    monkeypatch.setenv("RAYSTAR_LAST_RECORDS_TIMEOUT_S", "60.0")
     monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "served")  # artifacts go through the server as well
     tracker = opened(folder, server.uri)
     Image.fromarray(np.zeros((32, 32, 3), np.uint8)).save(folder / "grid.png")
@@ -632,7 +631,7 @@ def test_which_servers_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
             check_uri(f"http://{here}/private")
         server.shutdown()
     silent = socket.create_server(("127.0.0.1", 0))
-    monkeypatch.setattr(address_module, "_ASK_S", 0.2)
+    monkeypatch.setenv("RAYSTAR_MLFLOW_TIMEOUT_S", "0.2")
     with pytest.raises(RaystarError, match="nothing answers there"):
         check_uri(f"http://127.0.0.1:{silent.getsockname()[1]}")
     silent.close()

@@ -1,4 +1,4 @@
-"""Averaged weights: their formula, what they are of, where they go, and that a run which stops goes on with them."""
+"""Averaged weights: their formula, what they are of, where they go, and that a run which stops resumes with them."""
 
 from __future__ import annotations
 

@@ -335,7 +335,7 @@ def test_a_sweep_whose_trials_have_two_workers_each(tmp_path: Path) -> None:
     """Five trials one after the other: stopped ones must make room for the next, or the sweep never ends.
 
     The metric is the weight of the diversity term, which the trials differ in and which falls from epoch to epoch:
-    the second and the third trial are those that ASHA stops, and what their workers go on to save until they are
+    the second and the third trial are those that ASHA stops, and what their workers still save until they are
     stopped is better than what was heard of them.
     """
     space = {
@@ -384,7 +384,7 @@ def test_a_sweep_whose_trials_have_two_workers_each(tmp_path: Path) -> None:
 
 
 def test_what_ended_a_group() -> None:
-    """A trial's own reason is told; a process that died is nobody's fault, and the trial goes on."""
+    """A trial's own reason is reported; a process that died is nobody's fault, and the trial continues."""
     trial = pytest.importorskip("raystar.backend.trial")
     rays = pytest.importorskip("ray.train.v2._internal.exceptions")
     died = trial.RayActorError()

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from raystar.base.errors import RaystarError, WrongResults
-from raystar.base.metrics import SPEED
 from raystar.config.load import override
 from raystar.config.schema import Config
 from raystar.data.bank import Bank, open_bank
+from raystar.search.purpose import SPEED
 from raystar.training import speed
 from raystar.training.speed import measure
 from raystar.training.state import TrainState
@@ -46,7 +46,7 @@ def test_a_slower_step_is_found_though_the_machine_drifts(
     monkeypatch.setattr(speed, "train_step", step)
     slower = override(config, {"training.channels_last": True})
     found = [metrics for metrics, _ in measure(slower, config, bank)]
-    assert [set(metrics) for metrics in found] == [set(SPEED)] * 3
+    assert [set(metrics) for metrics in found] == [set(SPEED.metrics)] * 3
     for metrics in found:
         assert metrics["perf/speedup"] == pytest.approx(0.5, abs=0.1)
     fast, slow = found[1], found[0]

@@ -7,6 +7,7 @@ import ctypes
 import fcntl
 import functools
 import hashlib
+import logging
 import os
 import platform
 import shutil
@@ -19,6 +20,8 @@ from pathlib import Path
 import torch
 
 from raystar.base.files import cache_dir
+
+logger = logging.getLogger(__name__)
 
 SWITCH = "RAYSTAR_NATIVE_KERNELS"
 """Environment variable; `0` leaves the work to PyTorch."""
@@ -138,5 +141,5 @@ def announced() -> bool:
     """Whether the kernels are there; says once why not, unless somebody wanted it so."""
     reason = unavailable()
     if reason is not None and os.environ.get(SWITCH) != "0":
-        print(f"note: bf16 on this CPU runs without raystar's native kernels: {reason}", file=sys.stderr)
+        logger.warning(f"bf16 on this CPU runs without raystar's native kernels: {reason}")
     return reason is None

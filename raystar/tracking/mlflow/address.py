@@ -11,9 +11,8 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from raystar.base.errors import RaystarError
+from raystar.base.limits import MLFLOW, limit
 from raystar.base.secrets import in_a_line, redact
-
-_ASK_S = 5.0  # how long a server may take to say what it is
 
 
 def default_uri(out: Path) -> str:
@@ -102,7 +101,7 @@ def _ask(uri: str) -> tuple[int, str]:
     with (
         warnings.catch_warnings(action="ignore"),
         requests.get(  # it warns of what the user asked for
-            f"{uri.rstrip('/')}/version", headers=headers, auth=auth, verify=verify, timeout=_ASK_S, stream=True
+            f"{uri.rstrip('/')}/version", headers=headers, auth=auth, verify=verify, timeout=limit(MLFLOW), stream=True
         ) as answer,
     ):
         return answer.status_code, answer.raw.read(500, decode_content=True).decode(errors="replace")

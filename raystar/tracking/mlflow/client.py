@@ -20,7 +20,7 @@ _ENVIRONMENT = {
 
 
 def set_environment() -> None:
-    """What MLflow is told by variables. To be called before threads begin: setting one beside a reader can crash."""
+    """Sets the variables that MLflow reads. Call it before threads begin: setting one beside a reader can crash."""
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     # Its own attempts would create a second run where only the answer was lost; `_persist` looks first.

@@ -129,7 +129,7 @@ class MlflowStore:
                 run = None
             if run is None or run.info.lifecycle_stage != "active":
                 raise RaystarError(
-                    f"the MLflow store at {redact(self.uri)} has no run {run_id}, where {self._spool.path} goes on; "
+                    f"the MLflow store at {redact(self.uri)} has no run {run_id}, which {self._spool.path} continues; "
                     "name the store that it began in with --tracking-uri, or restore the run there"
                 )
             return run.info.experiment_id
