@@ -159,9 +159,9 @@ def initial_state(config: Config, device: Any) -> TrainState:
     state = TrainState.create(config, device)
     if config.checkpoint.init_from is not None:
         path = Path(config.checkpoint.init_from).expanduser()
-        found = checkpoints.load(path)
-        checkpoints.check_function(found, config, str(path))
-        state.load_networks({name: found[name] for name in NAMES}, str(path))
+        checkpoint = checkpoints.load(path)
+        checkpoints.check_function(checkpoint, config, str(path))
+        state.load_networks({name: checkpoint[name] for name in NAMES}, str(path))
     return state
 
 
