@@ -18,7 +18,7 @@ from raystar.data.bank import Bank, open_bank
 from raystar.model import checkpoint as checkpoints
 from raystar.model.device import resolve_device
 from raystar.model.networks import NAMES
-from raystar.pictures.codec import check_codec, open_codec
+from raystar.pictures.codec import Codec, check_codec, open_codec
 from raystar.record.statuses import DIVERGED, FAILED, FINISHED, INTERRUPTED
 from raystar.ruler.ruler import NOTHING, TRANSFER, Ruler
 from raystar.ruler.samples import check as check_ruler
@@ -87,13 +87,7 @@ def main(argv: list[str] | None = None) -> int:
     late = tracker.waiting
     tracker.begin()
     try:
-        codec, note = open_codec(config, device)
-        if note is not None:
-            print(f"note: {note}", file=sys.stderr)
-        ruler = Ruler.build(bank, config, cache)
-        if config.progress != "off":
-            nothing, transfer = (ruler.references[name]["eval/score"] for name in (NOTHING, TRANSFER))
-            print(f"score: doing nothing {nothing:.4f}, channel transfer {transfer:.4f}, perfect 0.1", file=sys.stderr)
+        codec, ruler = _codec(config, device), _ruler(config, bank, cache)
         tracker.wait_until_connected()
         trainer = Trainer(config, bank, ruler, codec, state, checkpoint=checkpoint, source=str(source))
     except BaseException:
@@ -141,6 +135,21 @@ def _place(args: argparse.Namespace, config: Config) -> tuple[str, Path, list[Pa
     elif args.resume:
         raise RaystarError(f"--resume: {folder} holds no checkpoint (latest.pt)")
     return name, folder, begun
+
+
+def _codec(config: Config, device: Any) -> Codec:
+    codec, note = open_codec(config, device)
+    if note is not None:
+        print(f"note: {note}", file=sys.stderr)
+    return codec
+
+
+def _ruler(config: Config, bank: Bank, cache: Path) -> Ruler:
+    ruler = Ruler.build(bank, config, cache)
+    if config.progress != "off":
+        nothing, transfer = (ruler.references[name]["eval/score"] for name in (NOTHING, TRANSFER))
+        print(f"score: doing nothing {nothing:.4f}, channel transfer {transfer:.4f}, perfect 0.1", file=sys.stderr)
+    return ruler
 
 
 def _tracker(uri: str, out: Path, bank: Bank, name: str, folder: Path) -> Relay:
