@@ -186,7 +186,7 @@ def from_mapping(content: Mapping[str, Any], config: Config, source: str) -> Spa
         raise RaystarError(f"{source}: search {search} needs choices, but {', '.join(ranged)} has a range")
     package = SEARCHERS[search].package
     if package is not None and importlib.util.find_spec(package) is None:
-        raise RaystarError(f"{source}: search {search} needs the package {package}; install raystar[{search}]")
+        raise RaystarError(f"{source}: search {search} needs the package {package}; pip install {package}")
     purpose = PURPOSES[one_of(content.get("purpose", QUALITY.name), tuple(PURPOSES), f"{source}: purpose")]
     resources = _resources(content.get("resources", {}), source)
     _check_purpose(purpose, space, search, resources, source)
