@@ -57,8 +57,8 @@ def main(argv: list[str] | None = None) -> int:
         raise RaystarError("--device cuda: torch finds no GPU; take auto or cpu")
     device = "cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu"
     job = listed(args.images, args.out)
-    found = sum(map(len, job.domains.values()))
-    print(f"{found} pictures in {len(job.domains)} domains; loading {args.vae}", file=sys.stderr, flush=True)
+    total = sum(map(len, job.domains.values()))
+    print(f"{total} pictures in {len(job.domains)} domains; loading {args.vae}", file=sys.stderr, flush=True)
     codec = open_vae(args.vae, device)
     settings = Settings(
         args.vae, type(codec.model).__name__, digest(codec), args.size, args.dtype,
@@ -69,7 +69,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         encode(job, VaeCodec(codec.model, codec.name, codec.device, batch, DTYPES[args.dtype]), settings)
     except KeyboardInterrupt:
-        print(f"{len(job.done)} of {found} latents are in {args.out}; the same command continues", file=sys.stderr)
+        print(f"{len(job.done)} of {total} latents are in {args.out}; the same command continues", file=sys.stderr)
         raise
     _tell(job, args.vae, time.monotonic() - started)
     return 1 if job.bad and not args.skip_bad else 0

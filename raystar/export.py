@@ -52,15 +52,15 @@ def main(argv: list[str] | None = None) -> int:
     uri = args.tracking_uri or address.default_uri(args.runs)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=args.out.parent, prefix=f".{args.out.name}.") as scratch:
-        made = Path(scratch) / "model"
+        folder = Path(scratch) / "model"
         if args.sweep is not None:
-            _export_sweep(args.runs, uri, args.sweep, made)
+            _export_sweep(args.runs, uri, args.sweep, folder)
         elif args.run is not None:
-            _export_run(uri, args.run, made)
+            _export_run(uri, args.run, folder)
         else:
-            _export_checkpoint(args.checkpoint, made, {})
-        difference = add_onnx(made) if args.onnx else None
-        os.replace(made, args.out)
+            _export_checkpoint(args.checkpoint, folder, {})
+        difference = add_onnx(folder) if args.onnx else None
+        os.replace(folder, args.out)
     print(f"exported to {args.out}: {', '.join(sorted(p.name for p in args.out.iterdir()))}")
     if difference is not None:
         print(f"the ONNX graphs agree with PyTorch to {difference:.1e} of the largest value")
@@ -85,18 +85,18 @@ def _export_sweep(runs: Path, uri: str, name: str, out: Path) -> None:
 
 def _export_run(uri: str, run_id: str, out: Path) -> None:
     with tempfile.TemporaryDirectory(dir=out.parent) as scratch:
-        found = reader.stored_model(uri, run_id, Path(scratch))
-        if found.export is not None:
-            load(found.export, "cpu")
-            shutil.copytree(found.export, out)
+        stored = reader.stored_model(uri, run_id, Path(scratch))
+        if stored.export is not None:
+            load(stored.export, "cpu")
+            shutil.copytree(stored.export, out)
             return
-    folder, _, name = str(found.checkpoint).rpartition("/")
+    folder, _, name = str(stored.checkpoint).rpartition("/")
     try:
         with Storage(folder).fetched(name) as path:
-            _export_checkpoint(path, out, found.facts)
+            _export_checkpoint(path, out, stored.facts)
     except (RaystarError, OSError) as error:
         raise RaystarError(
-            f"--run {run_id}: it has no model in the store, and its checkpoint {found.checkpoint} cannot be used "
+            f"--run {run_id}: it has no model in the store, and its checkpoint {stored.checkpoint} cannot be used "
             f"({error}); {reader.with_models(uri, run_id)}"
         ) from None
 
@@ -108,8 +108,8 @@ def _export_checkpoint(path: Path, out: Path, known: Mapping[str, Any]) -> None:
     nets_config = from_mapping(checkpoint["config"], str(path))
     Nets.of(nets_config.model, nets_config.num_domains, checkpoints.shown_weights(checkpoint), str(path))
     # Other trainers' files hold here what they like; what is no plain number is left out.
-    found = checkpoint.get("metrics")
-    metrics = {str(k): v for k, v in found.items() if _is_number(v)} if isinstance(found, dict) else {}
+    recorded = checkpoint.get("metrics")
+    metrics = {str(k): v for k, v in recorded.items() if _is_number(v)} if isinstance(recorded, dict) else {}
     epoch = checkpoint.get("epoch")
     facts = {"trial": path.stem, "epoch": epoch if _is_number(epoch) else None, "metrics": metrics, "params": {}}
     if "eval/score" in metrics:

@@ -38,8 +38,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def storage_of(folder: Path, runs: Path) -> Storage:
     """Where a sweep's trials keep their files, as its record says."""
-    there: Mapping[str, Any] = results.read(folder).record
-    return Storage(there.get("storage") or str(runs)).child(folder.name)
+    record: Mapping[str, Any] = results.read(folder).record
+    return Storage(record.get("storage") or str(runs)).child(folder.name)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from raystar.data.bank import Bank, open_bank
 from raystar.model import checkpoint as checkpoints
 from raystar.model.device import resolve_device
 from raystar.model.networks import NAMES
-from raystar.pictures.codec import check_codec, open_codec
+from raystar.pictures.codec import Codec, check_codec, open_codec
 from raystar.record.statuses import DIVERGED, FAILED, FINISHED, INTERRUPTED
 from raystar.ruler.ruler import NOTHING, TRANSFER, Ruler
 from raystar.ruler.samples import check as check_ruler
@@ -88,13 +88,7 @@ def main(argv: list[str] | None = None) -> int:
     late = tracker.waiting
     tracker.begin()
     try:
-        codec, note = open_codec(config, device)
-        if note is not None:
-            print(f"note: {note}", file=sys.stderr)
-        ruler = Ruler.build(bank, config, cache)
-        if config.progress != "off":
-            nothing, transfer = (ruler.references[name]["eval/score"] for name in (NOTHING, TRANSFER))
-            print(f"score: doing nothing {nothing:.4f}, channel transfer {transfer:.4f}, perfect 0.1", file=sys.stderr)
+        codec, ruler = _codec(config, device), _ruler(config, bank, cache)
         tracker.wait_until_connected()
         trainer = Trainer(config, bank, ruler, codec, state, checkpoint=checkpoint, source=str(source))
     except BaseException:
@@ -111,14 +105,7 @@ def main(argv: list[str] | None = None) -> int:
     recorded = tracker.last_epoch(PARENT)
     if trainer.first_epoch <= recorded:
         print(f"epochs {trainer.first_epoch} to {recorded} are trained again, from the checkpoint; their record stays")
-    tracker.start(
-        PARENT,
-        params={},
-        tags={"raystar.signature": signature(config), "raystar.seed": str(config.training.seed)},
-        text={"config.yaml": to_yaml(config)},
-        name=name,
-    )
-    _tell_of_0_1(tracker, checkpoint, trainer.first_epoch)
+    _open_run(tracker, config, name, checkpoint, trainer.first_epoch)
     return _run(trainer, tracker, config, folder)
 
 
@@ -145,6 +132,21 @@ def _place(args: argparse.Namespace, config: Config) -> tuple[str, Path, list[Pa
     return name, folder, begun
 
 
+def _codec(config: Config, device: Any) -> Codec:
+    codec, note = open_codec(config, device)
+    if note is not None:
+        print(f"note: {note}", file=sys.stderr)
+    return codec
+
+
+def _ruler(config: Config, bank: Bank, cache: Path) -> Ruler:
+    ruler = Ruler.build(bank, config, cache)
+    if config.progress != "off":
+        nothing, transfer = (ruler.references[name]["eval/score"] for name in (NOTHING, TRANSFER))
+        print(f"score: doing nothing {nothing:.4f}, channel transfer {transfer:.4f}, perfect 0.1", file=sys.stderr)
+    return ruler
+
+
 def _tracker(uri: str, out: Path, bank: Bank, name: str, folder: Path) -> Relay:
     return open_tracker(
         uri,
@@ -156,8 +158,17 @@ def _tracker(uri: str, out: Path, bank: Bank, name: str, folder: Path) -> Relay:
     )
 
 
-def _tell_of_0_1(tracker: Tracker, checkpoint: Mapping[str, Any] | None, first_epoch: int) -> None:
-    """Says of a run that version 0.1 began that another ruler measured its first epochs; MLflow draws one curve."""
+def _open_run(
+    tracker: Tracker, config: Config, name: str, checkpoint: Mapping[str, Any] | None, first_epoch: int
+) -> None:
+    """Begins the record, or continues it. Of 0.1's scores and today's MLflow draws one curve."""
+    tracker.start(
+        PARENT,
+        params={},
+        tags={"raystar.signature": signature(config), "raystar.seed": str(config.training.seed)},
+        text={"config.yaml": to_yaml(config)},
+        name=name,
+    )
     metrics = checkpoint.get("metrics") if checkpoint is not None else None
     if isinstance(metrics, dict) and measured_by_0_1(metrics):
         told = f"scores up to epoch {first_epoch - 1} are of raystar 0.1's ruler and cannot be compared with later ones"
@@ -170,9 +181,9 @@ def initial_state(config: Config, device: Any) -> TrainState:
     state = TrainState.create(config, device)
     if config.checkpoint.init_from is not None:
         path = Path(config.checkpoint.init_from).expanduser()
-        found = checkpoints.load(path)
-        checkpoints.check_function(found, config, str(path))
-        state.load_networks({name: found[name] for name in NAMES}, str(path))
+        checkpoint = checkpoints.load(path)
+        checkpoints.check_function(checkpoint, config, str(path))
+        state.load_networks({name: checkpoint[name] for name in NAMES}, str(path))
     return state
 
 

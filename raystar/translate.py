@@ -142,9 +142,9 @@ def _tasks(args: argparse.Namespace, seeds: list[int | None]) -> tuple[list[_Tas
     """
     source, out, bad = args.input, args.out, list[tuple[str, str]]()
     if is_folder(source):
-        found = find(source, suffixes=(*SUFFIXES, *_LATENTS))
-        bad = [(f"{source}/{name}", reason) for name, reason in found.bad]
-        names = found.pictures
+        listing = find(source, suffixes=(*SUFFIXES, *_LATENTS))
+        bad = [(f"{source}/{name}", reason) for name, reason in listing.bad]
+        names = listing.pictures
         if not names:
             reasons = "".join(f"\n  {name}: {reason}" for name, reason in bad[:20])
             raise RaystarError(f"--input {source}: expected pictures or latents in it, found none{reasons}")
@@ -169,15 +169,15 @@ def _tasks(args: argparse.Namespace, seeds: list[int | None]) -> tuple[list[_Tas
     else:
         tasks = _into_folder(sources, names, seeds, args)
     planned = [path for task in tasks for path in (*task.results, *([task.strip] if task.strip else []))]
-    there = [path for path in planned if path.exists() or path.is_symlink()]
+    existing = [path for path in planned if path.exists() or path.is_symlink()]
     read_ones = {path.resolve() for path in (*sources, *([args.reference] if args.reference else []))}
-    if own := [path for path in there if path.resolve() in read_ones]:
-        raise RaystarError(f"--out {own[0]}: is the input itself; choose another")
+    if inputs := [path for path in existing if path.resolve() in read_ones]:
+        raise RaystarError(f"--out {inputs[0]}: is the input itself; choose another")
     if args.resize is not None and not any(_is_picture(path) for path in sources):
         raise RaystarError("--resize: latents are not scaled; leave it out")
-    if there and not args.force:
+    if existing and not args.force:
         raise RaystarError(
-            f"--out {out}: {len(there)} of {len(planned)} results are there already, {there[0]} for one; choose "
+            f"--out {out}: {len(existing)} of {len(planned)} results are there already, {existing[0]} for one; choose "
             "another place, or overwrite them with --force"
         )
     return tasks, bad
@@ -251,11 +251,11 @@ class _Worker:
         strip += [] if self.reference is None else [(f"reference: {self.reference[0]}", self.reference[1])]
         margin = len(strip)
         for seed, result in zip(self.seeds, task.results, strict=True):
-            made = self.translator.restyle(latents, self.domain, self.style, seed)
+            translated = self.translator.restyle(latents, self.domain, self.style, seed)
             if result.suffix.lower() == ".npy":
-                _write(result, partial(np.save, arr=made[0].numpy(), allow_pickle=False))
+                _write(result, partial(np.save, arr=translated[0].numpy(), allow_pickle=False))
             if task.strip is not None or result.suffix.lower() != ".npy":
-                picture = self.translator.decode(made, original)
+                picture = self.translator.decode(translated, original)
                 strip.append((self.domain if seed is None else f"{self.domain}, seed {seed}", picture))
                 if result.suffix.lower() != ".npy":
                     _save(result, picture)

@@ -105,12 +105,12 @@ def print_plan(plan: Plan) -> None:
         return
     for number, point in enumerate(plan.points):
         # Of many switches, few differ from the baseline: those are what a reader looks for.
-        shown = (
+        settings = (
             point
             if number == 0 or not (plan.purpose.table and space.baseline)
             else {k: v for k, v in point.items() if v != plan.points[0][k]}
         )
-        values = "  ".join(f"{key}={value}" for key, value in shown.items())
+        values = "  ".join(f"{key}={value}" for key, value in settings.items())
         print(f"  {plan.trial_name(number)}{' (baseline)' if number == 0 and space.baseline else ''}: {values}")
 
 

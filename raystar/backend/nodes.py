@@ -46,7 +46,7 @@ def nodes() -> list[Node]:
     """The nodes that are alive, in a fixed order."""
     import ray
 
-    found = [
+    alive = [
         Node(
             each["NodeID"],
             each["NodeManagerHostname"],
@@ -57,7 +57,7 @@ def nodes() -> list[Node]:
         for each in ray.nodes()
         if each["Alive"]
     ]
-    return sorted(found, key=lambda node: (node.host, node.id))
+    return sorted(alive, key=lambda node: (node.host, node.id))
 
 
 def check_resources(cpus: float, gpus: float, workers: int, where: str) -> int:
@@ -71,14 +71,14 @@ def check_resources(cpus: float, gpus: float, workers: int, where: str) -> int:
     Raises:
         RaystarError: not a single trial fits.
     """
-    there = nodes()
-    fit = trials_that_fit([(node.cpus, node.gpus) for node in there], cpus, gpus, workers)
+    alive = nodes()
+    fit = trials_that_fit([(node.cpus, node.gpus) for node in alive], cpus, gpus, workers)
     if fit:
         return fit
     trial = "a trial wants" if workers == 1 else f"{workers} workers want, each,"
-    largest = max(there, key=lambda node: (node.gpus, node.cpus) if gpus else (node.cpus, node.gpus))
+    largest = max(alive, key=lambda node: (node.gpus, node.cpus) if gpus else (node.cpus, node.gpus))
     raise RaystarError(
-        f"{where}: {trial} {cpus:g} processors and {gpus:g} GPUs; the largest of {len(there)} nodes, {largest}, has "
+        f"{where}: {trial} {cpus:g} processors and {gpus:g} GPUs; the largest of {len(alive)} nodes, {largest}, has "
         f"{largest.cpus:g} and {largest.gpus:g}"
     )
 
@@ -114,11 +114,11 @@ def check_tracking(uri: str) -> None:
     """
     if uri.partition(":")[0] not in ("sqlite", "file") and "://" in uri:
         return
-    there = len(nodes())
-    if there > 1:
+    count = len(nodes())
+    if count > 1:
         store = uri if uri.startswith("sqlite:") else "sqlite:///mlflow.db"
         raise RaystarError(
-            f"--tracking-uri {uri}: is a file of one machine, and the cluster has {there} nodes; start a server, "
+            f"--tracking-uri {uri}: is a file of one machine, and the cluster has {count} nodes; start a server, "
             f"`mlflow server --backend-store-uri {store} --host 127.0.0.1 --port 5000`, "
             "and name it: --tracking-uri http://127.0.0.1:5000"
         )
@@ -137,10 +137,10 @@ def on_every_node(function: Callable[..., Any], *args: Any, what: str, wait: str
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    there = nodes()
+    alive = nodes()
     remote = ray.remote(function)
     running = {}
-    for node in there:
+    for node in alive:
         here = NodeAffinitySchedulingStrategy(node.id, soft=False)
         running[remote.options(num_cpus=0, max_retries=0, scheduling_strategy=here).remote(*args)] = node
     results: dict[Node, Any] = {}
@@ -157,7 +157,7 @@ def on_every_node(function: Callable[..., Any], *args: Any, what: str, wait: str
                 failed[node] = _in_short(error)
         if shows() and time.monotonic() - began > _SHOW_AFTER_S and (running or shown):
             shown = True
-            print(f"\r{what}: {len(there) - len(running)} of {len(there)} nodes", end="", file=sys.stderr, flush=True)
+            print(f"\r{what}: {len(alive) - len(running)} of {len(alive)} nodes", end="", file=sys.stderr, flush=True)
     if shown:
         print(file=sys.stderr)
     for task, node in running.items():
@@ -165,7 +165,7 @@ def on_every_node(function: Callable[..., Any], *args: Any, what: str, wait: str
         failed[node] = f"no answer within {timeout_s:g} s ({wait} sets how long to wait)"
     if failed:
         reasons = "\n  ".join(f"{node}: {reason}" for node, reason in sorted(failed.items(), key=lambda f: f[0].host))
-        raise RaystarError(f"{what} failed on {len(failed)} of {len(there)} nodes:\n  {reasons}")
+        raise RaystarError(f"{what} failed on {len(failed)} of {len(alive)} nodes:\n  {reasons}")
     return results
 
 
@@ -185,13 +185,13 @@ def probe_storage(uri: str) -> None:
     """
     storage = Storage(uri)
     folder = f"probe-{secrets.token_hex(4)}"
-    shown = f"--storage {redact(storage.uri)}"
+    where = f"--storage {redact(storage.uri)}"
     try:
-        wanted = dict([_here(f"writing to {shown}", _probe_write, storage.uri, folder)])
-        written = on_every_node(_probe_write, storage.uri, folder, what=f"writing to {shown}")
-        wanted |= dict(written.values())
-        _here(f"reading from {shown}", _probe_read, storage.uri, folder, wanted)
-        on_every_node(_probe_read, storage.uri, folder, wanted, what=f"reading from {shown}")
+        contents = dict([_here(f"writing to {where}", _probe_write, storage.uri, folder)])
+        written = on_every_node(_probe_write, storage.uri, folder, what=f"writing to {where}")
+        contents |= dict(written.values())
+        _here(f"reading from {where}", _probe_read, storage.uri, folder, contents)
+        on_every_node(_probe_read, storage.uri, folder, contents, what=f"reading from {where}")
     finally:
         _remove_probe(storage, folder)
 
@@ -210,14 +210,14 @@ def _probe_write(uri: str, folder: str) -> tuple[str, str]:
     return name, content
 
 
-def _probe_read(uri: str, folder: str, wanted: Mapping[str, str]) -> None:
+def _probe_read(uri: str, folder: str, contents: Mapping[str, str]) -> None:
     storage = Storage(uri)
-    for name, content in wanted.items():
+    for name, content in contents.items():
         try:
-            found = storage.read(f"{folder}/{name}").decode(errors="replace")
+            stored = storage.read(f"{folder}/{name}").decode(errors="replace")
         except FileNotFoundError:
-            found = None
-        if found != content:
+            stored = None
+        if stored != content:
             raise RaystarError("does not see what other nodes write there; it must be one place for all of them")
 
 

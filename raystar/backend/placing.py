@@ -95,8 +95,8 @@ def ensure_local(placed: Placed, *, thorough: bool = False) -> Path:
         fcntl.flock(lock, fcntl.LOCK_EX)
         for name, size, digest in placed.files:
             path = folder / name
-            there = path.is_file() and path.stat().st_size == size
-            if not there or (thorough and _sha256(path) != digest):
+            present = path.is_file() and path.stat().st_size == size
+            if not present or (thorough and _sha256(path) != digest):
                 _fetch(Storage(placed.storage), name, digest, path)
     return folder
 
@@ -106,9 +106,11 @@ def _fetch(storage: Storage, name: str, digest: str, path: Path) -> None:
     try:
         with storage.fetched(name) as source:
             shutil.copyfile(source, temporary)
-        found = _sha256(temporary)
-        if found != digest:
-            raise RaystarError(f"{redact(storage.at(name))}: arrived with SHA-256 {found[:16]}, expected {digest[:16]}")
+        actual = _sha256(temporary)
+        if actual != digest:
+            raise RaystarError(
+                f"{redact(storage.at(name))}: arrived with SHA-256 {actual[:16]}, expected {digest[:16]}"
+            )
         os.replace(temporary, path)
     except FileNotFoundError:
         raise RaystarError(f"{redact(storage.at(name))}: is gone from the storage; start again") from None

@@ -88,8 +88,8 @@ def _silence() -> None:
 
 def token_file() -> Path:
     """Where Ray keeps the token that all processes of a cluster share."""
-    found = os.environ.get("RAY_AUTH_TOKEN_PATH")
-    return Path(found).expanduser() if found else Path.home() / ".ray" / "auth_token"
+    path = os.environ.get("RAY_AUTH_TOKEN_PATH")
+    return Path(path).expanduser() if path else Path.home() / ".ray" / "auth_token"
 
 
 def settle_token(create: bool) -> None:
@@ -133,8 +133,8 @@ def _make_token(path: Path) -> None:
 
 def _make_private(path: Path) -> None:
     with suppress(FileNotFoundError):
-        found = path.stat()
-        if found.st_uid == os.getuid() and stat.S_IMODE(found.st_mode) & 0o077:
+        info = path.stat()
+        if info.st_uid == os.getuid() and stat.S_IMODE(info.st_mode) & 0o077:
             path.chmod(0o600)
 
 

@@ -46,7 +46,7 @@ class _GroupTrainer(TorchTrainer):  # type: ignore[misc]
 
     def _create_default_callbacks(self) -> list[Any]:
         unused = ("DatasetsCallback", "PlacementGroupCleanerCallback")
-        return [found for found in super()._create_default_callbacks() if type(found).__name__ not in unused]
+        return [callback for callback in super()._create_default_callbacks() if type(callback).__name__ not in unused]
 
 
 class _Delivery(TuneReportCallback):  # type: ignore[misc]
@@ -101,12 +101,12 @@ def _run_group(settings: dict[str, Any]) -> None:
 
 def _failure(failures: Mapping[int, Exception]) -> Exception | None:
     """What ended a group of workers, of all that they raised; None if a process died, and the trial is to continue."""
-    found = [error for _, error in sorted(failures.items()) if not _lost(error)]
+    errors = [error for _, error in sorted(failures.items()) if not _lost(error)]
     # A trial's own reason comes first: the others' errors may follow from it.
-    own = [error for error in found if isinstance(error, RaystarError)]
-    if own:
-        return own[0]
-    return found[0] if len(found) == len(failures) else None
+    reasons = [error for error in errors if isinstance(error, RaystarError)]
+    if reasons:
+        return reasons[0]
+    return errors[0] if len(errors) == len(failures) else None
 
 
 def _lost(error: Exception) -> bool:

@@ -79,12 +79,11 @@ def fit(listener: Listener, request: Request, space: Space, assignment: Assignme
 
 
 def _param_space(space: Space, assignment: Assignment) -> dict[str, Any]:
+    if assignment.fresh:  # the searcher has the space, and Tune wants it in one place
+        return {}
     known = list(assignment.known.values())
     # What was chosen before need not lie in a range: a baseline's null cannot even be compared with one.
-    values = {
-        key: _domain(d) if assignment.fresh else tune.choice([params[key] for params in known])
-        for key, d in space.space.items()
-    }
+    values = {key: tune.choice([params[key] for params in known]) for key in space.space}
     if SEED not in values and (seeds := sorted({params[SEED] for params in known if SEED in params})):
         values[SEED] = tune.choice(seeds)
     return values

@@ -39,10 +39,10 @@ def learning_curves(results: Results) -> go.Figure | None:
     with_curve = [r for r in results.by_score() if results.curve(r.trial)]
     if not with_curve:
         return None
-    shown = [r for i, r in enumerate(with_curve) if i < MOST_CURVES or r is baseline]
+    records = [r for i, r in enumerate(with_curve) if i < MOST_CURVES or r is baseline]
     figure = _figure(results, "epoch", score_label(results))
     # The two that matter last, so that they lie on top.
-    for record in sorted(shown, key=lambda r: (r is best, r is baseline)):
+    for record in sorted(records, key=lambda r: (r is best, r is baseline)):
         curve = results.curve(record.trial)
         epochs = _thinned(sorted(curve), keep=record.score_epoch)
         name, colour, width, dash, order = "other trials", OTHER, 1.2, "solid", 3
@@ -63,8 +63,8 @@ def learning_curves(results: Results) -> go.Figure | None:
             opacity=1.0 if order < 3 else 0.75,
             hovertemplate=f"{_about(results, record)}<br>epoch %{{x}}: %{{y:.4f}}<extra></extra>",
         )
-    _ends(figure, results, [r for r in shown if r.status == STOPPED], "stopped early", "x-thin", OTHER, 4)
-    _ends(figure, results, [r for r in shown if r.status in BROKEN], "went wrong", "triangle-down", BAD, 5)
+    _ends(figure, results, [r for r in records if r.status == STOPPED], "stopped early", "x-thin", OTHER, 4)
+    _ends(figure, results, [r for r in records if r.status in BROKEN], "went wrong", "triangle-down", BAD, 5)
     for number, epoch in enumerate(results.rungs):
         label = "rung" if number == 0 else ""
         figure.add_vline(epoch, line={"color": OTHER, "width": 1.5, "dash": "dot"}, layer="below")
@@ -79,8 +79,8 @@ def learning_curves(results: Results) -> go.Figure | None:
                 layer="below",
                 annotation={"text": words, "font": {"size": 11}, "xanchor": "right", "yanchor": "bottom"},
             )
-    figure.update_yaxes(range=_frame(_drawn_scores(results, shown), summary.mode))
-    first, last = (pick(e for r in shown for e in results.curve(r.trial)) for pick in (min, max))
+    figure.update_yaxes(range=_frame(_drawn_scores(results, records), summary.mode))
+    first, last = (pick(e for r in records for e in results.curve(r.trial)) for pick in (min, max))
     margin = max(0.25, 0.03 * (last - first))
     figure.update_xaxes(range=[first - margin, last + margin], tickformat="d")
     if results.epochs <= 20:
@@ -118,7 +118,7 @@ def slices(results: Results) -> dict[str, go.Figure]:
     summary, ranked = results.summary, _shown(results)
     if not ranked:
         return {}
-    found = {}
+    figures = {}
     for key, (kind, _) in results.drawn.items():
         figure = _figure(results, short(key), label(summary.metric))
         values = [record.params[key] for record in ranked]
@@ -154,8 +154,8 @@ def slices(results: Results) -> dict[str, go.Figure]:
         figure.data = figure.data[::-1]  # the best lies on top
         figure.update_layout(showlegend=False)
         figure.update_yaxes(range=_frame([r.score for r in ranked if r.score is not None], summary.mode))
-        found[key] = figure
-    return found
+        figures[key] = figure
+    return figures
 
 
 def _shown(results: Results) -> list[TrialRecord]:
@@ -163,9 +163,9 @@ def _shown(results: Results) -> list[TrialRecord]:
     return [r for i, r in enumerate(ranked) if i < MOST_DOTS or r is results.summary.baseline]
 
 
-def importances(results: Results, found: Importance) -> go.Figure:
+def importances(results: Results, importance: Importance) -> go.Figure:
     """A dot a key with its interval; the most important on top."""
-    keys = found.keys[::-1]
+    keys = importance.keys[::-1]
     figure = _figure(results, f"rise of the error, {label(results.summary.metric)}", "")
     figure.add_vline(0, line={"color": LINE, "width": 2})
     figure.add_scatter(
@@ -192,8 +192,8 @@ def importances(results: Results, found: Importance) -> go.Figure:
 def front(results: Results) -> go.Figure | None:
     """Style over content, coloured by diversity, with lines of equal score; a speed sweep's compiling over speed."""
     across, up = results.purpose.front[0], results.purpose.front[1] or results.summary.metric
-    there = [r for r in _shown(results) if _finite(r.metrics.get(across)) and _finite(r.metrics.get(up))]
-    if not there:
+    scored = [r for r in _shown(results) if _finite(r.metrics.get(across)) and _finite(r.metrics.get(up))]
+    if not scored:
         return None
     better = "lower is better"
     figure = _figure(
@@ -201,16 +201,16 @@ def front(results: Results) -> go.Figure | None:
         f"{label(across)}, {better}",
         score_label(results) if up == results.summary.metric else f"{label(up)}, {better}",
     )
-    x, y = ([r.metrics[name] for r in there] for name in (across, up))
-    optimal = set(undominated(results, there))
+    x, y = ([r.metrics[name] for r in scored] for name in (across, up))
+    optimal = set(undominated(results, scored))
     marker: dict[str, Any] = {"color": OTHER, "opacity": 1, "line": {}}
-    marker["size"] = [16 if r.trial in optimal else 11 for r in there]
-    marker["line"]["width"] = [3 if r.trial in optimal else 1 for r in there]
-    marker["line"]["color"] = [INK if r.trial in optimal else OTHER for r in there]
+    marker["size"] = [16 if r.trial in optimal else 11 for r in scored]
+    marker["line"]["width"] = [3 if r.trial in optimal else 1 for r in scored]
+    marker["line"]["color"] = [INK if r.trial in optimal else OTHER for r in scored]
     if results.purpose.models:
         _equal_scores(figure, x, y, 1.0 if results.of_0_1 else 0.1)
         marker |= {
-            "color": [r.metrics.get("eval/diversity") for r in there],
+            "color": [r.metrics.get("eval/diversity") for r in scored],
             "colorscale": "Viridis",
             "colorbar": {
                 "title": {"text": "diversity (no unit), higher is better", "side": "right"},
@@ -225,8 +225,8 @@ def front(results: Results) -> go.Figure | None:
         y=y,
         mode="markers+text",
         marker=marker,
-        text=[names.get(id(r), "") for r in there],
-        textposition=["bottom center" if r is results.summary.best else "top center" for r in there],
+        text=[names.get(id(r), "") for r in scored],
+        textposition=["bottom center" if r is results.summary.best else "top center" for r in scored],
         customdata=[
             _about(results, r)
             + "".join(
@@ -235,7 +235,7 @@ def front(results: Results) -> go.Figure | None:
                 if name in r.metrics
             )
             + ("<br>on the front" if r.trial in optimal else "")
-            for r in there
+            for r in scored
         ],
         hovertemplate="%{customdata}<extra></extra>",
         showlegend=False,
@@ -246,11 +246,13 @@ def front(results: Results) -> go.Figure | None:
 def _mark_references(figure: go.Figure, results: Results, across: str, up: str) -> None:
     """What a model has to beat, as crosses."""
     beside = [(words, results.summary.references.get(name, {})) for name, words in REFERENCES.items()]
-    beside = [(words, found) for words, found in beside if _finite(found.get(across)) and _finite(found.get(up))]
+    beside = [
+        (words, metrics) for words, metrics in beside if _finite(metrics.get(across)) and _finite(metrics.get(up))
+    ]
     if beside:
         figure.add_scatter(
-            x=[found[across] for _, found in beside],
-            y=[found[up] for _, found in beside],
+            x=[metrics[across] for _, metrics in beside],
+            y=[metrics[up] for _, metrics in beside],
             mode="markers+text",
             marker={"symbol": "x", "size": 11, "color": INK},
             text=[words for words, _ in beside],

@@ -34,20 +34,20 @@ class Embedded(NamedTuple):
 
 def epochs_to_show(storage: Storage, trials: Sequence[str], wanted: Sequence[int], most: int) -> list[int]:
     """Up to `most` epochs of which there are pictures: the first, the last, those `wanted`, and others in between."""
-    there = sorted({epoch for trial in trials for epoch in saved_pictures(storage, trial).get(FIRST_CHOICE, [])})
-    if len(there) <= most:
-        return there
-    chosen = {there[0], there[-1]}
-    chosen |= set([epoch for epoch in wanted if epoch in there and epoch not in chosen][: most - 2])
+    epochs = sorted({epoch for trial in trials for epoch in saved_pictures(storage, trial).get(FIRST_CHOICE, [])})
+    if len(epochs) <= most:
+        return epochs
+    chosen = {epochs[0], epochs[-1]}
+    chosen |= set([epoch for epoch in wanted if epoch in epochs and epoch not in chosen][: most - 2])
     while len(chosen) < most:  # the one that is furthest from all that are shown
-        chosen.add(max(there, key=lambda epoch: min(abs(epoch - other) for other in chosen)))
+        chosen.add(max(epochs, key=lambda epoch: min(abs(epoch - other) for other in chosen)))
     return sorted(chosen)
 
 
 def nearest_epoch(storage: Storage, trial: str, key: str, epoch: int) -> int | None:
     """The last epoch up to `epoch` of which there is a picture, else the first; None where there is no picture."""
-    there = saved_pictures(storage, trial).get(key, [])
-    return max((e for e in there if e <= epoch), default=min(there, default=None))
+    epochs = saved_pictures(storage, trial).get(key, [])
+    return max((e for e in epochs if e <= epoch), default=min(epochs, default=None))
 
 
 def read_picture(storage: Storage, trial: str, key: str, epoch: int, widest: int) -> Image.Image | None:
@@ -75,9 +75,9 @@ def embed(pictures: Sequence[Image.Image], budget: int) -> list[Embedded]:
     for width in [w for w in _WIDTHS if w <= widest] or [_WIDTHS[-1]]:
         if sum(len(_embedded(p, width).uri) for p in sample) * len(pictures) > 1.1 * budget * len(sample):
             continue
-        found = [_embedded(picture, width) for picture in pictures]
-        if sum(len(picture.uri) for picture in found) <= budget:
-            return found
+        embedded = [_embedded(picture, width) for picture in pictures]
+        if sum(len(picture.uri) for picture in embedded) <= budget:
+            return embedded
     raise ValueError(f"{len(pictures)} pictures do not fit into {budget} characters")
 
 

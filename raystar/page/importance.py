@@ -114,13 +114,13 @@ def _errors(
     n, ends = len(values), np.cumsum([0, *(group.shape[1] for group in groups)])
     exchanged = [slice(0, 0), slice(0, ends[-1]), *(slice(a, b) for a, b in itertools.pairwise(ends))]
     share = 1 / np.bincount(of, minlength=n)[of]  # a trial counts once, whatever its epochs
-    found: list[list[float]] = []
-    while len(found) < RESAMPLES:
+    errors: list[list[float]] = []
+    while len(errors) < RESAMPLES:
         times = np.bincount(rng.integers(n, size=n), minlength=n)
         inside, outside = times[of] > 0, times[of] == 0
         if len(np.unique(of[outside])) < 2:
             continue
-        forest = RandomForestRegressor(_TREES, max_features=0.6, n_jobs=1, random_state=len(found))
+        forest = RandomForestRegressor(_TREES, max_features=0.6, n_jobs=1, random_state=len(errors))
         inputs = np.column_stack([values[of], epochs])
         forest.fit(inputs[inside], scores[inside], sample_weight=(times[of] * share)[inside])
         # All epochs of a held-out trial get the value of the same other trial.
@@ -133,8 +133,8 @@ def _errors(
                 tested.append(changed)
         predicted = forest.predict(np.concatenate(tested)).reshape(len(exchanged), _EXCHANGES, -1)
         off = np.abs(predicted - scores[outside]).mean(axis=1)  # [2 + keys, rows]
-        found.append(np.average(off, axis=1, weights=share[outside]).tolist())
-    return np.array(found)
+        errors.append(np.average(off, axis=1, weights=share[outside]).tolist())
+    return np.array(errors)
 
 
 def _columns(values: Sequence[Any], logarithmic: bool) -> NDArray[np.float64]:
@@ -150,8 +150,8 @@ def _columns(values: Sequence[Any], logarithmic: bool) -> NDArray[np.float64]:
 
 def _spread(curve: Mapping[int, float]) -> list[int]:
     """A few epochs of a curve, first and last among them, closer together where learning is faster."""
-    there = sorted(curve)
-    if len(there) <= _EPOCHS:
-        return there
-    places = np.geomspace(1, len(there), _EPOCHS).round().astype(int) - 1
-    return sorted({there[place] for place in places.tolist()})
+    epochs = sorted(curve)
+    if len(epochs) <= _EPOCHS:
+        return epochs
+    places = np.geomspace(1, len(epochs), _EPOCHS).round().astype(int) - 1
+    return sorted({epochs[place] for place in places.tolist()})

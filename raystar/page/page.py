@@ -18,8 +18,7 @@ from raystar.base.metrics import METRICS, arrow
 from raystar.base.storage import Storage
 from raystar.page import charts, sections
 from raystar.page.importance import FEWEST, RESAMPLES
-from raystar.record import results
-from raystar.record.results import CONTACT_SHEET, REPORT, Results
+from raystar.record.results import CONTACT_SHEET, REPORT, Results, read
 
 
 def write(folder: Path, storage: Storage, out: Path | None = None) -> Path:
@@ -36,8 +35,8 @@ def write(folder: Path, storage: Storage, out: Path | None = None) -> Path:
     Raises:
         RaystarError: the folder is not a sweep's, or a file of it is damaged.
     """
-    found = results.read(folder)
-    page, sheet = _page(found, folder, storage)
+    results = read(folder)
+    page, sheet = _page(results, folder, storage)
     if sheet is not None and out is None:
         temporary = folder / f".{CONTACT_SHEET}.part"
         sheet.save(temporary, "PNG")
@@ -47,12 +46,12 @@ def write(folder: Path, storage: Storage, out: Path | None = None) -> Path:
     return path
 
 
-def _page(found: Results, folder: Path, storage: Storage) -> tuple[str, Image.Image | None]:
-    gallery, sheet = sections.contact_sheet(found, storage)
-    weights = sections.weights(found)
-    figures = {"curves": charts.learning_curves(found), "front": charts.front(found)}
-    figures["importance"] = charts.importances(found, weights) if weights else None
-    slices = charts.slices(found)
+def _page(results: Results, folder: Path, storage: Storage) -> tuple[str, Image.Image | None]:
+    gallery, sheet = sections.contact_sheet(results, storage)
+    weights = sections.weights(results)
+    figures = {"curves": charts.learning_curves(results), "front": charts.front(results)}
+    figures["importance"] = charts.importances(results, weights) if weights else None
+    slices = charts.slices(results)
     order = [k.key for k in weights.keys] if weights else []
     keys = sorted(slices, key=lambda key: order.index(key) if key in order else len(order))
     figures |= {f"slice-{number}": slices[key] for number, key in enumerate(keys)}
@@ -64,33 +63,33 @@ def _page(found: Results, folder: Path, storage: Storage) -> tuple[str, Image.Im
     # A hash for each script that may run: whatever else got into the page, it could not.
     scripts = [get_plotlyjs(), environment.get_template("report.js").render()]
     page = environment.get_template("report.html").render(
-        found=found,
-        summary=found.summary,
-        headline=sections.headline(found),
-        facts=sections.facts(found),
-        parts=sections.parts(found),
-        finalists=sections.finalists(found),
-        foresight=found.foresight(),
-        changes=sections.changes(found),
-        better=arrow(found.summary.mode),
+        results=results,
+        summary=results.summary,
+        headline=sections.headline(results),
+        facts=sections.facts(results),
+        parts=sections.parts(results),
+        finalists=sections.finalists(results),
+        foresight=results.foresight(),
+        changes=sections.changes(results),
+        better=arrow(results.summary.mode),
         explained={name: metric.meaning for name, metric in METRICS.items() if metric.meaning},
         figures={name: json.loads(figure.to_json()) for name, figure in figures.items() if figure is not None},
         slices=list(enumerate(keys)),
         most_curves=charts.MOST_CURVES,
         most_dots=charts.MOST_DOTS,
-        framed_out=charts.framed_out(found),
+        framed_out=charts.framed_out(results),
         importance=weights,
         doubtful=weights is not None and weights.skill < sections.TRUST,
         fewest=FEWEST,
         resamples=RESAMPLES,
-        stops=sections.stops(found),
+        stops=sections.stops(results),
         gallery=gallery,
-        broken=sections.broken(found, storage),
-        noted=sections.notes(found),
-        error=sections.error(found, folder),
-        table=sections.table(found),
-        reproduce=sections.reproduce(found, folder),
-        made=time.strftime("%Y-%m-%d %H:%M %Z"),
+        broken=sections.broken(results, storage),
+        noted=sections.notes(results),
+        error=sections.error(results, folder),
+        table=sections.table(results),
+        reproduce=sections.reproduce(results, folder),
+        date=time.strftime("%Y-%m-%d %H:%M %Z"),
         style=environment.get_template("report.css").render(),
         scripts=scripts,
         hashes=[base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in scripts],

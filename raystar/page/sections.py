@@ -39,14 +39,14 @@ TRUST = 0.15  # skill below which importances are said to mean nothing
 _GRID_KINDS = {"grid_ref": "styles of references", "grid_noise": "styles of noise"}
 
 
-def explained(found: Results) -> dict[str, str]:
+def explained(results: Results) -> dict[str, str]:
     """What measures mean; of a sweep of 0.1, what they meant there."""
-    return {**_EXPLAINED, **OF_0_1} if found.of_0_1 else _EXPLAINED
+    return {**_EXPLAINED, **OF_0_1} if results.of_0_1 else _EXPLAINED
 
 
-def headline(found: Results) -> str:
+def headline(results: Results) -> str:
     """What won and by how much, in a sentence."""
-    summary = found.summary
+    summary = results.summary
     best, baseline, gain = summary.best, summary.baseline, summary.gain
     name = summary.short_metric
     if summary.finals is not None:
@@ -65,9 +65,9 @@ def headline(found: Results) -> str:
     return f"{line}, {gain:.1%} better than the baseline's {as_number(baseline.score)}."
 
 
-def facts(found: Results) -> list[tuple[str, str, str]]:
+def facts(results: Results) -> list[tuple[str, str, str]]:
     """The numbers at the top: name, text, and the exact value behind it."""
-    summary = found.summary
+    summary = results.summary
     best, baseline, gain = summary.best, summary.baseline, summary.gain
     counts = ", ".join(f"{n} {status.replace('_', ' ')}" for status, n in summary.counts().items())
     facts = [("status", summary.status, summary.status)]
@@ -94,9 +94,9 @@ def facts(found: Results) -> list[tuple[str, str, str]]:
     ]
 
 
-def finalists(found: Results) -> list[dict[str, Any]]:
+def finalists(results: Results) -> list[dict[str, Any]]:
     """A row for each finalist: its mean, what that may be off by, and the score of each of its runs."""
-    summary = found.summary
+    summary = results.summary
     if summary.finals is None:
         return []
     return [
@@ -112,20 +112,20 @@ def finalists(found: Results) -> list[dict[str, Any]]:
     ]
 
 
-def parts(found: Results) -> list[dict[str, Any]]:
+def parts(results: Results) -> list[dict[str, Any]]:
     """The measured parts of the score, of the baseline and of the best, as measured last."""
-    best, baseline = found.summary.best, found.summary.baseline
+    best, baseline = results.summary.best, results.summary.baseline
     if best is None:
         return []
-    group = found.purpose.group
+    group = results.purpose.group
     names = [name for name in _EXPLAINED if name in best.metrics and name.startswith(group)]
-    names = list(dict.fromkeys([found.summary.metric, *names]))
-    meanings = explained(found)
+    names = list(dict.fromkeys([results.summary.metric, *names]))
+    meanings = explained(results)
     parts = []
     for name in names:
         now, then = best.metrics.get(name), baseline.metrics.get(name) if baseline is not None else None
         change = now - then if now is not None and then is not None and best is not baseline else None
-        higher = found.summary.mode == "max" if name == found.summary.metric else higher_is_better(name)
+        higher = results.summary.mode == "max" if name == results.summary.metric else higher_is_better(name)
         judged = name not in (
             "perf/compile_s",
             "perf/compiled_modules",
@@ -146,9 +146,9 @@ def parts(found: Results) -> list[dict[str, Any]]:
     return parts
 
 
-def changes(found: Results) -> list[tuple[str, Any, Any, str]]:
+def changes(results: Results) -> list[tuple[str, Any, Any, str]]:
     """Swept keys with the baseline's and the best trial's values, and how they were drawn."""
-    best, baseline = found.summary.best, found.summary.baseline
+    best, baseline = results.summary.best, results.summary.baseline
     if best is None:
         return []
     return [
@@ -158,20 +158,20 @@ def changes(found: Results) -> list[tuple[str, Any, Any, str]]:
             best.params.get(key),
             kind.describe(values),
         )
-        for key, (kind, values) in found.drawn.items()
+        for key, (kind, values) in results.drawn.items()
     ]
 
 
-def weights(found: Results) -> Importance | None:
+def weights(results: Results) -> Importance | None:
     """What each key weighs in the search's trials; None where there are too few."""
-    known = [r for r in found.summary.ranked() if r.parent is None and found.curve(r.trial)]
-    logarithmic = [key for key, (kind, _) in found.drawn.items() if kind.logarithmic]
-    return importance([r.params for r in known], [found.curve(r.trial) for r in known], logarithmic)
+    known = [r for r in results.summary.ranked() if r.parent is None and results.curve(r.trial)]
+    logarithmic = [key for key, (kind, _) in results.drawn.items() if kind.logarithmic]
+    return importance([r.params for r in known], [results.curve(r.trial) for r in known], logarithmic)
 
 
-def stops(found: Results) -> str:
+def stops(results: Results) -> str:
     """How many trials were stopped early, and where."""
-    stopped = Counter(r.epochs for r in found.summary.trials.values() if r.status == STOPPED)
+    stopped = Counter(r.epochs for r in results.summary.trials.values() if r.status == STOPPED)
     if not stopped:
         return "No trial was stopped early."
     where = ", ".join(f"{n} after epoch {epoch}" for epoch, n in sorted(stopped.items()))
@@ -179,13 +179,13 @@ def stops(found: Results) -> str:
     return f"{total} trial{'s were' if total > 1 else ' was'} stopped early: {where}."
 
 
-def contact_sheet(found: Results, storage: Storage) -> tuple[dict[str, Any], Image.Image | None]:
+def contact_sheet(results: Results, storage: Storage) -> tuple[dict[str, Any], Image.Image | None]:
     """Pictures of trials by epochs, the best trials' grids large, and the sheet as one picture."""
-    first = finals.featured(found.summary)
-    ranked = [*first, *(record for record in found.summary.ranked() if record not in first)]
-    shown = ranked[:_ROWS]
-    names = [record.trial for record in shown]
-    epochs = contact.epochs_to_show(storage, names, found.rungs, _COLUMNS)  # where many trials ended
+    first = finals.featured(results.summary)
+    ranked = [*first, *(record for record in results.summary.ranked() if record not in first)]
+    records = ranked[:_ROWS]
+    names = [record.trial for record in records]
+    epochs = contact.epochs_to_show(storage, names, results.rungs, _COLUMNS)  # where many trials ended
     if not epochs:
         return {"rows": [], "epochs": [], "large": [], "hidden": 0}, None
     sheet = [
@@ -197,16 +197,16 @@ def contact_sheet(found: Results, storage: Storage) -> tuple[dict[str, Any], Ima
                 if (picture := contact.read_picture(storage, record.trial, contact.FIRST_CHOICE, epoch, 512))
             },
         )
-        for record in shown
+        for record in records
     ]
     embedded = iter(contact.embed([picture for _, row in sheet for picture in row.values()], _THUMBS))
     rows = [(record, {epoch: next(embedded) for epoch in pictures}) for record, pictures in sheet]
-    together = contact.contact_sheet([(_label(found, r), p) for r, p in sheet[:_SHEET_ROWS]], epochs)
-    large = _large(found, storage, first[:_LARGE])
-    return {"rows": rows, "epochs": epochs, "large": large, "hidden": len(ranked) - len(shown)}, together
+    together = contact.contact_sheet([(_label(results, r), p) for r, p in sheet[:_SHEET_ROWS]], epochs)
+    large = _large(results, storage, first[:_LARGE])
+    return {"rows": rows, "epochs": epochs, "large": large, "hidden": len(ranked) - len(records)}, together
 
 
-def _large(found: Results, storage: Storage, records: list[TrialRecord]) -> list[tuple[TrialRecord, list[Any]]]:
+def _large(results: Results, storage: Storage, records: list[TrialRecord]) -> list[tuple[TrialRecord, list[Any]]]:
     """Of each trial its grids of the epoch that it was measured in last: (what it shows, epoch, picture)."""
     read: list[tuple[TrialRecord, str, int, Image.Image]] = []
     for record in records:
@@ -230,15 +230,15 @@ def _large(found: Results, storage: Storage, records: list[TrialRecord]) -> list
     ]
 
 
-def _label(found: Results, record: TrialRecord) -> str:
-    roles = [name for name in ("best", "baseline") if getattr(found.summary, name) is record]
+def _label(results: Results, record: TrialRecord) -> str:
+    roles = [name for name in ("best", "baseline") if getattr(results.summary, name) is record]
     return "\n".join([record.trial, *([] if record.score is None else [f"{record.score:.4f}"]), *roles])
 
 
-def broken(found: Results, storage: Storage) -> list[tuple[TrialRecord, str]]:
+def broken(results: Results, storage: Storage) -> list[tuple[TrialRecord, str]]:
     """Trials that went wrong or broke off, each with the end of what it raised."""
     broken = []
-    for record in sorted(found.summary.trials.values(), key=lambda r: r.trial):
+    for record in sorted(results.summary.trials.values(), key=lambda r: r.trial):
         if record.status in BROKEN or (record.status in UNFINISHED and record.status != RUNNING and record.reason):
             try:
                 trace = storage.read(f"trials/{record.trial}/error.txt").decode(errors="replace")
@@ -248,37 +248,37 @@ def broken(found: Results, storage: Storage) -> list[tuple[TrialRecord, str]]:
     return broken
 
 
-def notes(found: Results) -> dict[str, list[str]]:
+def notes(results: Results) -> dict[str, list[str]]:
     """What went other than asked for, each with its trials."""
     noted: dict[str, list[str]] = {}
-    for record in found.by_score():
+    for record in results.by_score():
         if record.note:
             noted.setdefault(record.note, []).append(record.trial)
     return noted
 
 
-def error(found: Results, folder: Path) -> str:
+def error(results: Results, folder: Path) -> str:
     """What ended the whole sweep, if something did."""
     trace = folder / "error.txt"
-    if found.summary.status != "failed" or not trace.is_file():
+    if results.summary.status != "failed" or not trace.is_file():
         return ""
     return redact("\n".join(trace.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-_TRACE:]))
 
 
-def table(found: Results) -> dict[str, Any]:
+def table(results: Results) -> dict[str, Any]:
     """All trials, best first, and the references: columns as (title, what it is), rows of (text, exact value)."""
-    metrics = [m for m in _EXPLAINED if m.startswith(found.purpose.group) and m != found.summary.metric]
-    records = found.by_score()
+    metrics = [m for m in _EXPLAINED if m.startswith(results.purpose.group) and m != results.summary.metric]
+    records = results.by_score()
     metrics = [m for m in metrics if any(m in r.metrics for r in records)]
     columns = [
         ("trial", "name"), ("status", "how it ended"),
-        (found.summary.short_metric, "the best of its epochs" if found.of_0_1 else "as measured last"),
+        (results.summary.short_metric, "the best of its epochs" if results.of_0_1 else "as measured last"),
         ("after epoch", "of that measurement"), ("epochs", "trained"),
-        *((m.rpartition("/")[2].replace("_", " "), explained(found)[m]) for m in metrics),
-        ("time", "h:mm:ss"), *((charts.short(key), key) for key in found.drawn),
+        *((m.rpartition("/")[2].replace("_", " "), explained(results)[m]) for m in metrics),
+        ("time", "h:mm:ss"), *((charts.short(key), key) for key in results.drawn),
     ]  # fmt: skip
     rows = []
-    for record in (*records[:_TABLE], *found.summary.reference_records()):
+    for record in (*records[:_TABLE], *results.summary.reference_records()):
         cells: list[tuple[str, Any]] = [
             (record.trial, record.trial),
             (record.status.replace("_", " ") + (", unmoved" if record.unmoved else ""), record.status),
@@ -287,21 +287,21 @@ def table(found: Results) -> dict[str, Any]:
             (str(record.epochs), record.epochs),
             *((as_number(record.metrics.get(m)), record.metrics.get(m)) for m in metrics),
             (duration(record.wall_s), record.wall_s),
-            *((as_value(record.params.get(key)), record.params.get(key)) for key in found.drawn),
+            *((as_value(record.params.get(key)), record.params.get(key)) for key in results.drawn),
         ]
         rows.append((record, [(text, "" if exact is None else exact) for text, exact in cells]))
     return {"columns": columns, "rows": rows, "hidden": max(0, len(records) - _TABLE)}
 
 
-def reproduce(found: Results, folder: Path) -> dict[str, Any]:
+def reproduce(results: Results, folder: Path) -> dict[str, Any]:
     """Commands, versions, seeds, data, and what the configuration has that the defaults have not."""
-    record, best = found.record, found.summary.best
+    record, best = results.record, results.summary.best
     config, request = record["config"], record["request"]
     code = {name: text for name, text in record["code"].items() if "/" not in name}
     defaults = dict(leaves("", to_mapping(Config())))
     differing = [(key, defaults.get(key), value) for key, value in leaves("", config) if value != defaults.get(key)]
     runs = "" if folder.parent == Path("runs") else f" --runs {folder.parent}"
-    left = (folder / found.purpose.left).exists()
+    has_output = (folder / results.purpose.output).exists()
     data = record["data"]
     return {
         "command": redact(str(record.get("command", ""))),
@@ -321,10 +321,10 @@ def reproduce(found: Results, folder: Path) -> dict[str, Any]:
         "overlay": overlay_yaml(best.params) if best is not None else "",
         "config": dump_yaml(config),
         "space": dump_yaml(record["space"]),
-        "export": f"python -m raystar.export --sweep {found.summary.sweep}{runs} --out my_model"
-        if left and found.purpose.models
+        "export": f"python -m raystar.export --sweep {results.summary.sweep}{runs} --out my_model"
+        if has_output and results.purpose.models
         else "",
-        "again": f"python -m raystar.report --sweep {found.summary.sweep}{runs}",
+        "again": f"python -m raystar.report --sweep {results.summary.sweep}{runs}",
     }
 
 

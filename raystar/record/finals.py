@@ -32,13 +32,13 @@ def choose(records: Iterable[TrialRecord], mode: str, top: int, baseline: str | 
     Those that ran to the end come first; where there are too few, the best that were stopped early follow. Who has not
     begun to move is none of them, unless nobody has.
     """
-    there = [r for r in records if r.parent is None and r.score is not None and r.status in (FINISHED, STOPPED)]
+    candidates = [r for r in records if r.parent is None and r.score is not None and r.status in (FINISHED, STOPPED)]
     sign = 1 if mode == "min" else -1
-    able = [r for r in there if not r.unmoved] or there
+    able = [r for r in candidates if not r.unmoved] or candidates
     best = sorted(able, key=lambda r: (r.status != FINISHED, sign * (r.score or 0.0), r.trial))
     names = [r.trial for r in best[:top]]
     if names and baseline not in names:
-        names += [r.trial for r in there if r.trial == baseline]
+        names += [r.trial for r in candidates if r.trial == baseline]
     return names
 
 
@@ -57,24 +57,24 @@ def decide(summary: Summary) -> Finals | None:
     A trial that went wrong is left out of its finalist's mean, and a finalist all of whose repeats did out of the
     ranking: its first score was chosen for being good.
     """
-    wanted = repeats(summary.finalists, summary.seeds)
-    if not wanted or any(summary.trials[name].status not in (FINISHED, *BROKEN) for name in wanted):
+    planned = repeats(summary.finalists, summary.seeds)
+    if not planned or any(summary.trials[name].status not in (FINISHED, *BROKEN) for name in planned):
         return None
     sign = 1 if summary.mode == "min" else -1
-    found = []
+    scored = []
     for finalist in summary.finalists:
-        runs = [finalist, *(name for name, (parent, _) in wanted.items() if parent == finalist)]
+        runs = [finalist, *(name for name, (parent, _) in planned.items() if parent == finalist)]
         counted = [summary.trials[name] for name in runs if summary.trials[name].status == FINISHED]
         scores = {r.trial: r.score for r in counted if r.score is not None}
         if scores.keys() - {finalist}:
-            found.append((finalist, scores))
-    if not found:
+            scored.append((finalist, scores))
+    if not scored:
         return None
     # Runs that all stayed what they began as differ by nothing: they say nothing of those that move.
-    moved = [(f, scores) for f, scores in found if not all(summary.trials[name].unmoved for name in scores)]
-    freedom = sum(len(scores) - 1 for _, scores in moved or found)
-    means = {finalist: math.fsum(scores.values()) / len(scores) for finalist, scores in found}
-    squares = math.fsum((v - means[finalist]) ** 2 for finalist, scores in moved or found for v in scores.values())
+    moved = [(f, scores) for f, scores in scored if not all(summary.trials[name].unmoved for name in scores)]
+    freedom = sum(len(scores) - 1 for _, scores in moved or scored)
+    means = {finalist: math.fsum(scores.values()) / len(scores) for finalist, scores in scored}
+    squares = math.fsum((v - means[finalist]) ** 2 for finalist, scores in moved or scored for v in scores.values())
     spread = math.sqrt(squares / freedom) if freedom else None
     if spread is not None and summary.metric == _SCORE:
         spread = max(spread, SEEDS_DIFFER)
@@ -88,7 +88,7 @@ def decide(summary: Summary) -> Finals | None:
                 means[finalist],
                 None if spread is None else wide * spread / math.sqrt(len(scores)),
             )
-            for finalist, scores in found
+            for finalist, scores in scored
         ),
         key=lambda f: (sign * f.mean, f.trial),
     )
@@ -164,11 +164,11 @@ def featured(summary: Summary) -> list[TrialRecord]:
     """Whose pictures are shown first: of each finalist its best run, or the best trials; and the baseline."""
     if summary.finals is not None:
         return [summary.best_run(finalist) for finalist in summary.finals.ranked]
-    shown = summary.ranked()[:_FEATURED]
+    best = summary.ranked()[:_FEATURED]
     baseline = summary.baseline
-    if baseline is None or baseline.score is None or baseline in shown:
-        return shown
-    return [*shown, baseline]
+    if baseline is None or baseline.score is None or baseline in best:
+        return best
+    return [*best, baseline]
 
 
 def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float:

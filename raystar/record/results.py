@@ -115,33 +115,33 @@ class Results:
     def curve(self, trial: str, metric: str | None = None) -> dict[int, float]:
         """One metric of a trial by epoch, by default the sweep's, where it is finite."""
         metric = metric or self.summary.metric
-        found = {epoch: metrics.get(metric) for epoch, metrics in self.curves.get(trial, {}).items()}
-        return {epoch: value for epoch, value in found.items() if value is not None and math.isfinite(value)}
+        values = {epoch: metrics.get(metric) for epoch, metrics in self.curves.get(trial, {}).items()}
+        return {epoch: value for epoch, value in values.items() if value is not None and math.isfinite(value)}
 
     def foresight(self) -> list[Foresight]:
         """What each rung says of the end, in order of their epochs; who has not moved is last at both, as for ASHA."""
         ended = [r for r in self.summary.trials.values() if r.status == FINISHED and r.score is not None]
         metric, mode = self.ranking
-        found = []
+        foresights = []
         for epoch in self.rungs:
-            there = []
+            places = []
             for record in ended:
                 value = self.curve(record.trial, metric).get(epoch)
                 if value is None:
                     continue
                 unmoved = self.curve(record.trial, "eval/movement").get(epoch, math.inf) < UNMOVED
-                there.append(
+                places.append(
                     (_place(value, mode, unmoved), _place(record.score or 0.0, self.summary.mode, record.unmoved))
                 )
-            correlation = rank_correlation(*zip(*there, strict=True)) if len(there) > 1 else math.nan
-            found.append(Foresight(epoch, metric, len(there), correlation))
-        return found
+            correlation = rank_correlation(*zip(*places, strict=True)) if len(places) > 1 else math.nan
+            foresights.append(Foresight(epoch, metric, len(places), correlation))
+        return foresights
 
     def by_score(self) -> list[TrialRecord]:
         """All trials: those that may be best, best first, then the others by name."""
         ranked = self.summary.ranked()
-        there = {record.trial for record in ranked}
-        return ranked + sorted((r for r in self.summary.trials.values() if r.trial not in there), key=lambda r: r.trial)
+        names = {record.trial for record in ranked}
+        return ranked + sorted((r for r in self.summary.trials.values() if r.trial not in names), key=lambda r: r.trial)
 
 
 def _place(value: float, mode: str, unmoved: bool) -> float:
@@ -159,9 +159,9 @@ def find(runs: Path, name: str) -> Path:
     """
     folder = runs / name
     if not (folder / RECORD).is_file():
-        known = sorted(found.parent.name for found in runs.glob(f"*/{RECORD}"))
-        there = f"; there are {', '.join(known[:20])}" if known else ""
-        raise RaystarError(f"--sweep {name}: no such sweep in {runs}{nearest(name, known)}{there}")
+        known = sorted(path.parent.name for path in runs.glob(f"*/{RECORD}"))
+        hint = f"; there are {', '.join(known[:20])}" if known else ""
+        raise RaystarError(f"--sweep {name}: no such sweep in {runs}{nearest(name, known)}{hint}")
     return folder
 
 

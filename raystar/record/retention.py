@@ -33,21 +33,21 @@ class Janitor:
         self.mode = mode
         self.top = top
         self.baseline = baseline
-        self._there: dict[str, list[int]] = {}  # epochs with a checkpoint, by trial, as the driver knows them
+        self._saved: dict[str, list[int]] = {}  # epochs with a checkpoint, by trial, as the driver knows them
         self._ended: list[TrialRecord] = []  # those whose checkpoints may stay
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="raystar-janitor")
 
     def known(self, record: TrialRecord) -> None:
         """Takes in a trial of a resumed sweep."""
         if record.epochs:
-            self._there[record.trial] = saved_epochs(self.storage, record.trial)
+            self._saved[record.trial] = saved_epochs(self.storage, record.trial)
             self.ended(record)
 
     def epoch(self, record: TrialRecord, epoch: int) -> None:
         """A trial has saved `epoch`."""
-        there = self._there.setdefault(record.trial, [])
-        there.append(epoch)
-        recent = there[-RECENT:]
+        epochs = self._saved.setdefault(record.trial, [])
+        epochs.append(epoch)
+        recent = epochs[-RECENT:]
         self._reduce(record.trial, [*recent, *([record.score_epoch] if record.score_epoch else [])])
 
     def ended(self, record: TrialRecord) -> None:
@@ -76,7 +76,7 @@ class Janitor:
 
     def checkpoint(self, record: TrialRecord) -> str | None:
         """Where the checkpoint of a trial's score lies in the storage, if it is kept."""
-        if record.score_epoch is None or record.score_epoch not in self._there.get(record.trial, []):
+        if record.score_epoch is None or record.score_epoch not in self._saved.get(record.trial, []):
             return None
         return checkpoint_name(record.trial, record.score_epoch)
 
@@ -85,10 +85,10 @@ class Janitor:
         self._thread.shutdown()
 
     def _reduce(self, trial: str, keep: Sequence[int]) -> None:
-        there = self._there.get(trial, [])
-        gone = [epoch for epoch in there if epoch not in keep]
+        epochs = self._saved.get(trial, [])
+        gone = [epoch for epoch in epochs if epoch not in keep]
         if gone:
-            self._there[trial] = [epoch for epoch in there if epoch in keep]
+            self._saved[trial] = [epoch for epoch in epochs if epoch in keep]
             self._thread.submit(self._remove, trial, gone)
 
     def _remove(self, trial: str, epochs: Sequence[int]) -> None:

@@ -94,11 +94,11 @@ class Ledger:
         """Plans the finals' trials. Those that an earlier choice has run stay; of what it has not, nothing is left."""
         summary = self.summary
         summary.finalists, summary.seeds = finalists, seeds
-        wanted = finals.repeats(finalists, seeds)
+        repeats = finals.repeats(finalists, seeds)
         for name in list(summary.repeats):
-            if summary.trials[name].status == PENDING and name not in wanted:
+            if summary.trials[name].status == PENDING and name not in repeats:
                 summary.drop(name)
-        for name, (finalist, seed) in wanted.items():
+        for name, (finalist, seed) in repeats.items():
             record = summary.add(name, {**summary.trials[finalist].params, SEED: seed}, finalist)
             if record.status == STOPPED:  # by a choice that left it out
                 summary.settle(name, PENDING)

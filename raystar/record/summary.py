@@ -303,8 +303,8 @@ class Summary:
 
     def ranked(self) -> list[TrialRecord]:
         """The comparable trials that have a score, best first."""
-        found = [r for r in self.trials.values() if r.status in COMPARABLE and r.score is not None]
-        return sorted(found, key=lambda r: (r.score or 0.0) * (1 if self.mode == "min" else -1))
+        records = [r for r in self.trials.values() if r.status in COMPARABLE and r.score is not None]
+        return sorted(records, key=lambda r: (r.score or 0.0) * (1 if self.mode == "min" else -1))
 
     def counts(self) -> dict[str, int]:
         """Trials by status, in the order in which trials got there first."""
@@ -344,7 +344,7 @@ class Summary:
             started=1.0,
             over=1.0 + content["wall_s"],
         )
-        known = {found.name for found in fields(TrialRecord)}
+        known = {attribute.name for attribute in fields(TrialRecord)}
         for trial in content["trials"]:
             record = TrialRecord(**{key: value for key, value in trial.items() if key in known})
             summary.trials[record.trial] = record

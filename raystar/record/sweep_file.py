@@ -47,10 +47,10 @@ def read_record(out: Path, name: str) -> dict[str, Any]:
     folder = out / name
     path = folder / RECORD
     if not path.is_file():
-        known = [found.parent.name for found in out.glob(f"*/{RECORD}")] if out.is_dir() else []
-        there = f"; there are {', '.join(sorted(known)[:20])}" if known else ""
-        raise RaystarError(f"--resume {name}: {path} is not there{nearest(name, known)}{there}")
-    for file in (folder, *sorted(found for found in folder.iterdir() if found.is_file())):
+        known = [record.parent.name for record in out.glob(f"*/{RECORD}")] if out.is_dir() else []
+        hint = f"; there are {', '.join(sorted(known)[:20])}" if known else ""
+        raise RaystarError(f"--resume {name}: {path} is not there{nearest(name, known)}{hint}")
+    for file in (folder, *sorted(entry for entry in folder.iterdir() if entry.is_file())):
         # Whoever wrote these files says what is run and where; only the same user is trusted with that.
         if file.stat().st_uid != os.getuid():
             raise RaystarError(

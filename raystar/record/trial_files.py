@@ -40,17 +40,17 @@ def picture_name(trial: str, key: str, epoch: int) -> str:
 
 def saved_pictures(storage: Storage, trial: str) -> dict[str, list[int]]:
     """Epochs of which there are grids, in order, by the grid's key; 0 is the untrained model's."""
-    found: dict[str, list[int]] = {}
+    pictures: dict[str, list[int]] = {}
     for name in storage.list(f"pictures/{trial}"):
         if match := _PICTURE.fullmatch(name):
-            found.setdefault(match[1], []).append(int(match[2]))
-    return {key: sorted(epochs) for key, epochs in found.items()}
+            pictures.setdefault(match[1], []).append(int(match[2]))
+    return {key: sorted(epochs) for key, epochs in pictures.items()}
 
 
 def saved_epochs(storage: Storage, trial: str) -> list[int]:
     """Epochs whose checkpoints are there, in order."""
-    found = (_CHECKPOINT.fullmatch(name) for name in storage.list(f"trials/{trial}"))
-    return sorted(int(match[1]) for match in found if match)
+    matches = (_CHECKPOINT.fullmatch(name) for name in storage.list(f"trials/{trial}"))
+    return sorted(int(match[1]) for match in matches if match)
 
 
 @dataclass(frozen=True)
@@ -95,20 +95,20 @@ class TrialFiles:
     def restore(self) -> Restored:
         """The newest checkpoint that can be read."""
         self.storage.tidy(f"trials/{self.trial}")
-        found: dict[str, Any] | None = None
+        checkpoint: dict[str, Any] | None = None
         damaged: list[str] = []
         for epoch in reversed(saved_epochs(self.storage, self.trial)):
             name = checkpoint_name(self.trial, epoch)
             try:
                 with self.storage.fetched(name) as path:
-                    found = checkpoints.load(path)
+                    checkpoint = checkpoints.load(path)
                 break
             except (RaystarError, FileNotFoundError) as error:
                 logger.warning(error)
                 damaged.append(name.rpartition("/")[2])
-        done = int(found["epoch"]) if found else 0
+        done = int(checkpoint["epoch"]) if checkpoint else 0
         note = f"{' and '.join(damaged)} cannot be read; resumed after epoch {done}" if damaged else None
-        return Restored(found, done, note)
+        return Restored(checkpoint, done, note)
 
     def reports(self, after: int, until: int) -> list[TrialReport]:
         """What was reported for the epochs in (after, until]."""

@@ -41,7 +41,7 @@ class Purpose:
     """Whether a trial has the machine's devices to itself, in one process of its own, one trial at a time."""
     keys: tuple[str, ...] | None
     """Keys that may be searched; None for any."""
-    left: str
+    output: str
     """The folder or file that the best trial leaves in the sweep's folder."""
     called: str
     """What that is, in the last lines."""
@@ -59,7 +59,7 @@ QUALITY = Purpose(
     models=True,
     alone=False,
     keys=None,
-    left="best",
+    output="best",
     called="files",
 )
 SPEED = Purpose(
@@ -72,7 +72,7 @@ SPEED = Purpose(
     models=False,
     alone=True,
     keys=SPEED_KEYS,
-    left="fastest.yaml",
+    output="fastest.yaml",
     called="overlay",
     table=(
         Column("perf/speedup", "x eager", "9.2f"),

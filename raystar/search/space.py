@@ -186,7 +186,7 @@ def from_mapping(content: Mapping[str, Any], config: Config, source: str) -> Spa
         raise RaystarError(f"{source}: search {search} needs choices, but {', '.join(ranged)} has a range")
     package = SEARCHERS[search].package
     if package is not None and importlib.util.find_spec(package) is None:
-        raise RaystarError(f"{source}: search {search} needs the package {package}; install raystar[{search}]")
+        raise RaystarError(f"{source}: search {search} needs the package {package}; pip install {package}")
     purpose = PURPOSES[one_of(content.get("purpose", QUALITY.name), tuple(PURPOSES), f"{source}: purpose")]
     resources = _resources(content.get("resources", {}), source)
     _check_purpose(purpose, space, search, resources, source)
@@ -253,16 +253,16 @@ def ranking(scheduler: Scheduler, metric: str, mode: str, source: str) -> tuple[
     Raises:
         RaystarError: a metric of which nobody knows which way is better.
     """
-    found = scheduler.metric or (_OUTLOOK if metric == _SCORE else metric)
-    if found == metric:
-        return found, mode
-    group, _, name = found.partition("/")
+    rung_metric = scheduler.metric or (_OUTLOOK if metric == _SCORE else metric)
+    if rung_metric == metric:
+        return rung_metric, mode
+    group, _, name = rung_metric.partition("/")
     if group != "eval":
         raise RaystarError(
-            f"{source}: scheduler.metric: {found}: whether more of it is better is not known; expected a metric of the "
-            f"ruler's ({', '.join(RULER)}) or the sweep's own, {metric}"
+            f"{source}: scheduler.metric: {rung_metric}: whether more of it is better is not known; expected a metric "
+            f"of the ruler's ({', '.join(RULER)}) or the sweep's own, {metric}"
         )
-    return found, "max" if higher_is_better(f"eval/{name}") else "min"
+    return rung_metric, "max" if higher_is_better(f"eval/{name}") else "min"
 
 
 def read_scheduler(content: Any, metrics: Sequence[str], source: str) -> Scheduler:
@@ -270,20 +270,20 @@ def read_scheduler(content: Any, metrics: Sequence[str], source: str) -> Schedul
     where = f"{source}: scheduler"
     section(content, ("type", "max_epochs", "grace_epochs", "reduction_factor", "metric"), where)
     most, grace, metric = (content.get(key) for key in ("max_epochs", "grace_epochs", "metric"))
-    found = Scheduler(
+    scheduler = Scheduler(
         type=one_of(content.get("type", "asha"), ("asha", "none"), f"{where}.type"),
         max_epochs=None if most is None else whole(most, f"{where}.max_epochs", 1),
         grace_epochs=None if grace is None else whole(grace, f"{where}.grace_epochs", 1),
         reduction_factor=number(content.get("reduction_factor", 2), f"{where}.reduction_factor"),
         metric=None if metric is None else _metric(metric, metrics, f"{where}.metric"),
     )
-    if found.reduction_factor <= 1:
-        raise RaystarError(f"{where}.reduction_factor: expected more than 1, found {found.reduction_factor:g}")
-    if found.max_epochs is not None and (found.grace_epochs or 0) > found.max_epochs:
+    if scheduler.reduction_factor <= 1:
+        raise RaystarError(f"{where}.reduction_factor: expected more than 1, found {scheduler.reduction_factor:g}")
+    if scheduler.max_epochs is not None and (scheduler.grace_epochs or 0) > scheduler.max_epochs:
         raise RaystarError(
-            f"{where}.grace_epochs: expected at most max_epochs {found.max_epochs}, found {found.grace_epochs}"
+            f"{where}.grace_epochs: expected at most max_epochs {scheduler.max_epochs}, found {scheduler.grace_epochs}"
         )
-    return found
+    return scheduler
 
 
 def _finalists(content: Any, purpose: Purpose, space: Mapping[str, Distribution], source: str) -> Finalists:
@@ -299,16 +299,16 @@ def _finalists(content: Any, purpose: Purpose, space: Mapping[str, Distribution]
     if not isinstance(content, Mapping):
         return Finalists(whole(content, where, 0, _MOST), 0)
     section(content, ("top", "seeds"), where)
-    found = Finalists(
+    finalists = Finalists(
         whole(content.get("top", Finalists.top), f"{where}.top", 0, _MOST),
         whole(content.get("seeds", Finalists.seeds), f"{where}.seeds", 0, _MOST),
     )
-    if found.seeds and SEED in space:
+    if finalists.seeds and SEED in space:
         raise RaystarError(
             f"{where}.seeds: the best are trained again from other seeds, but the space searches {SEED} itself; "
             "leave that out, or set seeds: 0"
         )
-    return found
+    return finalists
 
 
 def _collapse(content: Any, source: str) -> Collapse:

@@ -42,12 +42,12 @@ FINALISTS = "finalists"
 
 def leave(plan: Plan, summary: Summary, best: TrialRecord) -> dict[str, Path]:
     """Writes `best/`, or a speed sweep's `fastest.yaml`; returns what belongs to the record, by artifact name."""
-    left = plan.purpose.left
+    output = plan.purpose.output
     if not plan.purpose.models:
-        _write_overlay(plan, summary, best, plan.folder / left)
-        return {left: plan.folder / left}
-    _export(plan, summary, best, plan.folder / left)
-    return {f"{left}/{name}": plan.folder / left / name for name in (model.GRID, model.INTERPOLATION)}
+        _write_overlay(plan, summary, best, plan.folder / output)
+        return {output: plan.folder / output}
+    _export(plan, summary, best, plan.folder / output)
+    return {f"{output}/{name}": plan.folder / output / name for name in (model.GRID, model.INTERPOLATION)}
 
 
 def report(plan: Plan) -> dict[str, Path]:
@@ -101,9 +101,9 @@ def _write_model(
     picture = picture_name(record.trial, "grid_ref", epoch)
     with ExitStack() as files:
         checkpoint = checkpoints.load(files.enter_context(plan.storage.fetched(checkpoint_name(record.trial, epoch))))
-        there = Path(picture).name in plan.storage.list(str(Path(picture).parent))
-        pictures = {model.GRID: files.enter_context(plan.storage.fetched(picture))} if there else {}
-        if strip and there:
+        has_grid = Path(picture).name in plan.storage.list(str(Path(picture).parent))
+        pictures = {model.GRID: files.enter_context(plan.storage.fetched(picture))} if has_grid else {}
+        if strip and has_grid:
             drawn = Path(files.enter_context(tempfile.TemporaryDirectory()), model.INTERPOLATION)
             try:
                 _interpolation(plan, checkpoint).save(drawn)
@@ -134,8 +134,8 @@ def finalists(plan: Plan, summary: Summary) -> list[tuple[TrialRecord, int]]:
         if summary.finals is None
         else [summary.best_run(finalist) for finalist in summary.finals.ranked[:top]]
     )
-    found = [(record, record.score_epoch) for record in ranked]
-    return [(r, epoch) for r, epoch in found if epoch is not None and epoch in saved_epochs(plan.storage, r.trial)]
+    scored = [(record, record.score_epoch) for record in ranked]
+    return [(r, epoch) for r, epoch in scored if epoch is not None and epoch in saved_epochs(plan.storage, r.trial)]
 
 
 def stage(plan: Plan, summary: Summary, record: TrialRecord, epoch: int) -> Path:
@@ -151,10 +151,10 @@ def stage(plan: Plan, summary: Summary, record: TrialRecord, epoch: int) -> Path
 
 def _write_overlay(plan: Plan, summary: Summary, best: TrialRecord, path: Path) -> None:
     """The best trial's settings as an overlay for `--overlay`."""
-    found = best.metrics
+    metrics = best.metrics
     text = (
         f"# The fastest of {len(summary.trials)} settings in sweep {plan.name} ({best.trial}): "
-        f"{found['perf/steady_samples_per_s']:.4g} samples/s, {found['perf/speedup']:.2f} times eager.\n"
+        f"{metrics['perf/steady_samples_per_s']:.4g} samples/s, {metrics['perf/speedup']:.2f} times eager.\n"
         f"# Measured on {platform.machine()} with torch {version('torch')}; use it with --overlay.\n"
     )
     write_whole(path, text + overlay_yaml(best.params))
@@ -191,8 +191,8 @@ def hand_in_models(
             tracker.attach(record.trial, {}, {CHECKPOINT: plan.storage.at(name)}, {})
     if summary.status != FINISHED:  # a resumed sweep's finalists may be others
         return
-    found = finalists(plan, summary)
-    for record, epoch in found:
+    models = finalists(plan, summary)
+    for record, epoch in models:
         if tracker.model_epoch(record.trial) != epoch:
             try:
                 folder = stage(plan, summary, record, epoch)
@@ -201,9 +201,9 @@ def hand_in_models(
                 continue
             tracker.log_model(record.trial, epoch, folder, record.params, {"raystar.trial": record.trial})
     best = summary.best
-    if found and found[0][0] is best and best.score is not None:
+    if models and models[0][0] is best and best.score is not None:
         comparable = f"{summary.metric}-{summary.mode}-{measured_by(plan.bank, plan.config)}"
-        tracker.register(best.trial, found[0][1], best.score, _description(plan, summary, *found[0]), comparable)
+        tracker.register(best.trial, models[0][1], best.score, _description(plan, summary, *models[0]), comparable)
 
 
 def _description(plan: Plan, summary: Summary, best: TrialRecord, epoch: int) -> str:

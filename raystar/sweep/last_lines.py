@@ -35,12 +35,12 @@ def tell(
     logger.info(f"\nsweep {summary.status} in {duration(summary.wall_s)}: {counts}")
     if error is not None:
         logger.error(error)
-    left = plan.folder / plan.purpose.left
+    output = plan.folder / plan.purpose.output
     for line in (
         *_troubles(summary),
         *(ranking(summary, plan.purpose.table) if plan.purpose.table else []),
-        *_best(plan, summary, left, registered),
-        *_next_commands(plan, summary, how_to_compare, left),
+        *_best(plan, summary, output, registered),
+        *_next_commands(plan, summary, how_to_compare, output),
     ):
         logger.info(line)
 
@@ -55,7 +55,7 @@ def _troubles(summary: Summary) -> Iterator[str]:
             yield f"  {record.trial}: {record.note}"
 
 
-def _best(plan: Plan, summary: Summary, left: Path, registered: str | None) -> Iterator[str]:
+def _best(plan: Plan, summary: Summary, output: Path, registered: str | None) -> Iterator[str]:
     """Who is best, by how much, and what there is of it."""
     best = summary.best
     if best is None or best.score is None:
@@ -71,15 +71,15 @@ def _best(plan: Plan, summary: Summary, left: Path, registered: str | None) -> I
         yield standing
     if plan.purpose.models and (rungs := results.read(plan.folder).foresight()):
         yield rungs[0].words
-    if left.exists():
+    if output.exists():
         of = f" (of {best.trial}: {summary.short_metric} {best.score:.4f})" if summary.finals is not None else ""
-        yield f"  {plan.purpose.called}: {left}{of}"
+        yield f"  {plan.purpose.called}: {output}{of}"
     if registered is not None:
         yield f"  model: {registered}"
 
 
 def _next_commands(
-    plan: Plan, summary: Summary, how_to_compare: tuple[str, str, str | None], left: Path
+    plan: Plan, summary: Summary, how_to_compare: tuple[str, str, str | None], output: Path
 ) -> Iterator[str]:
     """The commands that come next, each at its place."""
     waiting = any(record.status in UNFINISHED for record in summary.trials.values())
@@ -95,9 +95,9 @@ def _next_commands(
         yield f"         then open {address}"
     if pictures is not None:
         yield f"         pictures: {pictures}"
-    if not plan.purpose.models and left.exists():
-        yield f"use it:  python -m raystar.tune --overlay {left} --space ..."
-    elif left.exists():
+    if not plan.purpose.models and output.exists():
+        yield f"use it:  python -m raystar.tune --overlay {output} --space ..."
+    elif output.exists():
         runs = "" if plan.out == Path("runs") else f" --runs {plan.out}"
         yield f"export:  python -m raystar.export --sweep {plan.name}{runs} --out my_model"
 
@@ -105,15 +105,15 @@ def _next_commands(
 def _finalists(plan: Plan, summary: Summary) -> list[str]:
     """A line for each finalist, or what was in the way of the finals."""
     if summary.finals is None:
-        wanted = [summary.trials[name].status for name in summary.repeats]
+        statuses = [summary.trials[name].status for name in summary.repeats]
         if not plan.seeds:
             return []
-        if not wanted:
+        if not statuses:
             return ["  the finals have not begun: trials are ranked by one seed"]
-        if all(status in BROKEN for status in wanted):
+        if all(status in BROKEN for status in statuses):
             return ["  the finals are not decided: none of their trials ran to the end"]
-        ended = sum(status in (FINISHED, *BROKEN) for status in wanted)
-        return [f"  the finals are not decided: {ended} of their {len(wanted)} trials have ended"]
+        ended = sum(status in (FINISHED, *BROKEN) for status in statuses)
+        return [f"  the finals are not decided: {ended} of their {len(statuses)} trials have ended"]
     lines = []
     for finalist in summary.finals.ranked:
         scores = "  ".join(f"{score:.4f}" for score in finalist.scores)

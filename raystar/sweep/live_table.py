@@ -90,13 +90,13 @@ class Board:
         pace = (time.time() - self.summary.started) / epochs_done
         usual = ended.epochs / ended.trials
         # A trial that has outlived the usual one is likely to run to its end.
-        left = sum(
+        epochs_left = sum(
             (usual if r.epochs < usual and r.parent is None else self.epochs) - r.epochs for r in running.values()
         )
         waiting = self.summary.planned - ended.trials - sum(r.parent is None for r in running.values())
         repeats = [self.summary.trials[name].status for name in self.summary.repeats]
         waiting_repeats = repeats.count(PENDING) if repeats else self.repeats
-        return pace * (left + usual * waiting + self.epochs * waiting_repeats)
+        return pace * (epochs_left + usual * waiting + self.epochs * waiting_repeats)
 
     def _render(self) -> Group:
         table = Table(box=None, pad_edge=False, header_style="bold")
@@ -109,8 +109,8 @@ class Board:
             table.add_column(column, justify=justify)  # type: ignore[arg-type]
         table.add_column("changed", overflow="ellipsis", no_wrap=True, max_width=90)
         best = self.summary.best
-        shown = self._shown()
-        for record in shown:
+        records = self._shown()
+        for record in records:
             style = _STYLES.get(record.status, "")
             score = "" if record.score is None else f"{record.score:.4f}"
             mark = " *" if record is best else ""
@@ -127,7 +127,7 @@ class Board:
         for name, words in REFERENCES.items():
             if (value := self.summary.reference(name)) is not None:
                 table.add_row(Text(words, "dim"), "", "", f"{value:.4f}", "")
-        hidden = len(self.summary.trials) - len(shown)
+        hidden = len(self.summary.trials) - len(records)
         counts = ", ".join(f"{n} {status}" for status, n in self.summary.counts().items())
         line = f"{counts}{f' ({hidden} not shown)' if hidden else ''}"
         if best is not None and best.score is not None:

@@ -98,8 +98,8 @@ class Plan:
     @property
     def seeds(self) -> list[int]:
         """From which the finalists are trained again; none where they are not."""
-        first, wanted = self.config.training.seed + 1, self.space.finalists
-        return list(range(first, first + wanted.seeds)) if wanted.top else []
+        first, finalists = self.config.training.seed + 1, self.space.finalists
+        return list(range(first, first + finalists.seeds)) if finalists.top else []
 
     @property
     def repeats(self) -> int:
@@ -235,16 +235,16 @@ def _check(
 
 def _tracking_uri(request: SweepRequest, before: Mapping[str, Any] | None) -> str:
     """Where records go; a resumed sweep stays with its store."""
-    given = request.tracking_uri or default_uri(request.out)
+    uri = request.tracking_uri or default_uri(request.out)
     if before is None:
-        return given
+        return uri
     then = str(before["tracking_uri"])
-    if redact(given) == then:
-        return given
+    if redact(uri) == then:
+        return uri
     if request.tracking_uri is not None or redact(then + "x") != then + "x":
         raise RaystarError(
             f"--tracking-uri: this sweep's runs are in {then}"
-            + (f", not in {redact(given)}" if request.tracking_uri else "; give it again, with its password")
+            + (f", not in {redact(uri)}" if request.tracking_uri else "; give it again, with its password")
         )
     return then
 
@@ -256,12 +256,12 @@ def _resumed(request: SweepRequest, name: str, budget: float | None) -> Plan:
         RaystarError: what has changed; or anything that `make_plan` refuses.
     """
     check_name(name, "--resume")
-    for flag, given in (
+    for flag, value in (
         ("--name", request.name), ("--space", request.space), ("--overlay", request.overlay), ("--set", request.set),
         ("--epochs", request.epochs), ("--storage", request.storage),
         ("--config", str(request.config) != DEFAULT_CONFIG),
     ):  # fmt: skip
-        if given:
+        if value:
             raise RaystarError(f"--resume {name} continues the sweep as it was asked for; leave out {flag}")
     before = read_record(request.out, name)
     asked = {**before["request"], **({"trials": request.trials} if request.trials is not None else {})}
@@ -314,7 +314,7 @@ def _instead(before: Mapping[str, Any], listed: str) -> str:
 
 
 def _time_budget(text: str) -> float:
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd])", text.strip())
-    if not found or float(found[1]) <= 0:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd])", text.strip())
+    if not match or float(match[1]) <= 0:
         raise RaystarError(f"--time-budget {text}: expected a number and a unit, for example 90s, 30m, 4h or 2d")
-    return float(found[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400}[found[2]]
+    return float(match[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400}[match[2]]

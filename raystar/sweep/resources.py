@@ -11,21 +11,21 @@ from raystar.model.device import resolve_device
 from raystar.search.space import Space
 
 
-def share_of_gpu(config: Config, space: Space, there: int) -> float:
+def share_of_gpu(config: Config, space: Space, gpu_count: int) -> float:
     """GPUs of each worker of a trial, where there are so many."""
     gpus = space.resources.gpus
     if gpus == "auto":
         whole = space.purpose.alone or space.resources.workers > 1
-        gpus = (1.0 if whole else 0.5) if there and config.training.device != "cpu" else 0.0
+        gpus = (1.0 if whole else 0.5) if gpu_count and config.training.device != "cpu" else 0.0
     return float(gpus)
 
 
 def trial_resources(config: Config, space: Space, address: str | None) -> tuple[float, int]:
     """GPUs and processors that each worker of a trial gets; checked against this machine, if trials run here."""
-    there = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    gpu_count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     alone, workers = space.purpose.alone, space.resources.workers
     trial = "a trial wants" if workers == 1 else f"{workers} workers want"
-    gpus, cpus = share_of_gpu(config, space, there), space.resources.cpus
+    gpus, cpus = share_of_gpu(config, space, gpu_count), space.resources.cpus
     if address is not None:
         if alone:
             raise RaystarError("--address: a speed sweep measures one machine; run it there, without --address")
@@ -39,9 +39,9 @@ def trial_resources(config: Config, space: Space, address: str | None) -> tuple[
             f"{space.source}: resources.cpus: {trial} {cpus * workers}, this machine has {usable_cpus()}"
         )
     _check_shares(config, space)
-    if gpus * workers > there:
+    if gpus * workers > gpu_count:
         raise RaystarError(
-            f"{space.source}: resources.gpus: {trial} {gpus * workers:g}, this machine has {there}; "
+            f"{space.source}: resources.gpus: {trial} {gpus * workers:g}, this machine has {gpu_count}; "
             + ("use auto or 0" if workers == 1 else "lower resources.workers, or set gpus: 0")
         )
     if alone and 0 < gpus < 1:

@@ -61,15 +61,15 @@ def run(plan: Plan) -> int:
 def _run(plan: Plan) -> int:
     write_record(plan.folder, plan.record)
     ledger = _ledger(plan)
-    left = _left(plan, ledger)
+    remaining = _left(plan, ledger)
     again = f", the best {plan.space.finalists.top} again from other seeds" if plan.seeds else ""
     logger.info(
         f"sweep {plan.name}{' resumed' if plan.resumed else ''}: {plan.trials} trials of up to "
-        f"{plan.config.training.epochs} epochs{again}{f', {left} to go' if plan.resumed else ''}, "
+        f"{plan.config.training.epochs} epochs{again}{f', {remaining} to go' if plan.resumed else ''}, "
         f"{len(plan.bank.domains)} domains, {sum(map(len, plan.bank.train))} latents"
-        + (f"; starting Ray, MLflow{', the ruler' if plan.purpose.models else ''}" if left else "")
+        + (f"; starting Ray, MLflow{', the ruler' if plan.purpose.models else ''}" if remaining else "")
     )
-    if not left:
+    if not remaining:
         return _tracked(plan, ledger, None, dict)
     _set_environment(plan)
     # Made while Ray starts and the trials' processes import; a trial that comes first waits for its file.
@@ -208,8 +208,8 @@ def _on_the_cluster(plan: Plan, ruler: _Background) -> tuple[Plan, placing.Place
         [ruler_file(plan.bank, plan.config, plan.cache_dir)] if plan.purpose.models else [],
         plan.storage.child("shared"),
     )
-    there = cluster.nodes()
-    logger.info(f"{len(there)} node{'s' if len(there) > 1 else ''}, {fit} trials at a time; nodes that join are used")
+    nodes = cluster.nodes()
+    logger.info(f"{len(nodes)} node{'s' if len(nodes) > 1 else ''}, {fit} trials at a time; nodes that join are used")
     return dataclasses.replace(plan, gpu_share=gpus), placed
 
 

@@ -155,8 +155,8 @@ class Session:
 
     def _to_run(self, *, repeats: bool) -> list[str]:
         """Trials of the search, or of the finals, that are known and can continue."""
-        wanted = finals.repeats(self.summary.finalists, self.summary.seeds)
-        return [n for n in self.ledger.unfinished() if (n in wanted if repeats else n not in self.summary.repeats)]
+        planned = finals.repeats(self.summary.finalists, self.summary.seeds)
+        return [n for n in self.ledger.unfinished() if (n in planned if repeats else n not in self.summary.repeats)]
 
     def _fit_all(self, names: list[str], fresh: list[str]) -> None:
         """Runs trials, then those alone that were out of memory beside others."""
@@ -176,18 +176,18 @@ class Session:
         )
         if not chosen:
             return False
-        wanted = finals.repeats(chosen, seeds)
+        planned = finals.repeats(chosen, seeds)
         for name in summary.repeats:
             record = summary.trials[name]
-            if name not in wanted and record.status == INTERRUPTED:  # nobody will resume it
+            if name not in planned and record.status == INTERRUPTED:  # nobody will resume it
                 reason = f"{record.parent} is no finalist any more"
                 self._happened(ENDED, trial=name, status=STOPPED, reason=reason)
                 self.tracker.attach(name, {}, {"raystar.status": STOPPED, "raystar.reason": reason}, {})
         if (chosen, seeds) != (summary.finalists, summary.seeds):
             self._happened(FINALS, finalists=chosen, seeds=seeds)
-        if left := len(self._to_run(repeats=True)):
+        if remaining := len(self._to_run(repeats=True)):
             numbers = f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}"
-            logger.info(f"the finals: {', '.join(chosen)} again from {numbers}; {left} trials to go")
+            logger.info(f"the finals: {', '.join(chosen)} again from {numbers}; {remaining} trials to go")
         return True
 
     def _fit(self, names: list[str], fresh: list[str]) -> None:

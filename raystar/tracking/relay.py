@@ -24,7 +24,7 @@ from typing import Any, Protocol
 from raystar.base.errors import RaystarError
 from raystar.base.limits import LAST_RECORDS, limit
 from raystar.base.secrets import in_a_line, redact, redact_value
-from raystar.tracking.spool import Spool, Told
+from raystar.tracking.spool import Spool, TrialProgress
 from raystar.tracking.tracker import PARENT
 
 logger = logging.getLogger(__name__)
@@ -94,7 +94,7 @@ class Store(Protocol):
         """Whether an error says that the record itself is wrong, so that trying again cannot help."""
 
     def marks(
-        self, shown: Sequence[str], trials: Mapping[str, Told]
+        self, featured: Sequence[str], trials: Mapping[str, TrialProgress]
     ) -> Iterable[tuple[str, dict[str, str], dict[str, float]]]:
         """Tags and metrics, by trial, by which a view finds the featured runs, and no longer finds others."""
 
@@ -165,7 +165,7 @@ class Relay:
         name: str | None = None,
     ) -> None:
         """See `Tracker`."""
-        if self._spool.told(trial).started:
+        if self._spool.progress(trial).started:
             self._spool.add("reopen", trial)
             return
         self._spool.add(
@@ -180,8 +180,8 @@ class Relay:
 
     def log(self, trial: str, epoch: int, metrics: Mapping[str, float], images: Mapping[str, str | Path]) -> None:
         """See `Tracker`."""
-        told = self._spool.told(trial)
-        if told.untrained if epoch == 0 else epoch <= told.epoch:
+        progress = self._spool.progress(trial)
+        if progress.untrained if epoch == 0 else epoch <= progress.epoch:
             return
         values = {key: float(value) for key, value in metrics.items()}
         self._spool.add("log", trial, epoch=epoch, metrics=values, images=_places(images))
@@ -190,7 +190,7 @@ class Relay:
         self, trial: str, files: Mapping[str, str | Path], tags: Mapping[str, str], metrics: Mapping[str, float]
     ) -> None:
         """See `Tracker`."""
-        final = self._spool.told(trial).final
+        final = self._spool.progress(trial).final
         values = {key: float(value) for key, value in metrics.items() if final.get(key) != value}
         if files or tags or values:
             self._spool.add(
@@ -199,14 +199,14 @@ class Relay:
 
     def end(self, trial: str, status: str, reason: str | None) -> None:
         """See `Tracker`."""
-        if self._spool.told(trial).open:
+        if self._spool.progress(trial).open:
             self._spool.add("end", trial, status=status, reason=None if reason is None else redact(reason))
 
     def log_model(
         self, trial: str, epoch: int, export: Path, params: Mapping[str, Any], tags: Mapping[str, str]
     ) -> None:
         """See `Tracker`."""
-        if self._spool.told(trial).model == epoch:
+        if self._spool.progress(trial).model == epoch:
             return
         self._spool.add(
             "model",
@@ -220,18 +220,18 @@ class Relay:
 
     def register(self, trial: str, epoch: int, score: float, description: str, comparable: str) -> None:
         """See `Tracker`."""
-        if self._spool.told(trial).registered != epoch:
+        if self._spool.progress(trial).registered != epoch:
             self._spool.add(
                 "register", trial, epoch=epoch, score=score, description=redact(description), comparable=comparable
             )
 
     def feature(self, trials: Sequence[str]) -> None:
         """See `Tracker`. A view of its own, which `grids_address` opens."""
-        shown = [trial for trial in trials if self._spool.told(trial).pictured][: self.store.most_featured]
-        for trial, tags, metrics in list(self.store.marks(shown, self._spool.trials)):
+        featured = [trial for trial in trials if self._spool.progress(trial).pictured][: self.store.most_featured]
+        for trial, tags, metrics in list(self.store.marks(featured, self._spool.trials)):
             self.attach(trial, {}, tags, metrics)
-        if shown:
-            common = min(self._spool.told(trial).pictured for trial in shown)
+        if featured:
+            common = min(self._spool.progress(trial).pictured for trial in featured)
             self._spool.add("view", PARENT, epoch=common)
             self._featured = True
 
@@ -245,7 +245,7 @@ class Relay:
 
     def model_epoch(self, trial: str) -> int:
         """See `Tracker`."""
-        return self._spool.told(trial).model
+        return self._spool.progress(trial).model
 
     def run_id(self, trial: str) -> str | None:
         """See `Tracker`."""
@@ -253,11 +253,11 @@ class Relay:
 
     def final(self, trial: str) -> Mapping[str, float]:
         """See `Tracker`."""
-        return self._spool.told(trial).final
+        return self._spool.progress(trial).final
 
     def last_epoch(self, trial: str) -> int:
         """See `Tracker`."""
-        return self._spool.told(trial).epoch
+        return self._spool.progress(trial).epoch
 
     def sync(self) -> None:
         """See `Tracker`."""
@@ -268,7 +268,7 @@ class Relay:
         self.begin()
         self._connected.wait()
         if self._thread.is_alive():
-            still_open = [trial for trial, told in self._spool.trials.items() if told.open]
+            still_open = [trial for trial, progress in self._spool.trials.items() if progress.open]
             for trial in sorted(still_open, reverse=True):  # the parent's name sorts first, so it is closed last
                 self.end(trial, "interrupted", None)
             if self.waiting > 20:

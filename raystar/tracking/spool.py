@@ -15,7 +15,7 @@ from raystar.base.journal import Journal
 
 
 @dataclass
-class Told:
+class TrialProgress:
     """What was said of a trial so far, by this process and by those before it."""
 
     started: bool = False
@@ -44,7 +44,7 @@ class Spool:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.trials: dict[str, Told] = {}
+        self.trials: dict[str, TrialProgress] = {}
         self.runs: dict[str, str] = {}
         """Where the store keeps a trial."""
         self._records = Journal(path)
@@ -56,7 +56,7 @@ class Spool:
             self.runs |= line.get("runs", {})
             if "trials" in line:
                 gone = line["n"]
-                self.trials = {trial: Told(**told) for trial, told in line["trials"].items()}
+                self.trials = {trial: TrialProgress(**progress) for trial, progress in line["trials"].items()}
         self._last = self._taken
         for record, end in self._records.read():
             self._last, self._end = max(self._last, record["n"]), end
@@ -75,9 +75,9 @@ class Spool:
         """How many records the store has not taken."""
         return self._last - self._taken
 
-    def told(self, trial: str) -> Told:
+    def progress(self, trial: str) -> TrialProgress:
         """What was said of `trial` so far."""
-        return self.trials.get(trial, Told())
+        return self.trials.get(trial, TrialProgress())
 
     def add(self, do: str, trial: str, **values: Any) -> None:
         """Puts a record at the end. It is safe from this process's death at once, from a power cut after `sync`."""
@@ -90,25 +90,25 @@ class Spool:
                 self._news.notify_all()
 
     def _remember(self, record: dict[str, Any]) -> None:
-        told = self.trials.setdefault(record["trial"], Told())
+        progress = self.trials.setdefault(record["trial"], TrialProgress())
         if record["do"] in ("start", "reopen"):
-            told.started = told.open = True
+            progress.started = progress.open = True
         elif record["do"] == "end":
-            told.open = False
+            progress.open = False
         elif record["do"] == "attach":
-            told.final |= record["metrics"]
+            progress.final |= record["metrics"]
         elif record["do"] == "model":
-            told.model = record["epoch"]
+            progress.model = record["epoch"]
         elif record["do"] == "register":
-            told.registered = record["epoch"]
+            progress.registered = record["epoch"]
         elif record["do"] == "view":
             return
         elif record["epoch"]:
-            told.epoch = max(told.epoch, record["epoch"])
+            progress.epoch = max(progress.epoch, record["epoch"])
             if record.get("images"):
-                told.pictured = max(told.pictured, record["epoch"])
+                progress.pictured = max(progress.pictured, record["epoch"])
         else:
-            told.untrained = True
+            progress.untrained = True
 
     def sync(self) -> None:
         """Returns once every record survives a power cut."""
@@ -164,7 +164,7 @@ class Spool:
         whole = self._done.path
         part = Journal(whole.with_suffix(".part"))
         part.path.unlink(missing_ok=True)
-        trials = {trial: asdict(told) for trial, told in self.trials.items()}
+        trials = {trial: asdict(progress) for trial, progress in self.trials.items()}
         part.append({"n": self._taken, "runs": self.runs, "trials": trials})
         part.sync()
         part.close()

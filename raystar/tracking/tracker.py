@@ -120,10 +120,10 @@ def provenance() -> dict[str, str]:
     tags = {"raystar.version": __version__, "mlflow.source.name": "raystar", "mlflow.source.type": "LOCAL"}
     package = Path(raystar.__file__).resolve().parent
     with contextlib.suppress(OSError, subprocess.SubprocessError):
-        found = subprocess.run(
+        result = subprocess.run(
             ["git", "-C", str(package), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True
         )
-        tags["mlflow.source.git.commit"] = found.stdout.strip()
+        tags["mlflow.source.git.commit"] = result.stdout.strip()
     return tags
 
 

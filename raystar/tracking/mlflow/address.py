@@ -60,25 +60,25 @@ def _check_sqlite(path: Path) -> None:
 
 def _check_server(uri: str) -> None:
     """An MLflow server answers at `uri`, and lets us in."""
-    shown = f"--tracking-uri {redact(uri)}"
+    where = f"--tracking-uri {redact(uri)}"
     try:
         status, body = _ask(uri)
     except (OSError, ValueError) as error:
         raise RaystarError(
-            f"{shown}: nothing answers there ({in_a_line(error)}); start a server, for example "
+            f"{where}: nothing answers there ({in_a_line(error)}); start a server, for example "
             "mlflow server --backend-store-uri sqlite:///mlflow.db --port 5000"
         ) from None
     if status == 403 and "host header" in body.lower():
-        raise RaystarError(f"{shown}: the server refuses this host name; start it with --allowed-hosts, or use its IP")
+        raise RaystarError(f"{where}: the server refuses this host name; start it with --allowed-hosts, or use its IP")
     if status in (401, 403):
         raise RaystarError(
-            f"{shown}: the server {'asks for' if status == 401 else 'refuses these'} credentials; set "
+            f"{where}: the server {'asks for' if status == 401 else 'refuses these'} credentials; set "
             "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD (or MLFLOW_TRACKING_TOKEN) to valid ones"
         )
     if status >= 500:
-        raise RaystarError(f"{shown}: the server there is out of order (HTTP status {status}); look at its log")
+        raise RaystarError(f"{where}: the server there is out of order (HTTP status {status}); look at its log")
     if status != 200 or not re.fullmatch(r"\d+\.\d+\S*", body.strip()):
-        raise RaystarError(f"{shown}: what answers there is no MLflow server (HTTP status {status} for /version)")
+        raise RaystarError(f"{where}: what answers there is no MLflow server (HTTP status {status} for /version)")
 
 
 def _ask(uri: str) -> tuple[int, str]:
@@ -109,8 +109,8 @@ def _ask(uri: str) -> tuple[int, str]:
 
 def _credentials_file() -> tuple[str | None, str | None]:
     """User and password that MLflow keeps in the home folder."""
-    found = configparser.ConfigParser(interpolation=None)
+    parser = configparser.ConfigParser(interpolation=None)
     with contextlib.suppress(configparser.Error, OSError):
-        found.read(Path("~/.mlflow/credentials").expanduser())
-    user, password = (found.get("mlflow", f"mlflow_tracking_{key}", fallback=None) for key in ("username", "password"))
+        parser.read(Path("~/.mlflow/credentials").expanduser())
+    user, password = (parser.get("mlflow", f"mlflow_tracking_{key}", fallback=None) for key in ("username", "password"))
     return user, password

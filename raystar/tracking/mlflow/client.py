@@ -51,15 +51,15 @@ def experiment(client: Any, uri: str, artifacts: Path) -> str:
     from mlflow.exceptions import MlflowException
 
     name = os.environ.get("MLFLOW_EXPERIMENT_NAME", DEFAULT_EXPERIMENT)
-    found = client.get_experiment_by_name(name)
-    if found is None:
+    existing = client.get_experiment_by_name(name)
+    if existing is None:
         location = artifacts.resolve().as_uri() if uri.startswith("sqlite:") else None
         try:
             return str(client.create_experiment(name, artifact_location=location))
         except MlflowException as error:
-            found = client.get_experiment_by_name(name)
-            if error.error_code != "RESOURCE_ALREADY_EXISTS" or found is None:  # else another sweep was first
+            existing = client.get_experiment_by_name(name)
+            if error.error_code != "RESOURCE_ALREADY_EXISTS" or existing is None:  # else another sweep was first
                 raise
-    if found.lifecycle_stage != "active":
+    if existing.lifecycle_stage != "active":
         raise ValueError(f"experiment {name} is deleted there; restore it, or set MLFLOW_EXPERIMENT_NAME")
-    return str(found.experiment_id)
+    return str(existing.experiment_id)

@@ -97,10 +97,10 @@ def log(
 
     run = client.get_run(run_id)
     experiment = run.info.experiment_id
-    found = client.search_logged_models([experiment], f"tags.`{MARK}` = '{mark}'", max_results=1)
-    if found and found[0].status == "READY":
-        return str(found[0].model_id)
-    model = found[0] if found else client.create_logged_model(
+    logged = client.search_logged_models([experiment], f"tags.`{MARK}` = '{mark}'", max_results=1)
+    if logged and logged[0].status == "READY":
+        return str(logged[0].model_id)
+    model = logged[0] if logged else client.create_logged_model(
         experiment, name, run_id, {**tags, EPOCH: str(epoch), MARK: mark}, dict(params), "style translation"
     )  # fmt: skip
     model_id = str(model.model_id)
@@ -127,10 +127,10 @@ def log(
 def find(client: Any, run_id: str, epoch: int | None = None) -> Any | None:
     """The model that was logged to a run, the latest where there are several; None if there is none."""
     experiment = client.get_run(run_id).info.experiment_id
-    wanted = f"source_run_id = '{run_id}'" + (f" AND tags.`{EPOCH}` = '{epoch}'" if epoch is not None else "")
+    query = f"source_run_id = '{run_id}'" + (f" AND tags.`{EPOCH}` = '{epoch}'" if epoch is not None else "")
     order = [{"field_name": "creation_timestamp", "ascending": False}]
-    found = client.search_logged_models([experiment], wanted, order_by=order)
-    return next((model for model in found if model.status == "READY"), None)
+    models = client.search_logged_models([experiment], query, order_by=order)
+    return next((model for model in models if model.status == "READY"), None)
 
 
 def register(
@@ -160,16 +160,16 @@ def register(
     if model is None:
         raise RaystarError(f"run {run_id} has no model of epoch {epoch} to register")
     _make_registered_model(client, name)
-    there = client.search_model_versions(f"name = '{name}'")
-    made = next((v for v in there if v.run_id == run_id and v.tags.get(EPOCH) == str(epoch)), None)
-    if made is None:
+    versions = client.search_model_versions(f"name = '{name}'")
+    registered = next((v for v in versions if v.run_id == run_id and v.tags.get(EPOCH) == str(epoch)), None)
+    if registered is None:
         tags = {EPOCH: str(epoch), _SCORE: repr(score), _KEY: comparable, _METRIC: metric}
         # Not models:/ID, which MLflow would look up in its process's own store instead of the client's.
         place = model.artifact_location
-        made = client.create_model_version(name, place, run_id, tags, None, description, model_id=model.model_id)
-    number = str(made.version)
+        registered = client.create_model_version(name, place, run_id, tags, None, description, model_id=model.model_id)
+    number = str(registered.version)
     known = client.get_registered_model(name).aliases
-    holder = next((v for v in there if str(v.version) == str(known.get(CHAMPION))), None)
+    holder = next((v for v in versions if str(v.version) == str(known.get(CHAMPION))), None)
     if holder is not None and str(holder.version) == number:
         return f"models:/{name}@{CHAMPION} (version {number})"
     why = ""

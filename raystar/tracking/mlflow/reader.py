@@ -66,9 +66,9 @@ def best_run(uri: str, sweep: str) -> str | None:
     with _reading(uri):
         client = _existing(uri)
         experiments = [experiment.experiment_id for experiment in client.search_experiments()]
-        wanted = f"tags.`raystar.sweep` = '{sweep}' AND tags.`raystar.best_run` LIKE '%'"
-        found = client.search_runs(experiments, wanted, order_by=["attributes.start_time DESC"], max_results=1)
-        return (found[0].data.tags["raystar.best_run"] or None) if found else None
+        query = f"tags.`raystar.sweep` = '{sweep}' AND tags.`raystar.best_run` LIKE '%'"
+        runs = client.search_runs(experiments, query, order_by=["attributes.start_time DESC"], max_results=1)
+        return (runs[0].data.tags["raystar.best_run"] or None) if runs else None
 
 
 def with_models(uri: str, near: str) -> str:

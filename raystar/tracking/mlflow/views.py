@@ -49,12 +49,12 @@ def table_state(primary: tuple[str, bool], columns: Sequence[str], epoch: int) -
     """
     metric, lower = primary
     final = f"metrics.`final/{metric.partition('/')[2]}`"
-    shown = [final, f"metrics.`{metric}`", "tags.`raystar.status`", "tags.`raystar.sweep`"]
+    selected = [final, f"metrics.`{metric}`", "tags.`raystar.status`", "tags.`raystar.sweep`"]
     state = {
         "orderByKey": final,
         "orderByAsc": lower,
         "runsHiddenMode": "SHOW_ALL",
-        "selectedColumns": [*shown, *(f"params.`{column}`" for column in columns)],
+        "selectedColumns": [*selected, *(f"params.`{column}`" for column in columns)],
     }
     if not metric.startswith("perf/"):  # who measures speed draws nothing
         state |= pictured(epoch)
@@ -71,12 +71,12 @@ def grids_state(primary: tuple[str, bool], columns: Sequence[str], name: str, ep
     Args:
         name: the view's, which the runs bear as the tag `SHOWN`.
     """
-    shown = [f"metrics.`{RANK}`", f"metrics.`final/{primary[0].partition('/')[2]}`", "tags.`raystar.status`"]
+    selected = [f"metrics.`{RANK}`", f"metrics.`final/{primary[0].partition('/')[2]}`", "tags.`raystar.status`"]
     return {
         "searchFilter": f"tags.`{SHOWN}` = '{name}'",
-        "orderByKey": shown[0],
+        "orderByKey": selected[0],
         "orderByAsc": False,
         "runsHiddenMode": "SHOW_ALL",
-        "selectedColumns": [*shown, *(f"params.`{column}`" for column in columns)],
+        "selectedColumns": [*selected, *(f"params.`{column}`" for column in columns)],
         **pictured(epoch),
     }

@@ -17,7 +17,7 @@ from raystar.tracking.mlflow import models as registry
 from raystar.tracking.mlflow.client import connect, experiment, set_environment
 from raystar.tracking.mlflow.views import PICTURED_RUNS, RANK, SHOWN, VIEW, grids_state, saved_view, table_state
 from raystar.tracking.relay import Declined, Delivery, Refused, Unreadable, local_file, without_credentials
-from raystar.tracking.spool import Spool, Told
+from raystar.tracking.spool import Spool, TrialProgress
 from raystar.tracking.tracker import PARENT, user
 
 _MARK = "raystar.record"  # tag by which a run is found whose creation was not answered
@@ -140,7 +140,7 @@ class MlflowStore:
 
     def _view(self) -> str:
         """A saved view of every run."""
-        pictures = [told.pictured for told in self._spool.trials.values() if told.pictured]
+        pictures = [progress.pictured for progress in self._spool.trials.values() if progress.pictured]
         return saved_view(VIEW, table_state(self.primary, self.columns, min(pictures, default=0)))
 
     @property
@@ -153,13 +153,13 @@ class MlflowStore:
         self.client.set_experiment_tag(self.experiment_id, f"mlflow.sharedViewState.{self._view_name}", view)
 
     def marks(
-        self, shown: Sequence[str], trials: Mapping[str, Told]
+        self, featured: Sequence[str], trials: Mapping[str, TrialProgress]
     ) -> Iterable[tuple[str, dict[str, str], dict[str, float]]]:
         """See `Store`."""
-        for trial, told in trials.items():
-            if trial not in shown and RANK in told.final:  # it was among them, before the sweep was made longer
+        for trial, progress in trials.items():
+            if trial not in featured and RANK in progress.final:  # it was among them, before the sweep was made longer
                 yield trial, {SHOWN: ""}, {}
-        for rank, trial in enumerate(shown, start=1):
+        for rank, trial in enumerate(featured, start=1):
             yield trial, {SHOWN: self._view_name}, {RANK: float(rank)}
 
     def grids_address(self) -> str:
@@ -209,8 +209,8 @@ class MlflowStore:
         """The run that an earlier attempt has created, if there was one."""
         if not self._delivery.uncertain:
             return None
-        found = self.client.search_runs([self.experiment_id], f"tags.`{_MARK}` = '{mark}'", max_results=1)
-        return found[0].info.run_id if found else None
+        runs = self.client.search_runs([self.experiment_id], f"tags.`{_MARK}` = '{mark}'", max_results=1)
+        return runs[0].info.run_id if runs else None
 
     def _reopen(self, trial: str) -> None:
         from mlflow.exceptions import MlflowException
@@ -261,10 +261,10 @@ class MlflowStore:
         if not self._delivery.uncertain:
             return None
         if self._delivery.attempt or self._pictures[0] != run_id:  # records of earlier processes ask once a run
-            found = self.client.list_artifacts(run_id, "images")
-            self._pictures = (run_id, [Path(file.path).name for file in found])
+            files = self.client.list_artifacts(run_id, "images")
+            self._pictures = (run_id, [Path(file.path).name for file in files])
         name = re.compile(rf"({re.escape(key.replace('/', '~'))}\+step\+{epoch}\+.*?)(\+compressed)?\.\w+")
-        return min((found[1] for found in map(name.fullmatch, self._pictures[1]) if found), default=None)
+        return min((match[1] for match in map(name.fullmatch, self._pictures[1]) if match), default=None)
 
     def _attach_file(self, trial: str, name: str, place: str) -> None:
         folder = str(Path(name).parent)
