@@ -35,8 +35,8 @@ def is_folder(path: Path) -> bool:
 
 def cache_dir() -> Path:
     """Folder of compiled kernels: `RAYSTAR_CACHE_DIR`, else `raystar` in `XDG_CACHE_HOME` or `~/.cache`."""
-    if found := os.environ.get("RAYSTAR_CACHE_DIR"):
-        return Path(found)
+    if folder := os.environ.get("RAYSTAR_CACHE_DIR"):
+        return Path(folder)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "raystar"
 
 

@@ -95,9 +95,9 @@ class Journal:
         file = self._opened()
         end = os.lseek(file, 0, os.SEEK_END)
         try:
-            left = memoryview(line)
-            while left:  # a disk that fills up takes a part first
-                left = left[os.write(file, left) :]
+            remaining = memoryview(line)
+            while remaining:  # a disk that fills up takes a part first
+                remaining = remaining[os.write(file, remaining) :]
         except BaseException:
             os.ftruncate(file, end)
             raise

@@ -30,8 +30,8 @@ def redact_value(name: str, value: str) -> str:
     return _HIDDEN if value and _SECRET.fullmatch(name) else redact(value)
 
 
-def _hide(found: re.Match[str]) -> str:
-    name, value = found.groups()
+def _hide(match: re.Match[str]) -> str:
+    name, value = match.groups()
     # YAML takes a bare *** for a mistake.
     quote = value[0] if value[0] in "\"'" else '"' if ":" in name else ""
     return f"{name}{quote}{_HIDDEN}{quote}"

@@ -59,10 +59,10 @@ class Storage:
         """Has `write` make the file, at a path that it is given."""
         if self.path is None:
             with tempfile.TemporaryDirectory(prefix="raystar-") as folder:
-                made = Path(folder) / PurePosixPath(name).name
-                write(made)
+                local = Path(folder) / PurePosixPath(name).name
+                write(local)
                 self._fs.makedirs(str(PurePosixPath(self._at(name)).parent), exist_ok=True)
-                self._fs.put_file(str(made), self._at(name))
+                self._fs.put_file(str(local), self._at(name))
             return
         path = self.path / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -94,10 +94,10 @@ class Storage:
         """Names of the files in `folder`, sorted and without it; empty where there is no such folder."""
         self._fs.invalidate_cache()  # object stores remember listings, and others write here too
         try:
-            found: list[Any] = self._fs.ls(self._at(folder), detail=False)
+            paths: list[Any] = self._fs.ls(self._at(folder), detail=False)
         except FileNotFoundError:
             return []
-        names = (PurePosixPath(path).name for path in found)
+        names = (PurePosixPath(path).name for path in paths)
         return sorted(name for name in names if not name.startswith("."))
 
     def delete(self, name: str) -> None:
@@ -110,8 +110,8 @@ class Storage:
     def tidy(self, folder: str) -> None:
         """Removes what processes that were killed had not written whole."""
         if self.path is not None:
-            for left in (self.path / folder).glob(".*.part*"):
-                left.unlink(missing_ok=True)
+            for remnant in (self.path / folder).glob(".*.part*"):
+                remnant.unlink(missing_ok=True)
 
     def at(self, name: str) -> str:
         """A file's path or URI, for whoever opens it elsewhere."""
@@ -121,10 +121,10 @@ class Storage:
         """Room that is left; None where it cannot be known."""
         if self.path is None:
             return None
-        there = self.path
-        while not there.exists():
-            there = there.parent
-        return shutil.disk_usage(there).free
+        folder = self.path
+        while not folder.exists():
+            folder = folder.parent
+        return shutil.disk_usage(folder).free
 
     def _at(self, name: str) -> str:
         return f"{self._root}/{name}" if name else self._root

@@ -44,10 +44,10 @@ def read(path: str | Path) -> Any:
         ValueError: why the file cannot be used, in one line.
     """
     try:
-        found = os.stat(path)
+        status = os.stat(path)
         # A pipe would be waited for, and some devices never end.
-        if not stat.S_ISREG(found.st_mode):
-            raise ValueError(f"expected a file, found {'a folder' if stat.S_ISDIR(found.st_mode) else 'a device'}")
+        if not stat.S_ISREG(status.st_mode):
+            raise ValueError(f"expected a file, found {'a folder' if stat.S_ISDIR(status.st_mode) else 'a device'}")
         with open(path, "rb") as file:
             zipped = file.read(4) == b"PK\x03\x04"
             file.seek(0)
@@ -55,7 +55,7 @@ def read(path: str | Path) -> Any:
         with warnings.catch_warnings():  # of pickle protocols, just before it refuses them
             warnings.simplefilter("ignore")
             value = torch.load(path, map_location="cpu", weights_only=True)
-        check_size(value, found.st_size)
+        check_size(value, status.st_size)
     except pickle.UnpicklingError:
         raise ValueError(_CODE) from None
     # A damaged file can make the readers raise nearly anything, and all of it means the same.

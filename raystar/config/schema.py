@@ -199,8 +199,8 @@ class Config:
     @property
     def ds_decay(self) -> float:
         """Epochs over which the weight of the diversity term falls to 0; of a share of the run, not always whole."""
-        given = self.loss.ds_decay_epochs
-        return given if given >= 1 else given * self.training.epochs
+        epochs = self.loss.ds_decay_epochs
+        return epochs if epochs >= 1 else epochs * self.training.epochs
 
     @property
     def grid_every(self) -> int:

@@ -118,9 +118,9 @@ def read_mapping(path: str | Path) -> dict[str, Any]:
     """
     path = Path(path)
     if not is_file(path):
-        found = "a folder" if is_folder(path) else "nothing"
+        actual = "a folder" if is_folder(path) else "nothing"
         near = nearest(path.name, _names_in(path.parent)) if is_folder(path.parent) else ""
-        raise RaystarError(f"{path}: expected a YAML or JSON file, found {found}{near}")
+        raise RaystarError(f"{path}: expected a YAML or JSON file, found {actual}{near}")
     kind, parse = ("JSON", _parse_json) if path.suffix == ".json" else ("YAML", parse_yaml)
     try:
         if path.stat().st_size > MAX_FILE_BYTES:

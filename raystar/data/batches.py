@@ -129,12 +129,12 @@ class LatentDataset(torch.utils.data.Dataset[dict[str, Any]]):
     def batch(self, step: int) -> Batch:
         """This worker's share of the batch of `step` (from 1), on the storage's device, float32."""
         first, rows = (step - 1) * self.training.batch_size, self.rows(step)
-        own = share(rows, self.rank, self.workers)
-        chosen = slice(first + own.start, first + own.stop)
+        part = share(rows, self.rank, self.workers)
+        chosen = slice(first + part.start, first + part.stop)
         plan = {name: values[chosen] for name, values in self._plan.items()}
         rng = np.random.default_rng([self.training.seed, self.epoch, step])
         # Drawn for the whole batch, whoever asks: a row's noise does not depend on the number of workers.
-        noise = rng.standard_normal((3, rows, self.latent_dim), dtype=np.float32)[:, own]
+        noise = rng.standard_normal((3, rows, self.latent_dim), dtype=np.float32)[:, part]
         return Batch(
             self.storage.index_select(0, plan["content"]).float(),
             self.storage.index_select(0, plan["x_ref"]).float(),

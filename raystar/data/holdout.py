@@ -41,6 +41,6 @@ def pictures_held(turns: NDArray[np.int64], share: float) -> int:
     """How many pictures make about `share` of a domain's latents; one at least stays for training."""
     if share == 0:
         return 0
-    wanted = max(1, round(share * len(turns)))
+    count = max(1, round(share * len(turns)))
     latents = np.cumsum(np.bincount(turns))  # of the first picture, the first two, ...
-    return min(int(np.searchsorted(latents, wanted)) + 1, len(latents) - 1)
+    return min(int(np.searchsorted(latents, count)) + 1, len(latents) - 1)

@@ -193,7 +193,7 @@ def _read_all(parts: list[Part], channels: int, writer: _Writer, verbose: bool) 
     total = writer.rows
     shapes: dict[tuple[int, ...], list[str]] = {}
     bad: list[str] = []
-    started = shown = time.monotonic()
+    started = shown_at = time.monotonic()
     for number, (where, read) in enumerate(_readers(parts, channels), start=1):
         try:
             latent = read()
@@ -205,10 +205,10 @@ def _read_all(parts: list[Part], channels: int, writer: _Writer, verbose: bool) 
             if not bad and len(shapes) == 1:
                 writer.append(latent)
         now = time.monotonic()
-        if verbose and shows() and now - started > _PROGRESS_AFTER_S and now - shown > 1.0:
+        if verbose and shows() and now - started > _PROGRESS_AFTER_S and now - shown_at > 1.0:
             print(f"\rreading latents {number}/{total}", end="", file=sys.stderr, flush=True)
-            shown = now
-    if shown != started:
+            shown_at = now
+    if shown_at != started:
         print(f"\rread {total} latents in {time.monotonic() - started:.0f} s", file=sys.stderr)
     usual = max(shapes, key=lambda shape: len(shapes[shape]), default=())
     bad += [

@@ -753,13 +753,13 @@ class _Placer:
         self, count: int, near: float, far: float, dry: float = 0.35, steep: float = 0.6, top: float = 1e9
     ) -> list[tuple[float, float, float]]:
         """Return visible places (s, row, z) on gentle land between two distances."""
-        found = []
+        places = []
         for _ in range(count):
             s, z = self.rng.uniform(-0.53, 0.53), float(np.exp(self.rng.uniform(np.log(near), np.log(far))))
             row, height, seen = self._foot(s, z)
             if seen and dry < height < top and self._slope(s, z) < steep and row < 1.02:
-                found.append((s, row, z))
-        return found
+                places.append((s, row, z))
+        return places
 
     def populate(self, woods: Array, step: NDArray[np.int32]) -> None:
         """Draw everything that stands on land."""
@@ -837,16 +837,16 @@ class _Placer:
         if not spots:
             return []
         s0, _, z0 = spots[int(rng.integers(len(spots)))]
-        found: list[tuple[float, float, float, str]] = []
+        buildings: list[tuple[float, float, float, str]] = []
         spire = rng.random() < 0.5
         for i in range(int(rng.integers(3, 13)) * 2):
             z = z0 * float(np.exp(rng.normal(0, 0.16)))
             s = s0 + float(rng.normal(0, 2.2 * FOCAL / z0)) * 2.0
             row, height, seen = self._foot(s, z)
-            apart = all(abs(s - other[1]) + abs(row - other[2]) > 1.3 / z for other in found)
+            apart = all(abs(s - other[1]) + abs(row - other[2]) > 1.3 / z for other in buildings)
             if seen and height > 0.3 and apart and self._slope(s, z) < 0.6 and abs(s) < 0.5:
-                found.append((z, s, row, "church" if i == 0 and spire else "house"))
-        return found
+                buildings.append((z, s, row, "church" if i == 0 and spire else "house"))
+        return buildings
 
     def _landmark(self) -> list[tuple[float, float, float, str]]:
         """Choose at most one lighthouse, windmill, castle or bridge where the view allows it."""
@@ -879,7 +879,7 @@ class _Placer:
         hulls = [(0.36, 0.24, 0.18), (0.70, 0.22, 0.18), (0.20, 0.30, 0.42), (0.90, 0.88, 0.84)]
         sails = [(0.97, 0.95, 0.90), (0.97, 0.95, 0.90), (0.82, 0.36, 0.22), (0.90, 0.74, 0.46)]
         fleet = []
-        wanted = int(rng.choice((1, 1, 2, 2, 3, 5)))
+        count = int(rng.choice((1, 1, 2, 2, 3, 5)))
         for _ in range(60):
             z = float(np.exp(rng.uniform(np.log(9), np.log(90))))
             s = rng.uniform(-0.45, 0.45)
@@ -888,7 +888,7 @@ class _Placer:
             if y >= self.r - 4 or not wet[y, max(0, x - half) : x + half].all():
                 continue
             fleet.append((z, s, row))
-            if len(fleet) == wanted:
+            if len(fleet) == count:
                 break
         for z, s, row in sorted(fleet, reverse=True):
             self._set(s, row, z, rng.uniform(1.5, 2.6), Kind.BOAT)

@@ -117,9 +117,9 @@ def write(folder: Path, nets: Nets, config: Config) -> float:
                 external_data=False,
                 verbose=False,
             )
-        made = onnx.load(str(folder / name))
-        onnx.helper.set_model_props(made, facts)
-        onnx.save(made, str(folder / name))
+        proto = onnx.load(str(folder / name))
+        onnx.helper.set_model_props(proto, facts)
+        onnx.save(proto, str(folder / name))
         worst = max(worst, _difference(folder / name, graph, inputs, examples))
     if not worst <= TOLERANCE:
         raise RaystarError(
@@ -155,12 +155,12 @@ def _difference(path: Path, graph: nn.Module, names: tuple[str, ...], examples: 
     worst = 0.0
     for values in examples:
         fed = {name: value.numpy() for name, value in zip(names, values, strict=True)}
-        found = torch.from_numpy(session.run(None, fed)[0])
+        result = torch.from_numpy(session.run(None, fed)[0])
         with torch.inference_mode():
-            wanted: Tensor = graph(*values)
-        if found.shape != wanted.shape or not torch.isfinite(found).all():
+            expected: Tensor = graph(*values)
+        if result.shape != expected.shape or not torch.isfinite(result).all():
             return float("inf")
-        worst = max(worst, float((found - wanted).abs().max() / wanted.abs().max().clamp_min(1e-12)))
+        worst = max(worst, float((result - expected).abs().max() / expected.abs().max().clamp_min(1e-12)))
     return worst
 
 

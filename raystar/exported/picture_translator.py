@@ -79,11 +79,11 @@ class PictureTranslator:
             ValueError: a picture that is too small, or cannot be read.
         """
         style = None if reference is None else self.encode_reference(reference)
-        made = []
+        translations = []
         for picture in pictures:
             picture = upright(picture)
-            made.append(self.decode(self.restyle(self.encode(picture), domain, style, seed), picture))
-        return made
+            translations.append(self.decode(self.restyle(self.encode(picture), domain, style, seed), picture))
+        return translations
 
     def encode(self, picture: Image.Image) -> Tensor:
         """An upright picture -> unscaled latents [1,4,H,W] that cover it, with its edges repeated to whole cells."""
@@ -119,8 +119,8 @@ class PictureTranslator:
         def piece(y: slice, x: slice) -> Tensor:
             return self.translator.translate(padded[:, :, y, x], domain, reference, seed)
 
-        made = blended(piece, (padded.shape[2], padded.shape[3]), self.tile + 2 * _RIM, self.overlap)
-        return made[:, :, _RIM:-_RIM, _RIM:-_RIM].contiguous()
+        restyled = blended(piece, (padded.shape[2], padded.shape[3]), self.tile + 2 * _RIM, self.overlap)
+        return restyled[:, :, _RIM:-_RIM, _RIM:-_RIM].contiguous()
 
     def decode(self, latents: Tensor, like: Image.Image | None = None) -> Image.Image:
         """Unscaled latents [1,4,H,W] -> a picture; of the size of `like`, and as transparent, where that is given."""

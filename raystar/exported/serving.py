@@ -71,16 +71,16 @@ class StyleModel(PythonModel):  # type: ignore[misc]
             style = self._pictures.encode_reference(_picture(row["reference"], "reference"))
         chosen = None if style is not None else seed
         if "latent" in row:
-            made = self._latents.restyle(_latent(row["latent"], "latent"), domain, style, chosen)
-            picture = self._latents.decode(made)
+            latent = self._latents.restyle(_latent(row["latent"], "latent"), domain, style, chosen)
+            picture = self._latents.decode(latent)
         else:
-            given = _picture(row["picture"], "picture")
-            made = self._pictures.restyle(self._pictures.encode(given), domain, style, chosen)
-            picture = self._pictures.decode(made, given)
+            source = _picture(row["picture"], "picture")
+            latent = self._pictures.restyle(self._pictures.encode(source), domain, style, chosen)
+            picture = self._pictures.decode(latent, source)
         png = io.BytesIO()
         picture.save(png, "PNG")
         answer: dict[str, Any] = {"picture": base64.b64encode(png.getvalue()).decode()}
-        return answer | ({"latent": made[0].tolist()} if latents else {})
+        return answer | ({"latent": latent[0].tolist()} if latents else {})
 
     @functools.cached_property
     def _pictures(self) -> PictureTranslator:
@@ -118,7 +118,7 @@ def _picture(text: str, name: str) -> Image.Image:
 def _latent(value: Any, name: str) -> Tensor:
     """[1,4,H,W] of nested lists or arrays."""
     try:
-        found = np.stack([np.stack([np.asarray(row, np.float32) for row in channel]) for channel in value])
+        array = np.stack([np.stack([np.asarray(row, np.float32) for row in channel]) for channel in value])
     except (ValueError, TypeError) as error:
         raise RaystarError(f"{name}: expected numbers [channels][rows][columns]: {error}") from None
-    return torch.from_numpy(found)[None]
+    return torch.from_numpy(array)[None]

@@ -28,12 +28,12 @@ def blended(
     across = [_fade(span, cells[1], columns, unit) for span in columns]
     for y, fade_y in zip(rows, down, strict=True):
         for x, fade_x in zip(columns, across, strict=True):
-            made = piece(y, x)
+            patch = piece(y, x)
             if total is None:
-                total = torch.zeros(1, made.shape[1], *weights.shape)
+                total = torch.zeros(1, patch.shape[1], *weights.shape)
             weight = fade_y[:, None] * fade_x
             here = (slice(y.start * unit, y.stop * unit), slice(x.start * unit, x.stop * unit))
-            total[:, :, *here] += made * weight
+            total[:, :, *here] += patch * weight
             weights[here] += weight
     assert total is not None
     return total.div_(weights)

@@ -47,12 +47,12 @@ def check_function(checkpoint: Mapping[str, Any], config: Config, source: str) -
     """
     made_for = checkpoint.get("config")
     model = made_for.get("model") if isinstance(made_for, Mapping) else None
-    found = model.get("residual", False) if isinstance(model, Mapping) else False
-    if found is not config.model.residual:
-        there, now = (show(value).lower() for value in (found, config.model.residual))
+    residual = model.get("residual", False) if isinstance(model, Mapping) else False
+    if residual is not config.model.residual:
+        saved, current = (show(value).lower() for value in (residual, config.model.residual))
         raise RaystarError(
-            f"{source}: does not fit the configuration: model.residual {there} there, {now} now; "
-            f"set model.residual={there}"
+            f"{source}: does not fit the configuration: model.residual {saved} there, {current} now; "
+            f"set model.residual={saved}"
         )
 
 
@@ -166,15 +166,15 @@ def load_latest(paths: list[Path]) -> tuple[dict[str, Any], Path]:
 
 def digest(checkpoint: Mapping[str, Any]) -> str:
     """SHA-256 over names, types, shapes and bytes of every tensor, and over every plain value."""
-    found = hashlib.sha256()
+    hasher = hashlib.sha256()
     for name, value in leaves("", checkpoint):
         if isinstance(value, Tensor):
-            found.update(f"{name}|{value.dtype}|{tuple(value.shape)}".encode())
+            hasher.update(f"{name}|{value.dtype}|{tuple(value.shape)}".encode())
             flat = value.detach().cpu().contiguous().flatten()
-            found.update(flat.view(torch.uint8).numpy().data)
+            hasher.update(flat.view(torch.uint8).numpy().data)
         else:
-            found.update(f"{name}|{value!r}".encode())
-    return found.hexdigest()
+            hasher.update(f"{name}|{value!r}".encode())
+    return hasher.hexdigest()
 
 
 def leaves(name: str, value: Any) -> Iterator[tuple[str, Any]]:

@@ -17,14 +17,14 @@ _AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 def resolve_device(config: Config) -> torch.device:
     """The device of `training.device`; `RaystarError` if it is not there."""
-    wanted = config.training.device
-    if wanted == "cuda" and not torch.cuda.is_available():
+    name = config.training.device
+    if name == "cuda" and not torch.cuda.is_available():
         raise RaystarError("training.device: cuda was asked for, but torch finds no GPU; take auto or cpu")
-    if wanted == "auto":
-        wanted = "cuda" if torch.cuda.is_available() else "cpu"
-    if wanted == "cpu" and config.training.use_amp and config.training.amp_dtype == "fp16":
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cpu" and config.training.use_amp and config.training.amp_dtype == "fp16":
         raise RaystarError("training.amp_dtype: fp16 needs a GPU, and none is used here; take bf16")
-    return torch.device(wanted)
+    return torch.device(name)
 
 
 def autocast(config: Config, device: torch.device) -> AbstractContextManager[Any]:

@@ -130,7 +130,7 @@ class Generator(nn.Module):
     def forward(self, x: Tensor, s: Tensor) -> Tensor:
         native = kernels.serves(x, self.width)
         content = x
-        given = torch.contiguous_format if x.is_contiguous() else torch.channels_last
+        layout = torch.contiguous_format if x.is_contiguous() else torch.channels_last
         if native:  # the kernels' layout, from the first convolution on
             x = x.contiguous(memory_format=torch.channels_last)
         h = self.encoder(x)
@@ -146,7 +146,7 @@ class Generator(nn.Module):
             # In the content's precision, so that the identity is exact under autocast; in h's layout, the first one's.
             h = h + (content if styles_each == 1 else content.repeat(styles_each, 1, 1, 1))
         # Compiled networks are made for one layout of translations; whoever calls G decides on it.
-        return h.contiguous(memory_format=given) if native else h
+        return h.contiguous(memory_format=layout) if native else h
 
 
 def _select(heads: nn.ModuleList, h: Tensor, y: Tensor) -> Tensor:
@@ -254,10 +254,10 @@ class Nets:
 
     def averages(self) -> Nets:
         """Copies of G, F and E beside the same D, in float32 and without gradients: what averages are kept in."""
-        found = copy.copy(self)
+        averages = copy.copy(self)
         for name in AVERAGED:
-            setattr(found, name, copy.deepcopy(getattr(self, name)).float().requires_grad_(False))
-        return found
+            setattr(averages, name, copy.deepcopy(getattr(self, name)).float().requires_grad_(False))
+        return averages
 
     def items(self) -> Iterator[tuple[str, nn.Module]]:
         """(name, network) in the order G, F, E, D."""

@@ -68,8 +68,8 @@ class VaeCodec:
         latents = []
         for chunk in torch.tensor(pictures).split(self.batch_size):
             rgb = chunk.to(self.device).permute(0, 3, 1, 2).float() / 255 * 2 - 1
-            found = self.model.encode(rgb.to(self.dtype))
-            latents.append(found.latents.float() / SCALE if self.takes_scaled else found.latent_dist.mean.float())
+            encoded = self.model.encode(rgb.to(self.dtype))
+            latents.append(encoded.latents.float() / SCALE if self.takes_scaled else encoded.latent_dist.mean.float())
         return torch.cat(latents).cpu()
 
 
@@ -141,9 +141,9 @@ def load_autoencoder(name: str) -> Any:
     options: dict[str, Any] = {"low_cpu_mem_usage": False, "torch_dtype": torch.float32}
     folder = Path(name).expanduser()
     if folder.is_dir():
-        found = _model_folder(folder, VAE_KEY)
-        kind = read_mapping(found / "config.json")["_class_name"]
-        return kinds[kind].from_pretrained(str(found), local_files_only=True, **options)
+        model_folder = _model_folder(folder, VAE_KEY)
+        kind = read_mapping(model_folder / "config.json")["_class_name"]
+        return kinds[kind].from_pretrained(str(model_folder), local_files_only=True, **options)
     subfolder, kind = _hub_kind(name)
     return kinds[kind].from_pretrained(name, subfolder=subfolder, **options)
 

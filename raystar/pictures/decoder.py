@@ -130,8 +130,8 @@ def load(path: Path = PACKAGED) -> Decoder:
         raise RaystarError(f"{path}: its header does not say the decoder's shape ({pt.reason(error)})") from None
     with torch.device("meta"):
         decoder = Decoder(widths, blocks)
-    wanted = {name: value.shape for name, value in decoder.state_dict().items()}
-    if {name: value.shape for name, value in tensors.items()} != wanted:
+    shapes = {name: value.shape for name, value in decoder.state_dict().items()}
+    if {name: value.shape for name, value in tensors.items()} != shapes:
         raise RaystarError(f"{path}: its weights do not fit the shape in its header; is it whole?")
     if not all(value.is_floating_point() and bool(value.isfinite().all()) for value in tensors.values()):
         raise RaystarError(f"{path}: expected finite weights, found NaN or infinite ones")

@@ -92,15 +92,15 @@ def gather(
     if len(set(shapes.values())) > 1:
         raise RaystarError(f"--latents: expected latents of one shape, found {shapes}")
     rng = np.random.default_rng([seed, 0])
-    made = round(MADE * count)
+    invented = round(MADE * count)
     real = []
     held = {}
     for name, bank in banks.items():
-        real.append(bank.rows(rng.permutation(np.concatenate(bank.train))[: (count - made) // len(banks)]))
+        real.append(bank.rows(rng.permutation(np.concatenate(bank.train))[: (count - invented) // len(banks)]))
         kept = bank.rows(rng.permutation(np.concatenate(bank.held))[:HELD])
         held[name] = _taught(kept, teacher, work, f"held out of {name}", exact=True)
     pictured = torch.cat(real)
-    latents = torch.cat([pictured, perturbed(pictured, made, seed)])
+    latents = torch.cat([pictured, perturbed(pictured, invented, seed)])
     return _taught(latents, teacher, work, "to train on", exact=False), held
 
 
@@ -189,11 +189,11 @@ def psnr(codec: Codec, lesson: Lesson) -> float:
     values: list[float] = []
     latents, pictures, _ = lesson
     for start in range(0, len(latents), _CHUNK):
-        wanted = torch.from_numpy(pictures[start : start + _CHUNK].copy()).permute(0, 3, 1, 2).float()
-        found = torch.from_numpy(codec.decode(latents[start : start + _CHUNK])).permute(0, 3, 1, 2).float()
-        if found.shape != wanted.shape:
-            found = functional.interpolate(found, wanted.shape[2:], mode="bicubic").clamp(0, 255)
-        error = (found - wanted).square().mean((1, 2, 3)).clamp_min(1e-3)
+        target = torch.from_numpy(pictures[start : start + _CHUNK].copy()).permute(0, 3, 1, 2).float()
+        decoded = torch.from_numpy(codec.decode(latents[start : start + _CHUNK])).permute(0, 3, 1, 2).float()
+        if decoded.shape != target.shape:
+            decoded = functional.interpolate(decoded, target.shape[2:], mode="bicubic").clamp(0, 255)
+        error = (decoded - target).square().mean((1, 2, 3)).clamp_min(1e-3)
         values += (10 * torch.log10(255**2 / error)).tolist()
     return sum(values) / len(values)
 
@@ -206,12 +206,12 @@ def measure(student: Decoder, held: Mapping[str, Lesson]) -> dict[str, float]:
     return {name: psnr(codec, lesson) for name, lesson in held.items()}
 
 
-def loss_of(found: Tensor, wanted: Tensor) -> Tensor:
+def loss_of(output: Tensor, target: Tensor) -> Tensor:
     """Of pictures [B,3,h,w] in [-1,1]: small errors count squared, as decibels do, large ones as they are.
 
     One fused call: terms on pixels' differences would cost as much as the network.
     """
-    return functional.smooth_l1_loss(found, wanted, beta=_LARGE)
+    return functional.smooth_l1_loss(output, target, beta=_LARGE)
 
 
 def rate(share: float) -> float:
@@ -256,12 +256,12 @@ def train(
     last_said, last = spent, time.monotonic()
     running: list[Tensor] = []
     while spent < seconds:
-        scaled, wanted = _batch(lesson, np.random.default_rng([seed, 2, step]), device)
+        scaled, target = _batch(lesson, np.random.default_rng([seed, 2, step]), device)
         for group in optimiser.param_groups:
             group["lr"] = rate(spent / seconds)
         with torch.autocast(device.type, torch.bfloat16):
-            found = student(scaled)
-        loss = loss_of(found.float(), wanted)
+            output = student(scaled)
+        loss = loss_of(output.float(), target)
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)

@@ -109,12 +109,12 @@ def listed(images: Path, out: Path) -> Job:
             elif path.suffix.lower() in pictures.SUFFIXES:
                 job.bad[entry] = f"lies in no domain's folder; move it to {images}/<domain>/"
             continue
-        found = pictures.find(path, images)
-        job.bad |= {f"{entry}/{name}": reason for name, reason in found.bad}
-        job.ignored += found.ignored
-        if found.pictures:
-            job.domains[entry] = [f"{entry}/{name}" for name in found.pictures]
-        elif not found.bad:
+        listing = pictures.find(path, images)
+        job.bad |= {f"{entry}/{name}": reason for name, reason in listing.bad}
+        job.ignored += listing.ignored
+        if listing.pictures:
+            job.domains[entry] = [f"{entry}/{name}" for name in listing.pictures]
+        elif not listing.bad:
             job.bad[entry] = "a domain's folder without pictures"
     if not job.domains:
         reasons = "".join(f"\n  {name}: {reason}" for name, reason in list(job.bad.items())[:_LISTED])
@@ -127,11 +127,11 @@ def listed(images: Path, out: Path) -> Job:
 
 def digest(codec: VaeCodec) -> str:
     """SHA-256 over a codec's weights, as they are loaded."""
-    made = hashlib.sha256()
+    hasher = hashlib.sha256()
     for name, weight in sorted(codec.model.state_dict().items()):
-        made.update(f"{name} {weight.dtype} {tuple(weight.shape)}\n".encode())
-        made.update(weight.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return made.hexdigest()
+        hasher.update(f"{name} {weight.dtype} {tuple(weight.shape)}\n".encode())
+        hasher.update(weight.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return hasher.hexdigest()
 
 
 def latent_names(sources: Sequence[str], kept: Mapping[str, str], taken: Sequence[str]) -> dict[str, str]:
@@ -211,10 +211,10 @@ def _stamp(path: Path) -> list[int]:
 
 def _is_done(record: Mapping[str, Any], stamp: list[int], settings: Settings, out: Path) -> bool:
     try:
-        there = (out / record["latent"]).stat().st_size
+        size = (out / record["latent"]).stat().st_size
     except OSError:
         return False
-    return record["picture"] == stamp and record["settings"] == settings.key and there == settings.bytes
+    return record["picture"] == stamp and record["settings"] == settings.key and size == settings.bytes
 
 
 class _Prepared(NamedTuple):
@@ -287,13 +287,13 @@ def encode(job: Job, codec: VaeCodec, settings: Settings) -> None:
 def _names(job: Job, sources: Sequence[str], old: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
     kept = {source: str(record["latent"]) for source, record in old.items()}
     ours = set(kept.values())
-    there = [
+    taken = [
         f"{domain}/{path.name}"
         for domain in job.domains
         for path in (job.out / domain).glob("*.npy")
         if f"{domain}/{path.name}" not in ours
     ]
-    return latent_names(sources, kept, there)
+    return latent_names(sources, kept, taken)
 
 
 def _encode_all(

@@ -46,11 +46,11 @@ def choose(bank: Bank, config: Config, codec: Codec) -> GridSet:
         picked = rng.permutation(rows)[:2]
         sources.append(picked[0])
         references.append(picked[-1])
-    shown = bank.rows(np.array([*sources, *references]))
-    pictures = codec.decode(shown)
+    latents = bank.rows(np.array([*sources, *references]))
+    pictures = codec.decode(latents)
     N = len(bank.domains)
     seeds = torch.cat([noise(seed, config.model.latent_dim) for seed in range(N)])
-    return GridSet(shown[:N], shown[N:], seeds, pictures[:N], pictures[N:])
+    return GridSet(latents[:N], latents[N:], seeds, pictures[:N], pictures[N:])
 
 
 def draw(nets: Nets, config: Config, chosen: GridSet, codec: Codec) -> dict[str, Image.Image]:
@@ -188,18 +188,18 @@ def side_by_side(pictures: Sequence[tuple[str, Image.Image]], margin: int, heigh
         height: pixels.
     """
     gap, label, between = 4, 22, 12
-    shown = [
+    resized = [
         (
             text,
             picture.convert("RGBA").resize((max(1, round(picture.width * height / picture.height)), height), _LANCZOS),
         )
         for text, picture in pictures
     ]
-    width = sum(picture.width + gap for _, picture in shown) - gap + between * (0 < margin < len(shown))
+    width = sum(picture.width + gap for _, picture in resized) - gap + between * (0 < margin < len(resized))
     sheet = Image.new("RGB", (width, label + height), PAPER)
     write = ImageDraw.Draw(sheet)
     x = 0
-    for number, (text, picture) in enumerate(shown):
+    for number, (text, picture) in enumerate(resized):
         if number == margin and number:
             x += between
             at = x - (between + gap) // 2

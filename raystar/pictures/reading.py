@@ -58,7 +58,7 @@ def find(folder: Path, within: Path | None = None, suffixes: Collection[str] = S
     Args:
         within: a folder that holds `folder`; links to it are bad, too.
     """
-    found = Found([], [], Counter())
+    listing = Found([], [], Counter())
     seen: set[tuple[int, int]] = set()
     pending = deque([("", () if within is None else (_place(within.stat()),))])
     while pending:
@@ -67,14 +67,14 @@ def find(folder: Path, within: Path | None = None, suffixes: Collection[str] = S
         try:
             place = _place(path.stat())
             if place in above:
-                found.bad.append((name, "a link to a folder that holds it: not walked again"))
+                listing.bad.append((name, "a link to a folder that holds it: not walked again"))
                 continue
             if place in seen:
                 continue
             seen.add(place)
             entries = sorted(entry.name for entry in os.scandir(path))
         except OSError as error:
-            found.bad.append((name or ".", _why(error)))
+            listing.bad.append((name or ".", _why(error)))
             continue
         for entry in entries:
             if entry.startswith("."):
@@ -84,20 +84,20 @@ def find(folder: Path, within: Path | None = None, suffixes: Collection[str] = S
             try:
                 is_folder = stat.S_ISDIR((folder / inner).stat().st_mode)
             except OSError as error:  # a link to nothing or to itself
-                found.bad.append((inner, _why(error)))
+                listing.bad.append((inner, _why(error)))
                 continue
             if is_folder:
                 # Links last, so that what is reached in two ways keeps its own name.
                 (pending.append if (folder / inner).is_symlink() else pending.appendleft)((inner, (*above, place)))
             elif suffix in suffixes:
-                found.pictures.append(inner)
+                listing.pictures.append(inner)
             elif suffix in _FOREIGN:
-                found.bad.append((inner, f"{suffix[1:].upper()} files are not read; convert it to JPEG or PNG"))
+                listing.bad.append((inner, f"{suffix[1:].upper()} files are not read; convert it to JPEG or PNG"))
             else:
-                found.ignored[suffix or "no suffix"] += 1
-    found.pictures.sort()
-    found.bad.sort()
-    return found
+                listing.ignored[suffix or "no suffix"] += 1
+    listing.pictures.sort()
+    listing.bad.sort()
+    return listing
 
 
 def read(path: Path, enough: int | None = None) -> Image.Image:
@@ -177,8 +177,8 @@ def square(image: Image.Image, size: int) -> Image.Image:
 
 def scaled(image: Image.Image, side: int) -> Image.Image:
     """A picture whose shorter side is `side` pixels, of the same proportions (Lanczos)."""
-    wanted = _at_least(image.size, side)
-    return image if image.size == wanted else image.resize(wanted, Image.Resampling.LANCZOS)
+    size = _at_least(image.size, side)
+    return image if image.size == size else image.resize(size, Image.Resampling.LANCZOS)
 
 
 def _at_least(size: tuple[int, int], side: int) -> tuple[int, int]:

@@ -24,7 +24,7 @@ def mean_pairwise(a: Tensor) -> Tensor:
 
 def channel_transfer(x: Tensor, reference: Tensor) -> Tensor:
     """Latents [B,C,H,W] with the channel means and deviations of references [B,C,H,W] (AdaIN, Huang and Belongie)."""
-    (deviation, mean), (wanted, shift) = (
+    (deviation, mean), (scale, shift) = (
         torch.std_mean(latents, dim=(2, 3), keepdim=True) for latents in (x, reference)
     )
-    return (x - mean) / deviation.clamp_min(1e-6) * wanted + shift
+    return (x - mean) / deviation.clamp_min(1e-6) * scale + shift

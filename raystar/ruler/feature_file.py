@@ -43,15 +43,15 @@ class FeatureFile(nn.Module):
 
     def forward(self, rgb: Tensor) -> Tensor:
         """[B,3,h,w] in [0,1], 32 pixels or more -> [B,e]."""
-        x, found = (rgb - self.mean) / self.deviation, []
+        x, stats = (rgb - self.mean) / self.deviation, []
         for number, pooled in enumerate(self.pooled_after):
             weight, bias = self.get_buffer(f"weight{number}"), self.get_buffer(f"bias{number}")
             x = functional.relu(functional.conv2d(x, weight, bias, padding=1))
             if pooled or number + 1 == len(self.pooled_after):
                 deviation, mean = torch.std_mean(x, dim=(2, 3), correction=0)
-                found += [mean, deviation]
+                stats += [mean, deviation]
                 x = functional.max_pool2d(x, 2) if pooled else x
-        return torch.cat(found, dim=1)
+        return torch.cat(stats, dim=1)
 
 
 def load(file: str) -> FeatureFile:
@@ -64,15 +64,15 @@ def load(file: str) -> FeatureFile:
     if not is_file(path):
         raise RaystarError(f"{KEY}: {path}: expected a VGG state dictionary (.pth or .safetensors), found no file")
     tensors = _read(path)
-    found: dict[int, dict[str, Tensor]] = {}
+    convolutions: dict[int, dict[str, Tensor]] = {}
     for name, value in tensors.items():
         if match := _PARAMETER.fullmatch(name):
-            found.setdefault(int(match[1]), {})[match[2]] = value
-    numbers = sorted(found)
+            convolutions.setdefault(int(match[1]), {})[match[2]] = value
+    numbers = sorted(convolutions)
     gaps = [after - before for before, after in itertools.pairwise(numbers)]
     channels = 3
     for number in numbers:
-        weight, bias = found[number].get("weight"), found[number].get("bias")
+        weight, bias = convolutions[number].get("weight"), convolutions[number].get("bias")
         fits = weight is not None and bias is not None and weight.shape[1:] == (channels, 3, 3)
         if not fits or not bool(weight.isfinite().all() and bias.isfinite().all()):  # type: ignore[union-attr]
             shape = None if weight is None else list(weight.shape)
@@ -86,7 +86,7 @@ def load(file: str) -> FeatureFile:
             f"{KEY}: {path}: expected the convolutions of torchvision's VGG under features.0, features.2, ...; "
             f"found {show(sorted(tensors)[:6])}"
         )
-    layers = [(found[number]["weight"].float(), found[number]["bias"].float()) for number in numbers]
+    layers = [(convolutions[number]["weight"].float(), convolutions[number]["bias"].float()) for number in numbers]
     return FeatureFile(layers, [*(gap == _POOLED for gap in gaps), False]).eval().requires_grad_(False)
 
 

@@ -12,15 +12,15 @@ from torch.nn import functional
 
 def _latent_statistics(x: Tensor) -> Tensor:
     """Scaled latents [B,C,H,W] -> channel means, deviations, and log deviations of three bands [B,5C]."""
-    found = [x.mean(dim=(2, 3)), x.std(dim=(2, 3))]
+    stats = [x.mean(dim=(2, 3)), x.std(dim=(2, 3))]
     for _ in range(3):
         if min(x.shape[2:]) < 4:
             break
         lower = functional.avg_pool2d(x, 2)
         band = x - functional.interpolate(lower, size=x.shape[2:], mode="bilinear", align_corners=False)
-        found.append(band.std(dim=(2, 3)).clamp_min(1e-6).log())
+        stats.append(band.std(dim=(2, 3)).clamp_min(1e-6).log())
         x = lower
-    return torch.cat(found, dim=1)
+    return torch.cat(stats, dim=1)
 
 
 def progress(fakes: Tensor, sources: Tensor, targets: Tensor) -> Tensor:
@@ -32,8 +32,8 @@ def progress(fakes: Tensor, sources: Tensor, targets: Tensor) -> Tensor:
     Args:
         fakes: [n,C,H,W] scaled translations of `sources` [n,C,H,W]; `targets` [m,C,H,W] are real.
     """
-    moved, here, there = (_latent_statistics(x) for x in (fakes, sources, targets))
-    within = torch.cat([here - here.mean(dim=0), there - there.mean(dim=0)]).std(dim=0).clamp_min(1e-6)
-    way = (there.mean(dim=0) - here.mean(dim=0)) / within
-    gone = ((moved - here) / within).mean(dim=0)
+    fake, source, target = (_latent_statistics(x) for x in (fakes, sources, targets))
+    within = torch.cat([source - source.mean(dim=0), target - target.mean(dim=0)]).std(dim=0).clamp_min(1e-6)
+    way = (target.mean(dim=0) - source.mean(dim=0)) / within
+    gone = ((fake - source) / within).mean(dim=0)
     return (gone * way).sum() / way.square().sum().clamp_min(0.25)  # domains that are alike have no way between them

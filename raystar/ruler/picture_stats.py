@@ -38,18 +38,18 @@ def statistics(rgb: Tensor) -> Tensor:
     light or in the dark. Of the whole: means, deviations and the 5 and 95 % quantiles of the three channels.
     """
     y = whole = opponent(rgb)
-    found = []
+    stats = []
     for _ in range(min(_MOST_LEVELS, min(rgb.shape[2:]).bit_length() - 3)):  # the coarsest has 8 pixels or more
         lower = functional.avg_pool2d(y, 2)
         enlarged = functional.interpolate(lower, size=y.shape[2:], mode="bilinear", align_corners=False)
-        found += _of_a_band(y - enlarged, y[:, :1])
+        stats += _of_a_band(y - enlarged, y[:, :1])
         y = lower
     flat = whole.flatten(2)
     # Every fourth pixel does for a quantile, and sorting is what all of this costs most.
     ordered = flat[:, :, ::4].sort(dim=2).values
     last = ordered.shape[2] - 1
-    found += [flat.mean(dim=2), flat.std(dim=2), ordered[:, :, round(0.05 * last)], ordered[:, :, round(0.95 * last)]]
-    return torch.cat([*found, flat[:, 1:].std(dim=2).clamp_min(5e-3).log()], dim=1)
+    stats += [flat.mean(dim=2), flat.std(dim=2), ordered[:, :, round(0.05 * last)], ordered[:, :, round(0.95 * last)]]
+    return torch.cat([*stats, flat[:, 1:].std(dim=2).clamp_min(5e-3).log()], dim=1)
 
 
 def _of_a_band(band: Tensor, luminance: Tensor) -> list[Tensor]:

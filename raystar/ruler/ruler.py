@@ -129,11 +129,11 @@ class Ruler:
         # One process of the node makes it, the others wait for the file.
         with path.with_suffix(".lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            found = _read(path, bank, config)
-            if found is None:
-                found = _fresh(cls, bank, config)
-                _write(found, path)
-        return found
+            ruler = _read(path, bank, config)
+            if ruler is None:
+                ruler = _fresh(cls, bank, config)
+                _write(ruler, path)
+        return ruler
 
     def to(self, device: torch.device) -> Ruler:
         """Moves everything that `measure` reads to `device`; returns itself."""
@@ -217,13 +217,13 @@ class Ruler:
         score = per_pair.mean()
         moved = (features - self.source_features[source]).norm(dim=2).mean(dim=1) / self.target_spread[source]  # [P]
         right = self.features.classify(seen.features).argmax(dim=1) == target.repeat_interleave(n)
-        found = {"style": S.mean(), "content": C.mean(), "worst_pair": per_pair.max()}
-        found |= {"accuracy": right.float().mean(), "movement": moved.mean()}
+        metrics = {"style": S.mean(), "content": C.mean(), "worst_pair": per_pair.max()}
+        metrics |= {"accuracy": right.float().mean(), "movement": moved.mean()}
         if diversity is not None:
-            found["diversity"] = diversity
+            metrics["diversity"] = diversity
             score = score + (_DIVERSITY_WANTED - diversity).clamp_min(0) * (1 - S.mean()).clamp_min(0)
             score = score + (diversity - 1).clamp_min(0)
-        return found | {"score": score}
+        return metrics | {"score": score}
 
     def _outlook(self, fakes: list[Tensor]) -> Tensor:
         """1 - how far scaled translations [n,C,H,W], one tensor a pair, have come; 0-d."""
@@ -255,13 +255,13 @@ class Ruler:
         pair = self.pairs.index((source_domain, target_domain))
         return float(self._style(self._look(translated).features, pair))
 
-    def _style(self, found: Tensor, pair: int) -> Tensor:
+    def _style(self, features: Tensor, pair: int) -> Tensor:
         """S of the features [n,d] of translations, 0-d, not clamped."""
         target = self.pairs[pair][1]
         nothing = self.do_nothing[pair]
         # Domains that look the same would divide by nothing, or less; a twentieth of the spread is the floor.
         unit = nothing.maximum(0.05 * self.target_spread[target])
-        return 1 + (energy_distance(found, self.target_features[target]) - nothing) / unit
+        return 1 + (energy_distance(features, self.target_features[target]) - nothing) / unit
 
 
 # -- building --------------------------------------------------------------------------------------
@@ -273,7 +273,7 @@ def _fresh(cls: type[Ruler], bank: Bank, config: Config) -> Ruler:
         eye, scale = Eye(config.ruler.features), config.training.latent_scale
         rng = np.random.default_rng(SEED)
         train = [bank.rows(np.sort(rng.permutation(rows)[:_MAX_TRAIN])) for rows in bank.train]
-        raw = [torch.cat([found for found, _ in eye.look(x)]) for x in train]
+        raw = [torch.cat([stats for stats, _ in eye.look(x)]) for x in train]
         features = Features.fit(raw, _own_statistics(bank))
         chosen = choose(bank, config)
         pairs = [(i, j) for i in range(len(bank.domains)) for j in range(len(bank.domains)) if i != j]
@@ -305,11 +305,11 @@ def _references(ruler: Ruler) -> dict[str, dict[str, float]]:
     for pair, (source, target) in enumerate(ruler.pairs):
         untouched.append(ruler.sources[source])
         transferred.append(channel_transfer(ruler.sources[source], ruler.targets[target][ruler.reference[pair]]))
-    found = {}
+    references = {}
     for name, fakes in ((NOTHING, untouched), (TRANSFER, transferred)):
         measured = ruler._judge(ruler._look(torch.cat(fakes)), None) | {"outlook": ruler._outlook(fakes)}
-        found[name] = {f"eval/{key}": measured[key].item() for key in RULER if key in measured}
-    return found
+        references[name] = {f"eval/{key}": measured[key].item() for key in RULER if key in measured}
+    return references
 
 
 @contextlib.contextmanager

@@ -87,12 +87,12 @@ def labels(config: Config, compiled: Compiled) -> dict[str, str]:
     """What runs compiled, and why something does not, in words for a run's tags; the latter also goes to stderr."""
     for note in compiled.notes:
         logger.warning(note)
-    found = {}
+    tags = {}
     if config.training.use_compile:
-        found["raystar.compiled_modules"] = " ".join(compiled.modules) or "none"
+        tags["raystar.compiled_modules"] = " ".join(compiled.modules) or "none"
     if compiled.notes:
-        found["raystar.compile_note"] = "; ".join(compiled.notes)
-    return found
+        tags["raystar.compile_note"] = "; ".join(compiled.notes)
+    return tags
 
 
 def graphs() -> int:
@@ -136,19 +136,19 @@ def _exercise(name: str, call: Callable[..., Tensor], state: TrainState, size: t
     """
     config, device = state.config, state.device
     training, model = config.training, config.model
-    own = share(training.batch_size, state.group.rank, state.group.size)
-    B, styles = own.stop - own.start, 5 if config.loss.w_id > 0 else 4
+    part = share(training.batch_size, state.group.rank, state.group.size)
+    B, styles = part.stop - part.start, 5 if config.loss.w_id > 0 else 4
     memory_format = layout(config, torch.empty(1, model.latent_channels, *size, device=device))
     with autocast(config, device):  # what networks hand on to each other is in autocast's type
-        made = torch.get_autocast_dtype(device.type) if training.use_amp else torch.float32
-    translated = torch.float32 if model.residual else made  # a residual G adds to the content in the content's type
+        dtype = torch.get_autocast_dtype(device.type) if training.use_amp else torch.float32
+    translated = torch.float32 if model.residual else dtype  # a residual G adds to the content in the content's type
 
     def latents(n: int, *, fake: bool) -> Tensor:
         x = torch.zeros(n, model.latent_channels, *size, device=device, dtype=translated if fake else torch.float32)
         return x.to(memory_format=memory_format).requires_grad_(fake)
 
     def codes(n: int) -> Tensor:
-        return torch.zeros(n, model.style_dim, device=device, dtype=made, requires_grad=True)
+        return torch.zeros(n, model.style_dim, device=device, dtype=dtype, requires_grad=True)
 
     def domains(n: int) -> Tensor:
         return torch.zeros(n, dtype=torch.long, device=device)

@@ -27,18 +27,18 @@ class Display:
 
     def step(self, epoch: int, step: int, values: Mapping[str, float]) -> None:
         """Shows the losses of one step."""
-        shown = " ".join(f"{key}={values[key]:.3f}" for key in ("d_loss", "g_loss", "cyc", "sty", "ds"))
+        losses = " ".join(f"{key}={values[key]:.3f}" for key in ("d_loss", "g_loss", "cyc", "sty", "ds"))
         if not shows():
             return
         if self.style == "percent" and sys.stderr.isatty():
-            line = f"{self.name}epoch {epoch}/{self.epochs} {100 * step / self.steps:5.1f}% {shown}"
+            line = f"{self.name}epoch {epoch}/{self.epochs} {100 * step / self.steps:5.1f}% {losses}"
             print(f"\r{line:<100}", end="", file=sys.stderr, flush=True)
         elif self.style == "bar":
             if self.bar is None:
                 description = f"{self.name}epoch {epoch}/{self.epochs}"
                 self.bar = tqdm(total=self.steps, desc=description, file=sys.stderr, leave=False)
             self.bar.update(step - self.bar.n)
-            self.bar.set_postfix_str(shown)
+            self.bar.set_postfix_str(losses)
 
     def epoch_done(self, epoch: int, metrics: Mapping[str, float]) -> None:
         """Leaves one line for a finished epoch."""

@@ -44,11 +44,11 @@ def check_parity(state: TrainState, data: LatentDataset) -> None:
             batch = data.batch(min(number, data.steps)).to(state.device)
             for other in (state, rounded):
                 other.nets.load_state_dict(reference.nets.state_dict(), "parity")
-            wanted, usual, found = (
+            exact, usual, losses = (
                 train_step(each, batch, epoch=1, step=step) for each in (reference, rounded, state)
             )  # fmt: skip
             for name in LOGGED:
-                _compare_losses(name, step, float(wanted[name]), float(usual[name]), float(found[name]))
+                _compare_losses(name, step, float(exact[name]), float(usual[name]), float(losses[name]))
             for net in NAMES:
                 _compare_gradients(net, step, *(getattr(s.nets, net) for s in (reference, rounded, state)))
     finally:
@@ -73,19 +73,19 @@ def _wake(state: TrainState) -> None:
                     parameter.copy_(torch.randn(parameter.shape, generator=generator))
 
 
-def _compare_losses(name: str, step: int, wanted: float, usual: float, found: float) -> None:
+def _compare_losses(name: str, step: int, exact: float, usual: float, loss: float) -> None:
     # Losses near zero are all rounding, hence the 1.
-    scale = 1 + abs(wanted)
-    if not abs(found - wanted) / scale <= _limit(abs(usual - wanted) / scale, _LOSS_AT_LEAST):
-        raise WrongResults(f"wrong results: {name} of step {step} is {found:.5g}, eager float32 gives {wanted:.5g}")
+    scale = 1 + abs(exact)
+    if not abs(loss - exact) / scale <= _limit(abs(usual - exact) / scale, _LOSS_AT_LEAST):
+        raise WrongResults(f"wrong results: {name} of step {step} is {loss:.5g}, eager float32 gives {exact:.5g}")
 
 
 def _compare_gradients(
-    net: str, step: int, wanted: torch.nn.Module, usual: torch.nn.Module, found: torch.nn.Module
+    net: str, step: int, exact: torch.nn.Module, usual: torch.nn.Module, candidate: torch.nn.Module
 ) -> None:
-    gradients = [_gradient(parameter) for parameter in wanted.parameters()]
+    gradients = [_gradient(parameter) for parameter in exact.parameters()]
     floor = _FLOOR * torch.cat([gradient.flatten() for gradient in gradients]).norm().clamp_min(1e-12)
-    named = zip(found.named_parameters(), usual.parameters(), gradients, strict=True)
+    named = zip(candidate.named_parameters(), usual.parameters(), gradients, strict=True)
     for (name, parameter), rounded, gradient in named:
         scale = gradient.norm() + floor
         difference, rounding = (float((_gradient(p) - gradient).norm() / scale) for p in (parameter, rounded))

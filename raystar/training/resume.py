@@ -78,23 +78,23 @@ def restore(state: TrainState, checkpoint: Mapping[str, Any], source: str) -> in
     return epoch
 
 
-def _restore_optimizer(optimizer: torch.optim.AdamW, found: Any) -> list[str]:
+def _restore_optimizer(optimizer: torch.optim.AdamW, saved: Any) -> list[str]:
     """Takes over moments and step counts; returns what else differs. ValueError if they are of other parameters."""
-    if not isinstance(found, Mapping) or not {"state", "param_groups"} <= found.keys():
-        raise ValueError("it is not there" if found is None else "it has no state and param_groups")
-    groups, moments = found["param_groups"], found["state"]
+    if not isinstance(saved, Mapping) or not {"state", "param_groups"} <= saved.keys():
+        raise ValueError("it is not there" if saved is None else "it has no state and param_groups")
+    groups, moments = saved["param_groups"], saved["state"]
     sizes, expected = ([len(group["params"]) for group in g] for g in (groups, optimizer.param_groups))
     if sizes != expected:
         raise ValueError(f"its groups have {_listed(sizes)} parameters, expected {_listed(expected)}")
     merged, notes = [], []
-    for group, own in zip(groups, optimizer.param_groups, strict=True):
-        for number, parameter in zip(group["params"], own["params"], strict=True):
+    for group, current in zip(groups, optimizer.param_groups, strict=True):
+        for number, parameter in zip(group["params"], current["params"], strict=True):
             _check_moments(number, moments.get(number, {}), parameter)
-        merged.append({**own, "params": group["params"]})
+        merged.append({**current, "params": group["params"]})
         notes += [
-            f"{key} {group[key]} there, {own[key]} now"
+            f"{key} {group[key]} there, {current[key]} now"
             for key in ("lr", "betas", "weight_decay")
-            if key in group and group[key] != own[key]
+            if key in group and group[key] != current[key]
         ]
     kept = {n: {key: moment[key] for key in _MOMENTS} for n, moment in moments.items() if moment}
     optimizer.load_state_dict({"state": kept, "param_groups": merged})

@@ -48,7 +48,7 @@ def measure(config: Config, eager: Config, bank: Bank) -> Iterator[tuple[dict[st
     candidate = TrainState.create(config, device)
     set_backends(config, device)
     compiled = compile_networks(candidate, bank.shape[1:])
-    told = labels(config, compiled)
+    tags = labels(config, compiled)
     check_parity(candidate, data)
     reference = TrainState.create(override(eager, {"training.use_compile": False}, "eager"), device)
     states = (candidate, reference)
@@ -71,7 +71,7 @@ def measure(config: Config, eager: Config, bank: Bank) -> Iterator[tuple[dict[st
                 "perf/compiled_modules": float(len(compiled.modules)),
                 "perf/recompilations": float(graphs() - before),
             },
-            told,
+            tags,
         )
 
 

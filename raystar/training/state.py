@@ -116,8 +116,8 @@ class TrainState:
 
     def _steps(self) -> Tensor | None:
         """Steps that the optimiser of G, E and F has taken in the whole run, 0-d on the device; None before any."""
-        found = self.opt_g.state.get(self.opt_g.param_groups[0]["params"][0])
-        return found["step"] if found else None
+        moments = self.opt_g.state.get(self.opt_g.param_groups[0]["params"][0])
+        return moments["step"] if moments else None
 
 
 def _adamw(groups: list[dict[str, Any]], weight_decay: float) -> torch.optim.AdamW:

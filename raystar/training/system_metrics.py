@@ -31,7 +31,7 @@ class Usage:
         in megabytes (1e6 bytes) and percent as it is now, GPU memory of the device that the run is on, all processes'.
         """
         memory = psutil.virtual_memory()
-        found = {
+        metrics = {
             "system/cpu_utilization_percentage": psutil.cpu_percent(None),
             "system/system_memory_usage_percentage": memory.percent,
             "system/process_cpu_percentage": self._process.cpu_percent(None),
@@ -40,8 +40,8 @@ class Usage:
         if self.device.type == "cuda":
             free, total = torch.cuda.mem_get_info(self.device)
             gpu = self.device.index if self.device.index is not None else torch.cuda.current_device()
-            found |= {
+            metrics |= {
                 f"system/gpu_{gpu}_memory_usage_megabytes": (total - free) / _MEGABYTE,
                 f"system/gpu_{gpu}_memory_usage_percentage": 100 * (total - free) / total,
             }
-        return found
+        return metrics

@@ -128,7 +128,7 @@ class Trainer:
         if self.config.training.use_compile and self.config.progress != "off":
             logger.log(PROGRESS, "compiling the networks; minutes the first time, seconds from the cache")
         compiled = compile_networks(self.state, self.data.bank.shape[1:])
-        told = labels(self.config, compiled)
+        tags = labels(self.config, compiled)
         # Kept as they are before the first step, which need not wait for pictures: they are drawn with the first grids.
         untrained = copy.deepcopy(self.state.nets) if self.first_epoch == 1 and self._draws else None
         fixed = {"perf/compile_s": compiled.seconds, "perf/compiled_modules": float(len(compiled.modules))}
@@ -139,8 +139,8 @@ class Trainer:
             metrics["perf/recompilations"] = float(graphs() - graphs_before)
             started = time.perf_counter()
             if self.ruler is not None and self._measures_in(epoch):
-                found = self.ruler.measure(self.state.shown, self.config)
-                metrics |= {f"eval/{name}": value for name, value in found.items()}
+                scores = self.ruler.measure(self.state.shown, self.config)
+                metrics |= {f"eval/{name}": value for name, value in scores.items()}
             metrics["perf/eval_s"] = time.perf_counter() - started
             images, first_images = {}, {}
             if self._draws_in(epoch):
@@ -150,7 +150,7 @@ class Trainer:
                     untrained = None
             if self.group.rank == 0:
                 self.display.epoch_done(epoch, metrics)
-            yield Progress(epoch, metrics, images, first_images, told, snapshot(self.state, epoch, metrics))
+            yield Progress(epoch, metrics, images, first_images, tags, snapshot(self.state, epoch, metrics))
 
     def _measures_in(self, epoch: int) -> bool:
         every = self.config.ruler.every_epochs

@@ -63,18 +63,18 @@ class Group:
         """
         if self.size == 1:
             return failed
-        own = []
+        gradients = []
         for parameter in parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-            own.append(parameter.grad)
+            gradients.append(parameter.grad)
         # What weighs the sum and what forbids its use travel with it: nothing needs a second message.
-        told = torch.stack([torch.ones_like(failed), failed]).to(own[0].dtype)
-        flat = torch.cat([*(gradient.flatten() for gradient in own), told]) * rows
+        counts = torch.stack([torch.ones_like(failed), failed]).to(gradients[0].dtype)
+        flat = torch.cat([*(gradient.flatten() for gradient in gradients), counts]) * rows
         _all_reduce(flat)
         means, all_rows, failures = flat[:-2], flat[-2], flat[-1]
         means /= all_rows
-        for gradient, mean in zip(own, means.split([gradient.numel() for gradient in own]), strict=True):
+        for gradient, mean in zip(gradients, means.split([gradient.numel() for gradient in gradients]), strict=True):
             gradient.copy_(mean.view(gradient.shape))
         return (failures > 0).to(failed.dtype)
 

@@ -463,15 +463,15 @@ def test_features_of_a_file_join_the_rulers_own(painted: Built, tmp_path: Path, 
     file = _vgg(tmp_path / f"vgg{suffix}")
     settings = override(config, {"ruler.features": str(file), "ruler.sources": 6})
     stronger = Ruler.build(bank, settings, tmp_path)
-    own = ruler.features.own
-    assert stronger.features.own == own
-    assert stronger.source_features.shape[2] == own + 2 * (8 + 12 + 16)
+    built_in = ruler.features.built_in
+    assert stronger.features.built_in == built_in
+    assert stronger.source_features.shape[2] == built_in + 2 * (8 + 12 + 16)
     found = stronger.measure_subject(Nothing())
     assert found["score"] == pytest.approx(1.1, abs=1e-5)
     # Both halves weigh alike: the same squared length on average over real pictures.
     features = torch.cat(stronger.target_features)
     spread = (features - features.mean(dim=0)).square().sum(dim=0)
-    assert 0.2 < spread[:own].sum() / spread[own:].sum() < 5
+    assert 0.2 < spread[:built_in].sum() / spread[built_in:].sum() < 5
     again = Ruler.build(bank, settings, tmp_path)
     assert again.measure_subject(Nothing()) == found
     assert measured_by(bank, settings) != measured_by(bank, override(settings, {"ruler.features": None}))

@@ -132,8 +132,8 @@ def _declare(library: ctypes.CDLL) -> None:
 
 def unavailable() -> str | None:
     """Why the kernels cannot be used in this process; None where they can. Builds them if need be (seconds)."""
-    found = loaded()
-    return found if isinstance(found, str) else None
+    outcome = loaded()
+    return outcome if isinstance(outcome, str) else None
 
 
 @functools.cache
