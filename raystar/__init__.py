@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from raystar.sweep.api import run_sweep
     from raystar.sweep.request import SweepRequest
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 __all__ = ["SweepRequest", "__version__", "load", "run_sweep"]
 
 _WHERE = {

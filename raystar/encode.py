@@ -79,8 +79,8 @@ def _tell(job: Job, vae: str, seconds: float) -> None:
     """What was done, what was not and why, and what comes next."""
     counts = ", ".join(f"{domain} {sum(s in job.done for s in named)}" for domain, named in job.domains.items())
     print(
-        f"{len(job.done)} latents in {job.out}: {counts}; {job.made} made in {duration(seconds)}"
-        + (f", {len(job.done) - job.made} were there" if len(job.done) > job.made else "")
+        f"{len(job.done)} latents in {job.out}: {counts}; {job.encoded} made in {duration(seconds)}"
+        + (f", {len(job.done) - job.encoded} were there" if len(job.done) > job.encoded else "")
     )
     if job.enlarged:
         print(f"note: {job.enlarged} pictures are smaller than the size asked for and were enlarged", file=sys.stderr)

@@ -77,7 +77,7 @@ class Job:
     ignored: Counter[str] = field(default_factory=Counter)
     done: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Picture: its record in the manifest."""
-    made: int = 0
+    encoded: int = 0
     enlarged: int = 0
     stale: list[str] = field(default_factory=list)
     """Latents of pictures that are no longer there."""
@@ -379,7 +379,7 @@ def _save(job: Job, one: _Prepared, latent: Tensor, name: str, settings: Setting
     journal.append({"source": one.source, **record})
     os.replace(part, path)
     job.done[one.source] = record
-    job.made += 1
+    job.encoded += 1
     job.enlarged += one.enlarged
 
 

@@ -92,11 +92,11 @@ def differences(then: Mapping[str, Any], now: Mapping[str, Any], what: str) -> l
 
 def code_differences(then: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
     """What ran and what runs: libraries, and files of raystar's one by one, or how many where there are many."""
-    found = differences(then, now, "code")
-    files = [line for line in found if line.startswith("code: raystar/")]
+    changes = differences(then, now, "code")
+    files = [line for line in changes if line.startswith("code: raystar/")]
     if len(files) <= _LISTED:
-        return found
-    others = [line for line in found if line not in files]
+        return changes
+    others = [line for line in changes if line not in files]
     return [*others, f"code: {len(files)} of raystar's files are others, as in another version"]
 
 
