@@ -195,7 +195,7 @@ def test_a_run_goes_on(there: Path) -> None:
     flags = ["--config", "config.yaml", "--set", "visualization.every_epochs=0", "--name", "single", "--resume"]
     done = run("raystar.train", *flags, "--epochs", "3", cwd=there)
     assert done.returncode == 0, done.stderr
-    said = "scores up to epoch 2 are of raystar 0.1's ruler and cannot be compared with later ones"
+    said = "scores up to epoch 2 are of raystar 0.1's ruler, not to be compared with later ones"
     assert f"note: {said}" in done.stderr
     assert checkpoints.load(there / "runs/single/latest.pt")["epoch"] == 3
     with sqlite3.connect(there / "runs/mlflow.db") as store:
