@@ -1,0 +1,23 @@
+"""Cases over data that lies beside the repository are collected only where it does."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.kit.support import SHARED
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leaves out what is marked `shared` with a name that is not in ../shared.
+
+    What raystar does is tested on data that ships with the tests; the further cases prove the same on real pictures,
+    models and codecs, which cannot ship. Where they are not at hand nothing is missing that a skip should speak of.
+    """
+    absent = []
+    for item in items:
+        names = [name for mark in item.iter_markers("shared") for name in mark.args]
+        if not all((SHARED / name).exists() for name in names):
+            absent.append(item)
+    if absent:
+        config.hook.pytest_deselected(items=absent)
+        items[:] = [item for item in items if item not in set(absent)]
