@@ -1,9 +1,12 @@
-"""Cases over data that lies beside the repository are collected only where it does."""
+"""Cases over data that lies beside the repository, which are collected only where it does."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
+from tests.kit.autoencoder import save_block_averages
 from tests.kit.support import SHARED
 
 
@@ -21,3 +24,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if absent:
         config.hook.pytest_deselected(items=absent)
         items[:] = [item for item in items if item not in set(absent)]
+
+
+@pytest.fixture(
+    scope="session", params=["block averages", pytest.param("taesd", marks=pytest.mark.shared("data/taesd"))]
+)
+def faithful_vae(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of an autoencoder whose pictures look like those that were encoded; TAESD itself where it is at hand."""
+    if request.param == "taesd":
+        return SHARED / "data/taesd"
+    return save_block_averages(tmp_path_factory.mktemp("block averages") / "vae")
