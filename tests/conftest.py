@@ -26,11 +26,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = [item for item in items if item not in set(absent)]
 
 
-@pytest.fixture(
-    scope="session", params=["block averages", pytest.param("taesd", marks=pytest.mark.shared("data/taesd"))]
-)
+TAESD = pytest.param("taesd", marks=pytest.mark.shared("data/taesd"))
+
+
+@pytest.fixture(scope="session", params=["block averages", TAESD])
 def faithful_vae(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of an autoencoder whose pictures look like those that were encoded; TAESD itself where it is at hand."""
+    """The folder of an autoencoder that gives back what it was given; also a trained one where it is at hand."""
     if request.param == "taesd":
         return SHARED / "data/taesd"
     return save_block_averages(tmp_path_factory.mktemp("block averages") / "vae")

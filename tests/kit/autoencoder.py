@@ -31,17 +31,17 @@ def block_averages() -> Any:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.zero_()  # every block adds nothing to what it is given
-        convolutions = [
-            [m for m in half.layers if isinstance(m, torch.nn.Conv2d)] for half in (model.encoder, model.decoder)
-        ]
-        for half in convolutions:
-            for layer in half:
-                for colour in range(3):
-                    if layer.stride == (2, 2):
-                        layer.weight[colour, colour, 1:, 1:] = 0.25
-                    else:
-                        layer.weight[colour, colour, 1, 1] = 1
-        leave, enter = convolutions[0][-1], convolutions[1][0]
+        inward, outward = (
+            [layer for layer in half.layers if isinstance(layer, torch.nn.Conv2d)]
+            for half in (model.encoder, model.decoder)
+        )
+        for layer in inward + outward:
+            for colour in range(3):
+                if layer.stride == (2, 2):
+                    layer.weight[colour, colour, 1:, 1:] = 0.25
+                else:
+                    layer.weight[colour, colour, 1, 1] = 1
+        leave, enter = inward[-1], outward[0]
         leave.weight.mul_(GAIN)
         leave.bias[:3] = -GAIN / 2
         enter.weight.div_(GAIN)

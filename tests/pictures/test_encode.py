@@ -151,7 +151,7 @@ def test_painted_pictures_as_diffusers_encodes_and_decodes_them(faithful_vae: Pa
             processor.postprocess(model.decode(z).sample, output_type="pt") for z in (found * SCALE, wanted)
         )
     assert (decoded - again).abs().max() < 1e-5
-    assert 2.5 < found.std() < 7  # unscaled
+    assert (2.5 if by_hand else 3) < found.std() < 7  # unscaled
     shown = open_vae(vae).decode(found)
     originals = np.stack([np.asarray(picture) for picture in pictures.values()])
     # Block averages lose the woodcut's lines; that they lose nothing else is seen below.
