@@ -31,7 +31,7 @@ from raystar.data.bank import Bank, open_bank, reopen_bank
 from raystar.data.batches import LatentDataset
 from raystar.data.listing import DEMO_ROOT
 from raystar.demo import DOMAINS as DEMO_DOMAINS
-from tests.kit.support import ROOT, SHARED, needs_shared, tiny_config, write_latents
+from tests.kit.support import ROOT, SHARED, tiny_config, write_latents
 
 CPU = torch.device("cpu")
 AB = ("a", "b")
@@ -695,16 +695,28 @@ def test_eval_data_root_is_held_out_whole(tmp_path: Path) -> None:
     assert torch.equal(bank.rows(bank.held[0])[1], torch.from_numpy(latent(1)))
 
 
-@pytest.mark.shared
-@needs_shared("data/latents")
-def test_real_paintings_are_split_by_picture(tmp_path: Path) -> None:
+def write_paintings(root: Path) -> Path:
+    """Crops of paintings and of scenes, from one to five of each, named as people's collections are."""
+    rng = np.random.default_rng(1)
+    write_named(root / "vangogh", [f"a_{i}_{k}" for i in range(100) for k in range(rng.integers(1, 5))])
+    scenes = [f"{film}_{i}" for film in ("v1_", "v3") for i in range(36)]
+    write_named(root / "hayao", [f"{scene}_{k}" for scene in scenes for k in range(rng.integers(2, 6))])
+    return root
+
+
+@pytest.mark.parametrize("paintings", ["named alike", pytest.param("real", marks=pytest.mark.shared("data/latents"))])
+def test_paintings_are_split_by_picture(tmp_path: Path, paintings: str) -> None:
     domains = ("vangogh", "hayao")
-    bank = open_bank(tiny_config(SHARED / "data/latents", domains, data__holdout=0.1), tmp_path)
-    for train, held, count in zip(bank.train, bank.held, (287, 280), strict=True):
+    root = SHARED / "data/latents" if paintings == "real" else write_paintings(tmp_path / "data")
+    bank = open_bank(tiny_config(root, domains, data__holdout=0.1), tmp_path / "cache")
+    counts = [len(list((root / domain).iterdir())) for domain in domains]
+    assert paintings != "real" or counts == [287, 280]
+    for train, held, count in zip(bank.train, bank.held, counts, strict=True):
         assert len(train) + len(held) == count
         assert 0.08 < len(held) / count < 0.16
         sides = [{re.sub(r"_\d+$", "", name) for name in names_of(bank, rows)} for rows in (train, held)]
         assert not sides[0] & sides[1]
+        assert sum(map(len, sides)) < count / 2  # most have several crops
 
 
 # -- what a step draws -----------------------------------------------------------------------------

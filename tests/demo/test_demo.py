@@ -7,16 +7,20 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from safetensors import safe_open
 
+from raystar.config.schema import Config
 from raystar.demo import DOMAINS, latents_path, thumbnails_path
+from raystar.demo import __main__ as demo_command
 from raystar.demo.__main__ import encode, main
 from raystar.demo.painter import SEED, paint
-from tests.kit.support import ROOT
+from raystar.pictures.codec import open_codec
+from tests.kit.autoencoder import latents_of, save_block_averages
+from tests.kit.support import SHARED
 
 COUNT = 96
-CODEC = ROOT.parent / "shared" / "data" / "taesd"
 
 
 def _small(picture: Image.Image) -> np.ndarray:
@@ -39,6 +43,14 @@ def test_bad_arguments_are_refused(domain: str, index: int, size: int) -> None:
         paint(domain, index, size)
 
 
+def _decoded(domain: str, *indices: int) -> np.ndarray:
+    """The pictures [n,256,256,3] that the built-in decoder makes of stored latents."""
+    codec, note = open_codec(Config())
+    assert note is None
+    with safe_open(latents_path(), framework="pt") as stored:
+        return codec.decode(stored.get_tensor(domain)[list(indices)].float())
+
+
 def _assert_matches_thumbnail(picture: Image.Image, domain: str, index: int) -> None:
     sheet = np.asarray(Image.open(thumbnails_path()), np.int16)
     assert sheet.shape == (8 * len(DOMAINS), 8 * COUNT, 3)
@@ -49,8 +61,47 @@ def _assert_matches_thumbnail(picture: Image.Image, domain: str, index: int) -> 
 
 
 @pytest.mark.parametrize("domain", DOMAINS)
-def test_painter_reproduces_the_shipped_thumbnails(domain: str) -> None:
-    _assert_matches_thumbnail(paint(domain, 41), domain, 41)  # the command line's test adds picture 0
+def test_painter_reproduces_what_ships(domain: str) -> None:
+    """The thumbnail, and what the latent shows: as much as the two codecs on the way leave of it."""
+    picture = paint(domain, 41)
+    _assert_matches_thumbnail(picture, domain, 41)  # the command line's test adds picture 0
+    error = ((_decoded(domain, 41)[0].astype(float) - np.asarray(picture)) ** 2).mean()
+    assert 10 * np.log10(255**2 / error) > 18
+
+
+@pytest.mark.parametrize("domain", DOMAINS)
+def test_every_latent_is_of_the_picture_in_its_place(domain: str) -> None:
+    """Of all thumbnails its picture looks most like its own, by far."""
+    sheet = np.asarray(Image.open(thumbnails_path()), np.float64)
+    tiles = sheet.reshape(len(DOMAINS), 8, COUNT, 8, 3).transpose(0, 2, 1, 3, 4).reshape(-1, 8, 8, 3)
+    indices = range(0, COUNT, 16)
+    for index, picture in zip(indices, _decoded(domain, *indices), strict=True):
+        differences = ((tiles - _small(Image.fromarray(picture))) ** 2).mean((1, 2, 3))
+        nearest, second = np.argsort(differences)[:2]
+        assert nearest == COUNT * DOMAINS.index(domain) + index
+        assert differences[nearest] < 0.3 * differences[second]
+
+
+def _noise(domain: str, index: int, size: int) -> Image.Image:
+    rng = np.random.default_rng([DOMAINS.index(domain), index])
+    return Image.fromarray(rng.integers(0, 256, (size, size, 3), np.uint8))
+
+
+def test_a_file_of_latents_by_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a codec that averages blocks, and noise for pictures: what goes where, colours, range and scale."""
+    monkeypatch.setattr(demo_command, "SIZE", 32)
+    monkeypatch.setattr(demo_command, "paint", _noise)
+    vae, out = save_block_averages(tmp_path / "vae"), tmp_path / "latents.safetensors"
+    assert main(["--encode", str(vae), "--out", str(out), "--count", "5"]) == 0  # a whole batch and part of one
+    sheet = np.asarray(Image.open(tmp_path / "thumbnails.png"))
+    with safe_open(out, framework="pt") as stored, safe_open(latents_path(), framework="pt") as shipped:
+        assert set(stored.keys()) == set(DOMAINS)
+        assert set(stored.metadata()) == set(shipped.metadata())
+        for row, domain in enumerate(DOMAINS):
+            pictures = [_noise(domain, index, 32) for index in range(5)]
+            wanted = latents_of(np.stack([np.asarray(picture) for picture in pictures])).half()
+            torch.testing.assert_close(stored.get_tensor(domain), wanted, rtol=2e-3, atol=2e-3)
+            assert (sheet[8 * row : 8 * row + 8] == np.concatenate([_small(p) for p in pictures], axis=1)).all()
 
 
 def test_shipped_pictures_are_all_different() -> None:
@@ -108,13 +159,11 @@ def test_styles_can_be_told_apart() -> None:
 
 @pytest.fixture(scope="module")
 def codec() -> Any:
-    if not CODEC.is_dir():
-        pytest.skip("needs the TAESD codec in ../shared/data/taesd")
     diffusers = pytest.importorskip("diffusers")
-    return diffusers.AutoencoderTiny.from_pretrained(CODEC, local_files_only=True).eval()
+    return diffusers.AutoencoderTiny.from_pretrained(SHARED / "data/taesd", local_files_only=True).eval()
 
 
-@pytest.mark.shared
+@pytest.mark.shared("data/taesd")
 @pytest.mark.parametrize("domain", DOMAINS)
 def test_encoding_a_picture_gives_the_stored_latent(codec: Any, domain: str) -> None:
     index = 17

@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 
 from raystar.config.load import from_mapping, override
 from raystar.config.schema import Config
 
 ROOT = Path(__file__).resolve().parents[2]
 SHARED = ROOT.parent / "shared"
+"""Data beside the repository that cannot ship with it; whatever reads it is marked `shared` (tests/conftest.py)."""
 
 TINY: dict[str, Any] = {
     "model.base_dim": 8,
@@ -30,11 +30,6 @@ TINY: dict[str, Any] = {
     "data.holdout": 0.25,
     "ruler.sources": 3,
 }
-
-
-def needs_shared(name: str):
-    """Skips a test whose data, `../shared/<name>`, is not on this machine."""
-    return pytest.mark.skipif(not (SHARED / name).exists(), reason=f"needs ../shared/{name}, which is not here")
 
 
 def write_latents(

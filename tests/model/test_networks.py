@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from raystar import export
 from raystar.base.errors import RaystarError, WrongResults
@@ -99,35 +98,9 @@ def test_without_it_nothing_begins_as_the_identity() -> None:
     assert (G(x, torch.randn(2, 6)) - x).abs().max() > 0.1
 
 
-def _normalised(x: Tensor) -> Tensor:
-    mean = x.mean(dim=(2, 3), keepdim=True)
-    return (x - mean) / (x.var(dim=(2, 3), unbiased=False, keepdim=True) + 1e-5).sqrt()
-
-
 def plain_generator(G: Generator, x: Tensor, s: Tensor) -> Tensor:
-    """networks.md's G, one operation after the other, with the content added at the end."""
-    p = dict(G.named_parameters())
-
-    def conv(name: str, h: Tensor) -> Tensor:
-        return functional.conv2d(h, p[f"{name}.weight"], p[f"{name}.bias"], padding=1)
-
-    def leaky(h: Tensor) -> Tensor:
-        return torch.where(h > 0, h, 0.2 * h)
-
-    h = x
-    for number in (0, 3):
-        affine = (p[f"encoder.{number + 1}.{name}"][None, :, None, None] for name in ("weight", "bias"))
-        weight, bias = affine
-        h = leaky(weight * _normalised(conv(f"encoder.{number}", h)) + bias)
-    for block in range(len(G.res_blocks)):
-        before = h
-        for stage in (1, 2):
-            name = f"res_blocks.{block}.adain{stage}.fc"
-            gamma, beta = (s @ p[f"{name}.weight"].T + p[f"{name}.bias"]).chunk(2, dim=1)
-            h = leaky((1 + gamma[:, :, None, None]) * _normalised(h) + beta[:, :, None, None])
-            h = conv(f"res_blocks.{block}.conv{stage}", h)
-        h = before + h
-    return x + conv("decoder.2", leaky(conv("decoder.0", h)))
+    """The textbook's G, with the content added at the end."""
+    return textbook.generator(dict(G.named_parameters()), x, s, residual=True)
 
 
 @pytest.mark.parametrize("each", [1, 3])

@@ -34,7 +34,7 @@ from raystar.demo import DOMAINS, latents_path, thumbnails_path
 from raystar.pictures import autoencoders
 from raystar.pictures.autoencoders import VaeCodec
 from raystar.pictures.codec import BuiltInCodec, PreviewCodec, check_codec, open_codec
-from tests.kit.support import ROOT, SHARED, needs_shared
+from tests.kit.support import ROOT
 
 SCALE = 0.18215
 
@@ -380,20 +380,18 @@ def test_a_hub_name_in_the_cache_loads_without_a_network(
     assert_same_pictures(codec.decode(latents), wanted)
 
 
-# -- the real thing --------------------------------------------------------------------------------
+# -- there and back --------------------------------------------------------------------------------
 
 
-@pytest.mark.shared
-@needs_shared("data/taesd")
-def test_a_painted_picture_survives_the_round_trip() -> None:
+def test_a_painted_picture_survives_the_round_trip(faithful_vae: Path) -> None:
     from diffusers import AutoencoderTiny
 
     from raystar.demo.__main__ import encode
     from raystar.demo.painter import paint
 
     picture = paint("photo", 3)
-    model = AutoencoderTiny.from_pretrained(SHARED / "data/taesd", local_files_only=True, low_cpu_mem_usage=False)
-    codec, note = open_codec(config_of(SHARED / "data/taesd"))
+    model = AutoencoderTiny.from_pretrained(faithful_vae, local_files_only=True, low_cpu_mem_usage=False)
+    codec, note = open_codec(config_of(faithful_vae))
     assert note is None
     back = codec.decode(encode(model.eval(), [picture]))[0].astype(np.float64)
     error = ((back - np.asarray(picture, np.float64)) ** 2).mean()

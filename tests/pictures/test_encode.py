@@ -28,7 +28,8 @@ from raystar.encode import main
 from raystar.pictures import encoding
 from raystar.pictures.autoencoders import SCALE, VaeCodec, open_vae
 from raystar.pictures.encoding import latent_names
-from tests.kit.support import ROOT, SHARED, needs_shared
+from tests.kit.autoencoder import latents_of, pictures_of
+from tests.kit.support import ROOT
 from tests.pictures.test_codec import KINDS, build
 from tests.pictures.test_pictures import gradient, png
 
@@ -127,21 +128,20 @@ def test_less_precision_where_it_is_asked_for(vae: Path, tmp_path: Path) -> None
     assert 1e-4 < np.abs(bf16 - full).max() / np.abs(full).max() < 0.05
 
 
-@needs_shared("data/taesd")
-@pytest.mark.shared
-def test_painted_pictures_as_diffusers_encodes_and_decodes_them(tmp_path: Path) -> None:
+def test_painted_pictures_as_diffusers_encodes_and_decodes_them(faithful_vae: Path, tmp_path: Path) -> None:
     """To 1e-5, as diffusers hands them out: latents as the codec scales them, pictures in [0, 1]."""
     from diffusers import AutoencoderTiny
     from diffusers.image_processor import VaeImageProcessor
 
+    by_hand = faithful_vae.name != "taesd"
     pictures = {f"{domain}/1.png": paint(domain, 1, 256) for domain in ("photo", "woodcut")}
     for name, picture in pictures.items():
         (tmp_path / "pics" / name).parent.mkdir(parents=True, exist_ok=True)
         picture.save(tmp_path / "pics" / name)
-    taesd = SHARED / "data/taesd"
-    assert main(["--images", str(tmp_path / "pics"), "--out", str(tmp_path / "out"), "--vae", str(taesd)]) == 0
-    model = AutoencoderTiny.from_pretrained(taesd, low_cpu_mem_usage=False).eval()
-    latents = [np.load(tmp_path / "out" / f"{Path(name).with_suffix('.npy')}", allow_pickle=False) for name in pictures]
+    out, vae = tmp_path / "out", str(faithful_vae)
+    assert main(["--images", str(tmp_path / "pics"), "--out", str(out), "--vae", vae]) == 0
+    model = AutoencoderTiny.from_pretrained(vae, low_cpu_mem_usage=False).eval()
+    latents = [np.load(out / Path(name).with_suffix(".npy"), allow_pickle=False) for name in pictures]
     found = torch.from_numpy(np.stack(latents))
     processor = VaeImageProcessor()
     with torch.no_grad():
@@ -151,10 +151,14 @@ def test_painted_pictures_as_diffusers_encodes_and_decodes_them(tmp_path: Path) 
             processor.postprocess(model.decode(z).sample, output_type="pt") for z in (found * SCALE, wanted)
         )
     assert (decoded - again).abs().max() < 1e-5
-    assert 3 < found.std() < 7  # unscaled
-    shown = torch.from_numpy(open_vae(str(taesd)).decode(found)).float()
-    originals = torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures.values()])).float()
-    assert 10 * torch.log10(255**2 / ((shown - originals) ** 2).mean()) > 20
+    assert (2.5 if by_hand else 3) < found.std() < 7  # unscaled
+    shown = open_vae(vae).decode(found)
+    originals = np.stack([np.asarray(picture) for picture in pictures.values()])
+    # Block averages lose the woodcut's lines; that they lose nothing else is seen below.
+    assert 10 * np.log10(255**2 / ((shown.astype(float) - originals) ** 2).mean()) > (18 if by_hand else 20)
+    if by_hand:
+        torch.testing.assert_close(found, latents_of(originals), rtol=1e-5, atol=1e-5)
+        assert np.abs(shown - pictures_of(found)).max() < 0.51
 
 
 # -- file by file ----------------------------------------------------------------------------------

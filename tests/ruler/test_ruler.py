@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -25,7 +26,9 @@ from raystar.ruler.picture_stats import content_lost, sketch, statistics
 from raystar.ruler.ruler import NOTHING, TRANSFER, UNMOVED, Ruler, ruler_file
 from raystar.ruler.samples import measured_by
 from raystar.training.state import TrainState
-from tests.kit.support import SHARED, needs_shared, tiny_config, write_latents
+from tests.kit.repainted import open_small_demo, source_numbers
+from tests.kit.repainted import read as read_repainted
+from tests.kit.support import SHARED, tiny_config, write_latents
 
 
 class Nothing:
@@ -89,8 +92,6 @@ REAL = ("photo", "monet", "vangogh", "hayao")
 
 @pytest.fixture(scope="module")
 def real(tmp_path_factory: pytest.TempPathFactory) -> Built:
-    if not (SHARED / "data/latents").exists():
-        pytest.skip("needs ../shared/data/latents, which is not here")
     config = override(
         Config(), {"data.data_root": str(SHARED / "data/latents"), "data.domains": REAL, "data.holdout": 0.2}
     )
@@ -98,9 +99,9 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> Built:
     return bank, config, Ruler.build(bank, config)
 
 
-@pytest.fixture(params=["painted", "real"])
+@pytest.fixture(params=["painted", pytest.param("real", marks=pytest.mark.shared("data/latents"))])
 def built(request: pytest.FixtureRequest) -> Built:
-    """Both data sets, one after the other."""
+    """Painted pictures and, where they are at hand, real ones."""
     found: Built = request.getfixturevalue(request.param)
     return found
 
@@ -271,8 +272,8 @@ def _ranks(values: list[float]) -> np.ndarray:
     return np.argsort(np.argsort(values)).astype(float)
 
 
-@pytest.mark.shared
-@needs_shared("score/real")
+@pytest.mark.slow
+@pytest.mark.shared("score/real", "data/latents")
 def test_it_agrees_with_an_independent_judge(real: Built) -> None:
     _, config, ruler = real
     judged = json.loads((SHARED / "score/real/judged.json").read_text())
@@ -302,8 +303,100 @@ def test_it_agrees_with_an_independent_judge(real: Built) -> None:
     assert np.corrcoef(logs.T)[0, 1] >= 0.93
 
 
-@pytest.mark.shared
-@needs_shared("data/pairs")
+# -- landscapes painted in another style: the truth about a translation --------------------------------------
+
+
+Repainted = tuple[Ruler, dict[tuple[str, str], Tensor]]
+
+
+@pytest.fixture(scope="module")
+def repainted(tmp_path_factory: pytest.TempPathFactory) -> Repainted:
+    """A ruler over some of the demo's pictures, and its sources as their painter paints them in the other styles."""
+    bank, config = open_small_demo(tmp_path_factory.mktemp("small demo"))
+    latents, numbers = read_repainted()
+    assert numbers == source_numbers(bank, config), "other sources than were repainted: tests/kit/repainted.py"
+    return Ruler.build(bank, config), latents
+
+
+def _pictures(ruler: Ruler, unscaled: Tensor) -> Tensor:
+    return torch.cat(list(ruler.eye.pictures(unscaled)))
+
+
+def _every(pictures: Tensor, others: Tensor, step: int) -> Tensor:
+    """Pictures of which every so many are replaced by others."""
+    chosen = torch.arange(len(pictures)) % step == 0
+    return torch.where(chosen[:, None, None, None], others, pictures)
+
+
+def _on_the_way(ruler: Ruler, latents: dict[tuple[str, str], Tensor]) -> dict[str, Tensor]:
+    """Translations from far off to perfect, by name; the perfect ones are the repaintings."""
+    domains, n = ruler.domains, ruler.sources.shape[1]
+    perfect = torch.cat([latents[domains[i], domains[j]] for i, j in ruler.pairs])
+    third = torch.cat([latents[domains[i], domains[3 - i - j]] for i, j in ruler.pairs])
+    untouched = torch.cat([ruler.sources[i] for i, _ in ruler.pairs]) / ruler.scale
+    moved = [
+        channel_transfer(ruler.sources[i], ruler.targets[j][ruler.reference[p]]) for p, (i, j) in enumerate(ruler.pairs)
+    ]
+    truth, source, wrong = (_pictures(ruler, x) for x in (perfect, untouched, third))
+    ways = {
+        f"pictures {share:g}": source.lerp(truth, share).clamp(0, 1)
+        for share in (-1, -0.5, -0.25, 0, 0.25, 0.5, 0.75, 1)
+    }
+    ways |= {f"latents {share:g}": _pictures(ruler, untouched.lerp(perfect, share)) for share in (0.25, 0.5, 0.75)}
+    return ways | {
+        "a quarter of them": _every(source, truth, 4),
+        "half of them": _every(source, truth, 2),
+        "half in another style": _every(truth, wrong, 2),
+        "all in another style": wrong,
+        "of another landscape": torch.cat([each.roll(1, 0) for each in truth.split(n)]),
+        "channel transfer": _pictures(ruler, torch.cat(moved) / ruler.scale),
+    }
+
+
+def _distance(pictures: Tensor, others: Tensor) -> Tensor:
+    """[6] by size of detail, from two pixels on: how far pictures are from others."""
+    left, found = pictures - others, []
+    for _ in range(5):
+        coarse = functional.avg_pool2d(left, 2)
+        found.append(left - functional.interpolate(coarse, scale_factor=2))
+        left = coarse
+    return torch.stack([detail.square().mean(dim=(1, 2, 3)).sqrt().mean() for detail in [*found, left]])
+
+
+def test_it_ranks_by_how_far_from_the_truth(repainted: Repainted) -> None:
+    """The judge compares each translation with the repainting of its source, which the ruler never sees."""
+    ruler, latents = repainted
+    ways = _on_the_way(ruler, latents)
+    truth, source = ways["pictures 1"], ways["pictures 0"]
+    judged = {name: (_distance(x, truth) / _distance(source, truth)).mean().item() for name, x in ways.items()}
+    measured = {name: ruler.measure_pictures(x) for name, x in ways.items()}
+    scores = {name: found["score"] for name, found in measured.items()}
+    theirs, ours = list(judged.values()), list(scores.values())
+    assert np.corrcoef(_ranks(theirs), _ranks(ours))[0, 1] >= 0.85
+    assert np.corrcoef(theirs, ours)[0, 1] >= 0.85  # not the order alone: their sizes, too
+    for kind, shares in (("pictures", (1, 0.75, 0.5, 0.25, 0, -0.25, -0.5, -1)), ("latents", (0.75, 0.5, 0.25))):
+        way = [scores[f"{kind} {share:g}"] for share in shares]
+        assert all(better + 0.05 < worse for better, worse in itertools.pairwise(way)), way
+    assert scores["pictures 0"] == pytest.approx(1.1, abs=1e-4)
+    assert measured["pictures 1"]["style"] < 0.1
+    assert measured["pictures 1"]["accuracy"] > 0.9
+    assert scores["pictures 1"] < 0.3
+    assert min(scores["all in another style"], scores["of another landscape"]) > 1.15
+
+
+@pytest.mark.parametrize(("source", "target"), [("photo", "watercolour"), ("watercolour", "photo")])
+def test_repaintings_are_good_translations(repainted: Repainted, source: str, target: str) -> None:
+    ruler, latents = repainted
+    pair = ruler.domains.index(source), ruler.domains.index(target)
+    x, y = ruler.sources[pair[0]] / ruler.scale, latents[source, target]
+    before, after = (sketch(_pictures(ruler, z)) for z in (x, y))
+    assert content_lost(after, before) < 0.4
+    assert content_lost(after.roll(1, 0), before) > 0.55
+    assert ruler.style(y * ruler.scale, *pair) < 0.1
+    assert ruler.style(x * ruler.scale, *pair) == pytest.approx(1, abs=1e-4)
+
+
+@pytest.mark.shared("data/pairs", "data/latents")
 def test_a_published_networks_translations(real: Built) -> None:
     _, config, ruler = real
     photo, hayao = (torch.from_numpy(np.load(SHARED / f"data/pairs/{name}.npy")).float() for name in ("photo", "hayao"))

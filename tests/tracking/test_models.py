@@ -33,7 +33,7 @@ from raystar.tracking.mlflow import models as registry
 from raystar.tracking.relay import Relay
 from raystar.tracking.tracker import PARENT
 from tests.exported.test_export import CONFIG, FACTS, make_checkpoint, make_nets, some_latents
-from tests.kit.support import ROOT, SHARED, needs_shared
+from tests.kit.support import ROOT
 from tests.tracking.test_tracking import Flaky, Mute, Server, copy_store, opened, rows
 
 TELLING = FACTS | {
@@ -483,15 +483,15 @@ def test_a_served_model_says_what_is_wrong_and_where(served: Path) -> None:
         model.predict(frame(picture=[encoded(Image.new("RGB", (64, 64)))], domain=["monet"]))
 
 
-@pytest.mark.shared
-@needs_shared("data/taesd")
-def test_a_served_model_translates_pictures_as_raystar_translate_does(served: Path, finalist: Path) -> None:
+def test_a_served_model_translates_pictures_as_raystar_translate_does(
+    served: Path, finalist: Path, faithful_vae: Path
+) -> None:
     import mlflow
 
     from raystar.exported.picture_translator import PictureTranslator
     from raystar.pictures.autoencoders import open_vae
 
-    vae = str(SHARED / "data/taesd")
+    vae = str(faithful_vae)
     rng = np.random.default_rng(1)
     pictures = [Image.fromarray(rng.integers(0, 256, (80, 100 + 8 * i, 3), np.uint8)) for i in range(2)]
     reference = pictures[1].resize((90, 90))
