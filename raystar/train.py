@@ -171,9 +171,7 @@ def _open_run(
     )
     metrics = checkpoint.get("metrics") if checkpoint is not None else None
     if isinstance(metrics, dict) and measured_by_0_1(metrics):
-        remark = (
-            f"scores up to epoch {first_epoch - 1} are of raystar 0.1's ruler, not to be compared with later ones"
-        )
+        remark = f"scores up to epoch {first_epoch - 1} are of raystar 0.1's ruler, not to be compared with later ones"
         print(f"note: {remark}", file=sys.stderr)
         tracker.attach(PARENT, {}, {"mlflow.note.content": remark}, {})
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from raystar.base.console import shown
+from raystar.model.device import bf16_as_asked
 from tests.kit.autoencoder import save_block_averages
 from tests.kit.support import SHARED
 
@@ -32,6 +33,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def _printed() -> Iterator[None]:
     """Tests see what commands print; the library itself only logs."""
     with shown():
+        yield
+
+
+@pytest.fixture
+def bf16() -> Iterator[None]:
+    """bf16 also on a processor that is slow at it: for tests of what its rounding does."""
+    with bf16_as_asked():
         yield
 
 

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+import functools
+import logging
+import platform
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -11,8 +16,12 @@ from torch import Tensor
 from raystar.base.errors import RaystarError
 from raystar.config.schema import Config
 from raystar.model.native import kernels
+from raystar.model.native.library import cpu_flags
 
+logger = logging.getLogger(__name__)
 _AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+_COMPUTES_BF16 = {"avx512_bf16", "amx_bf16"}  # of x86-64; without them a step takes 8 times as long as in float32
+_as_asked = ContextVar("as_asked", default=False)
 
 
 def resolve_device(config: Config) -> torch.device:
@@ -24,12 +33,37 @@ def resolve_device(config: Config) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cpu" and config.training.use_amp and config.training.amp_dtype == "fp16":
         raise RaystarError("training.amp_dtype: fp16 needs a GPU, and none is used here; take bf16")
-    return torch.device(name)
+    device = torch.device(name)
+    if config.training.use_amp and not fast_bf16(device):
+        _note_slow_bf16()
+    return device
+
+
+@functools.cache
+def fast_bf16(device: torch.device) -> bool:
+    """Whether bf16 saves time on `device`: not on an x86-64 processor that has no instructions for it."""
+    flags = cpu_flags() if device.type == "cpu" and platform.machine() == "x86_64" else frozenset()
+    return not flags or bool(flags & _COMPUTES_BF16)
+
+
+@functools.cache
+def _note_slow_bf16() -> None:
+    logger.warning("this processor has no instructions for bf16: float32, which is faster here, is used instead")
+
+
+@contextmanager
+def bf16_as_asked() -> Iterator[None]:
+    """Within it bf16 is used also where it is slow: for who wants its rounding, not its speed."""
+    token = _as_asked.set(True)
+    try:
+        yield
+    finally:
+        _as_asked.reset(token)
 
 
 def autocast(config: Config, device: torch.device) -> AbstractContextManager[Any]:
-    """The precision in which `training` wants the networks run on `device`."""
-    if not config.training.use_amp:
+    """The precision in which `training` wants the networks run on `device`, or float32 where bf16 is slow."""
+    if not config.training.use_amp or not (fast_bf16(device) or _as_asked.get()):
         return nullcontext()
     return torch.autocast(device.type, _AMP_DTYPES[config.training.amp_dtype])
 

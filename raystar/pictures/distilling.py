@@ -26,6 +26,7 @@ from raystar.config.load import override
 from raystar.config.schema import Config
 from raystar.data.bank import Bank, open_bank
 from raystar.data.listing import DEMO_ROOT, data_root
+from raystar.model.device import fast_bf16
 from raystar.pictures import decoder as decoders
 from raystar.pictures.autoencoders import SCALE, VaeCodec
 from raystar.pictures.codec import BuiltInCodec, Codec
@@ -171,7 +172,7 @@ def _taught(latents: Tensor, teacher: VaeCodec, work: Path, what: str, exact: bo
     pictures = np.lib.format.open_memmap(path, "r+" if done else "w+", np.uint8, None if done else shape)
     quiet = not sys.stderr.isatty()
     with (
-        torch.autocast(teacher.device.type, torch.bfloat16, enabled=not exact),
+        torch.autocast(teacher.device.type, torch.bfloat16, enabled=not exact and fast_bf16(teacher.device)),
         tqdm(total=len(latents), initial=done, desc=f"the teacher decodes, {what}", disable=quiet) as bar,
     ):
         while done < len(latents):
@@ -259,7 +260,7 @@ def train(
         scaled, target = _batch(lesson, np.random.default_rng([seed, 2, step]), device)
         for group in optimiser.param_groups:
             group["lr"] = rate(spent / seconds)
-        with torch.autocast(device.type, torch.bfloat16):
+        with torch.autocast(device.type, torch.bfloat16, enabled=fast_bf16(device)):
             output = student(scaled)
         loss = loss_of(output.float(), target)
         optimiser.zero_grad(set_to_none=True)

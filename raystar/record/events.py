@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import Any, NotRequired, TypedDict, cast
 
 SESSION, STARTED, EPOCH, NOTE, ENDED, ALONE = "session", "started", "epoch", "note", "ended", "alone"
-REFERENCES, FINALS = "references", "finals"
+REFERENCES, FINALS, RULER = "references", "finals", "ruler"
 """Events: the sweep begins or is resumed; a trial begins or is resumed; an epoch; a remark; its end; its one retry;
-what doing nothing gets from the ruler; which trials are trained again, and from which seeds."""
+what doing nothing gets from the ruler; which trials are trained again, and from which seeds; another ruler measures
+from here on."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,8 @@ class Event(TypedDict):
     finalists: NotRequired[list[str]]
     """FINALS, with the seeds."""
     seeds: NotRequired[list[int]]
+    ruler: NotRequired[str]
+    """RULER: the key under which scores are comparable."""
 
 
 def read_events(lines: Iterable[Mapping[str, Any]]) -> Iterator[Event]:

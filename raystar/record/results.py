@@ -11,7 +11,7 @@ from typing import Any
 
 from raystar.base.errors import RaystarError, nearest
 from raystar.base.journal import Journal
-from raystar.record.events import EPOCH
+from raystar.record.events import EPOCH, RULER
 from raystar.record.finals import rank_correlation
 from raystar.record.statuses import FINISHED
 from raystar.record.summary import Summary, TrialRecord
@@ -202,4 +202,9 @@ def _curves(folder: Path, content: Mapping[str, Any]) -> dict[str, dict[int, dic
     for event in Journal(folder / JOURNAL):
         if event["event"] == EPOCH and event["epoch"] <= known.get(event["trial"], 0):
             curves[event["trial"]].setdefault(int(event["epoch"]), dict(event["metrics"]))
+        elif event["event"] == RULER:  # what another one measured lies on no line with what comes
+            for curve in curves.values():
+                for metrics in curve.values():
+                    for name in [name for name in metrics if name.startswith("eval/")]:
+                        del metrics[name]
     return curves

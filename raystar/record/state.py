@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from raystar.record import finals
-from raystar.record.events import ALONE, ENDED, EPOCH, FINALS, NOTE, REFERENCES, SESSION, STARTED, Event, Verdict
+from raystar.record.events import ALONE, ENDED, EPOCH, FINALS, NOTE, REFERENCES, RULER, SESSION, STARTED, Event, Verdict
 from raystar.record.statuses import BROKEN, COLLAPSED, FINISHED, INTERRUPTED, PENDING, RUNNING, STOPPED, UNFINISHED
 from raystar.record.summary import Summary
 from raystar.search.asha import Rungs
@@ -42,6 +42,10 @@ class Ledger:
     """The trials that went wrong since the last that did not."""
     due: dict[str, Verdict] = field(default_factory=dict)
     """Trials that had to end and have not been recorded as ended: the sweep broke off in between."""
+    ruler: str | None = None
+    """The key of what measures, where that has changed since the sweep began."""
+    aside: set[str] = field(default_factory=set)
+    """Trials with epochs that another ruler measured."""
     _alike: dict[str, int] = field(default_factory=dict)  # measured epochs in a row without diversity
     _since: dict[str, float] = field(default_factory=dict)  # up to when a trial's seconds are counted
     _last: float | None = None  # time of the last event
@@ -81,6 +85,9 @@ class Ledger:
             self.summary.references = {name: dict(values) for name, values in event["values"].items()}
         elif event["event"] == FINALS:
             self._begin_finals(list(event["finalists"]), list(event["seeds"]))
+        elif event["event"] == RULER:
+            self._change_ruler(event["ruler"])
+            return verdict  # it happens between sessions, whose time does not count
         if event["event"] not in (EPOCH, NOTE) and self.summary.finalists:
             self.summary.finals = finals.decide(self.summary)
         self._last = at
@@ -102,6 +109,21 @@ class Ledger:
             record = summary.add(name, {**summary.trials[finalist].params, SEED: seed}, finalist)
             if record.status == STOPPED:  # by a choice that left it out
                 summary.settle(name, PENDING)
+
+    def _change_ruler(self, ruler: str) -> None:
+        """Sets aside what was measured until now: at no rung and in no table does it stand beside other scores."""
+        self.ruler = ruler
+        for record in self.summary.trials.values():
+            if record.epochs:
+                self.aside.add(record.trial)
+                value = "" if record.score is None else f", {self.summary.short_metric} {record.score:.4f}"
+                remark = f"another ruler measured it up to epoch {record.epochs}{value}"
+                record.note = f"{record.note}; {remark}" if record.note else remark
+            self.summary.set_aside(record)
+        self.summary.references = {}
+        self._alike.clear()
+        if self.rungs is not None:
+            self.rungs.clear()
 
     def _begin_session(self, at: float) -> None:
         if self._last is not None:

@@ -167,6 +167,11 @@ class Summary:
             record.score, record.score_epoch, record.metrics = None, None, {}
         self._rank_again(record)
 
+    def set_aside(self, record: TrialRecord) -> None:
+        """Takes a trial's score from it: it was measured by another ruler."""
+        record.score, record.score_epoch, record.metrics, record.unmoved = None, None, {}, False
+        self._rank_again(record)
+
     def settle(self, trial: str, status: str, reason: str | None = None) -> None:
         """Gives a trial its status and what led to it."""
         record = self.trials[trial]

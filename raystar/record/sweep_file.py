@@ -101,13 +101,18 @@ def code_differences(then: Mapping[str, str], now: Mapping[str, str]) -> list[st
 
 
 def of_0_1(record: Mapping[str, Any]) -> bool:
-    """Whether version 0.1 wrote a record. Every key of the configuration is written out; this one came after it."""
+    """Whether version 0.1 wrote a record, as it is. All keys of a configuration are written out; this one came later."""
     training = record["config"].get("training")
     return isinstance(training, Mapping) and "ema_epochs" not in training
 
 
+def begun_by(record: Mapping[str, Any]) -> str:
+    """The version of raystar that began a sweep. Records say so since 0.2."""
+    return str(record.get("begun_by", "0.1.0" if of_0_1(record) else __version__))
+
+
 def as_meant(content: Any, record: Mapping[str, Any]) -> Any:
-    """The content of the space file of a sweep that 0.1 began, with what it took for the scheduler's open keys.
+    """The content of the space file of a sweep that 0.1 began, with what it took for open keys.
 
     The first rung is at a fifth of a run since, and ranks by the outlook. Of later sweeps the content is as it is.
     """
@@ -118,7 +123,8 @@ def as_meant(content: Any, record: Mapping[str, Any]) -> Any:
         return content
     purpose = PURPOSES.get(str(content.get("purpose", QUALITY.name)), QUALITY)
     metric = content.get("metric", purpose.metric)
-    return {**content, "scheduler": {"grace_epochs": 1, "metric": metric, **scheduler}}
+    once = {"finalists": 3} if purpose.models else {}  # nothing was trained again from other seeds
+    return {**once, **content, "scheduler": {"grace_epochs": 1, "metric": metric, **scheduler}}
 
 
 def leaves(name: str, value: Any) -> Iterator[tuple[str, Any]]:

@@ -57,6 +57,10 @@ class Rungs:
         count = int(math.log(self.epochs / self.grace) / math.log(self.factor) + 1)
         self.rungs = [Rung(self.grace * self.factor**k) for k in reversed(range(count))]
 
+    def clear(self) -> None:
+        """Forgets all values."""
+        self.__post_init__()
+
     @property
     def places(self) -> list[int]:
         """The epochs at which trials come to a rung, in order; the last of a trial that is not stopped is none."""

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from raystar import __version__
 from raystar.base.errors import RaystarError
 from raystar.base.limits import check_limits
 from raystar.base.machine import usable_cpus
@@ -27,7 +28,16 @@ from raystar.config.strict_yaml import find_shipped, read_mapping
 from raystar.data.bank import Bank, open_bank
 from raystar.model.device import resolve_device
 from raystar.pictures.codec import check_codec
-from raystar.record.sweep_file import RECORD, as_meant, code, code_differences, differences, of_0_1, read_record
+from raystar.record.sweep_file import (
+    RECORD,
+    as_meant,
+    begun_by,
+    code,
+    code_differences,
+    differences,
+    of_0_1,
+    read_record,
+)
 from raystar.ruler.samples import check as check_ruler
 from raystar.ruler.samples import measured_by
 from raystar.search.purpose import Purpose
@@ -193,6 +203,8 @@ def _check(
     """Everything that must hold before Ray starts. `before`: the record of the sweep that is resumed."""
     gpu_share, cpus = trial_resources(config, space, request.address)
     points = space.points(config, resolve_device(config) if request.address is None else torch.device("cpu"))
+    if points is not None and before is not None and content == as_meant(before["space"], before):
+        points = _lengthened(before["points"], points, space.trials)
     trials = len(points) if points is not None else space.trials
     uri = _tracking_uri(request, before)
     check_uri(uri)
@@ -219,9 +231,10 @@ def _check(
         "points": points,
         "signature": signature(config),
         "data": {"root": bank.root, "digest": bank.digest, "latents": len(bank.names)},
-        **({"ruler": measured_by(bank, config)} if space.purpose.models else {}),
+        **(_rulers(measured_by(bank, config), before) if space.purpose.models else {}),
         "storage": request.storage or (before or {}).get("storage"),
         "tracking_uri": redact(uri),
+        "begun_by": __version__ if before is None else begun_by(before),
         "code": code(),
         "command": (before or {}).get("command") or redact(shlex.join(["python", *sys.orig_argv[1:]])),
         "git_commit": (before or {}).get("git_commit") or provenance().get("mlflow.source.git.commit"),
@@ -231,6 +244,18 @@ def _check(
         name, request.out, config, space, points, trials, width, gpu_share, cpus, request.max_concurrent, budget, uri,
         bank, record, before is not None, request.address, storage=storage,
     )  # fmt: skip
+
+
+def _lengthened(before: list[dict[str, Any]], points: list[dict[str, Any]], trials: int) -> list[dict[str, Any]]:
+    """The points that a sweep began with, on another machine maybe, and as many further ones as it is to have."""
+    further = [point for point in points if point not in before]
+    return [*before, *further[: max(0, trials - len(before))]]
+
+
+def _rulers(ruler: str, before: Mapping[str, Any] | None) -> dict[str, str | None]:
+    """The key under which scores are comparable, and that of the sweep's first ones; 0.1 knew none."""
+    first = ruler if before is None else before.get("first_ruler", before.get("ruler"))
+    return {"ruler": ruler, "first_ruler": first}
 
 
 def _tracking_uri(request: SweepRequest, before: Mapping[str, Any] | None) -> str:
@@ -271,9 +296,10 @@ def _resumed(request: SweepRequest, name: str, budget: float | None) -> Plan:
     gone = [file for file in (asked["space"], asked["config"], *asked["overlay"]) if not find_shipped(file).is_file()]
     if gone:
         logger.warning(f"{' and '.join(gone)} not there any more; the sweep's record counts")
+    elif (version := begun_by(before)) != __version__:  # its files may be others now, and keys have other defaults
+        logger.info(f"sweep {name} was begun by raystar {version}: configuration and space are those of its record")
     else:
         config_now, content_now = _read(asked)
-        content_now = as_meant(content_now, before)
         config_now, _ = _settle(asked, config_now, content_now)
         changed += differences(to_mapping(config), to_mapping(config_now), "configuration")
         changed += differences(content, content_now, "space")
@@ -285,11 +311,11 @@ def _resumed(request: SweepRequest, name: str, budget: float | None) -> Plan:
     if plan.trials < before["trials"]:
         raise RaystarError(f"--trials: sweep {name} has {before['trials']} trials; expected at least as many")
     listed = "".join(f"\n  {line}" for line in changed)
-    if plan.record.get("ruler") != before.get("ruler"):
+    if plan.record.get("ruler") != before.get("ruler") and not request.force:
         raise RaystarError(
             f"--resume {name}: its scores are those of another ruler, {before.get('ruler', 'of an earlier version')}, "
-            f"and cannot be compared with those of {plan.record.get('ruler', 'none')} now, not even with --force; "
-            + _instead(before, listed)
+            f"and cannot be compared with those of {plan.record.get('ruler', 'none')} now; {_instead(before)}; or set "
+            f"them aside with --force, and go by what is measured from now on{':' if listed else ''}{listed}"
         )
     if changed and not request.force:
         raise RaystarError(
@@ -302,15 +328,12 @@ def _resumed(request: SweepRequest, name: str, budget: float | None) -> Plan:
     return plan
 
 
-def _instead(before: Mapping[str, Any], listed: str) -> str:
-    """What can be done with a sweep that another ruler measured."""
+def _instead(before: Mapping[str, Any]) -> str:
+    """What else can be done with a sweep that another ruler measured."""
     if of_0_1(before):
         at = f", commit {before['git_commit']}" if before.get("git_commit") else ""
-        return (
-            f"start a new sweep, or continue with the raystar that began it (0.1{at}); "
-            "its report, its models and its checkpoints can be used as they are"
-        )
-    return f"put back what has changed, or start a new sweep:{listed}" if listed else "start a new sweep"
+        return f"start a new sweep, or continue with the raystar that began it (0.1{at})"
+    return "start a new sweep, or put back what has changed"
 
 
 def _time_budget(text: str) -> float:

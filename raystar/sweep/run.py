@@ -8,6 +8,7 @@ import logging
 import os
 import shutil
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from raystar.config.load import override, to_mapping
 from raystar.config.schema import Config
 from raystar.pictures.codec import open_codec
 from raystar.record import finals
-from raystar.record.events import read_events
+from raystar.record.events import RULER, Event, read_events
 from raystar.record.state import Ledger
 from raystar.record.statuses import UNFINISHED
 from raystar.record.summary import Summary
@@ -59,8 +60,8 @@ def run(plan: Plan) -> int:
 
 
 def _run(plan: Plan) -> int:
-    write_record(plan.folder, plan.record)
     ledger = _ledger(plan)
+    write_record(plan.folder, plan.record)
     remaining = _left(plan, ledger)
     again = f", the best {plan.space.finalists.top} again from other seeds" if plan.seeds else ""
     logger.info(
@@ -125,8 +126,33 @@ def _ledger(plan: Plan) -> Ledger:
     for number, point in enumerate(plan.points or []):
         summary.add(plan.trial_name(number), dict(point))
     if plan.resumed:
-        ledger.replay(read_events(Journal(plan.folder / JOURNAL)))
+        journal = Journal(plan.folder / JOURNAL)
+        ledger.replay(read_events(journal))
+        if plan.purpose.models and (ledger.ruler or plan.record["first_ruler"]) != plan.record["ruler"]:
+            _change_ruler(plan, ledger, journal)
+        journal.close()
     return ledger
+
+
+def _change_ruler(plan: Plan, ledger: Ledger, journal: Journal) -> None:
+    """Sets aside what another ruler has measured, before anything else is written.
+
+    Raises:
+        RaystarError: nothing would be left to measure, or the finals compare what the other one measured.
+    """
+    trials = ledger.summary.trials
+    if ledger.summary.repeats:
+        raise RaystarError(f"--resume {plan.name}: its finals have begun, by another ruler's scores; start a new sweep")
+    if not ledger.unfinished() and len(trials) >= plan.trials:
+        raise RaystarError(
+            f"--resume {plan.name}: another ruler measured all of its trials, and nothing is left to train; "
+            "ask for more with --trials, or start a new sweep"
+        )
+    event: Event = {"event": RULER, "at": time.time(), "ruler": plan.record["ruler"]}
+    journal.append(event)
+    ledger.apply(event)
+    many = f"{len(ledger.aside)} trial{'s' if len(ledger.aside) != 1 else ''}"
+    logger.warning(f"scores of {many} are another ruler's and are set aside: only what is measured now is ranked")
 
 
 def _left(plan: Plan, ledger: Ledger) -> int:

@@ -50,6 +50,11 @@ def lacks_score(tracker: Tracker, summary: Summary, record: TrialRecord) -> bool
     return f"final/{summary.short_metric}" not in tracker.final(record.trial)
 
 
+def set_aside(tracker: Tracker, record: TrialRecord) -> None:
+    """Says in the trial's run that what it holds was measured by another ruler."""
+    tracker.attach(record.trial, {}, {"mlflow.note.content": record.note or ""}, {})
+
+
 def give_score(tracker: Tracker, summary: Summary, record: TrialRecord, *, models: bool) -> None:
     """The trial's score, which the summary ranks by, where MLflow's tables can sort by it too."""
     if record.score is None or record.score_epoch is None:

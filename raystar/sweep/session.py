@@ -43,6 +43,7 @@ from raystar.record.statuses import (
     RUNNING,
     STARTING,
     STOPPED,
+    UNFINISHED,
 )
 from raystar.record.sweep_file import JOURNAL
 from raystar.sweep import finish as outcome
@@ -133,11 +134,14 @@ class Session:
             self._begun.add(name)
             self._end(name, str(verdict.ends), verdict.reason)
         for record in self.summary.trials.values():
+            if record.trial in self.ledger.aside and record.score is None:
+                runs.set_aside(self.tracker, record)
             if record.status in (*BROKEN, FINISHED, STOPPED, INTERRUPTED):
                 if runs.lacks_score(self.tracker, self.summary, record):
                     runs.give_score(self.tracker, self.summary, record, models=self.plan.purpose.models)
                 self.tracker.end(record.trial, record.status, record.reason)
-            self.janitor.known(record)
+            if record.trial not in self.ledger.aside or record.status in UNFINISHED:
+                self.janitor.known(record)  # what is set aside is nobody's to remove
 
     def _run_trials(self) -> None:
         """Runs the search, then its finals."""

@@ -17,7 +17,7 @@ from torch import Tensor
 from raystar.config.load import get_value, override
 from raystar.config.schema import Config
 from raystar.data.batches import share
-from raystar.model.device import autocast, layout
+from raystar.model.device import autocast, fast_bf16, layout
 from raystar.training.state import TrainState
 
 logger = logging.getLogger(__name__)
@@ -108,6 +108,8 @@ def canonical(config: Config, device: torch.device) -> Config:
     training, same = config.training, []
     if device.type == "cpu":
         same += ["tf32", "cudnn_benchmark", "deterministic", "compile_cudagraphs"]
+    if not fast_bf16(device):
+        same += ["use_amp", "amp_dtype"]
     if not training.use_amp:
         same.append("amp_dtype")
     values = {f"training.{name}": get_value(_DEFAULTS, f"training.{name}") for name in same}
@@ -140,7 +142,8 @@ def _exercise(name: str, call: Callable[..., Tensor], state: TrainState, size: t
     B, styles = part.stop - part.start, 5 if config.loss.w_id > 0 else 4
     memory_format = layout(config, torch.empty(1, model.latent_channels, *size, device=device))
     with autocast(config, device):  # what networks hand on to each other is in autocast's type
-        dtype = torch.get_autocast_dtype(device.type) if training.use_amp else torch.float32
+        amp = torch.is_autocast_enabled(device.type)
+        dtype = torch.get_autocast_dtype(device.type) if amp else torch.float32
     translated = torch.float32 if model.residual else dtype  # a residual G adds to the content in the content's type
 
     def latents(n: int, *, fake: bool) -> Tensor:

@@ -14,6 +14,7 @@ from raystar.base.errors import WrongResults
 from raystar.config.load import override
 from raystar.config.schema import Config
 from raystar.data.batches import LatentDataset
+from raystar.model.device import bf16_as_asked
 from raystar.model.networks import NAMES
 from raystar.training.state import TrainState
 from raystar.training.step import LOGGED, train_step
@@ -44,9 +45,10 @@ def check_parity(state: TrainState, data: LatentDataset) -> None:
             batch = data.batch(min(number, data.steps)).to(state.device)
             for other in (state, rounded):
                 other.nets.load_state_dict(reference.nets.state_dict(), "parity")
-            exact, usual, losses = (
-                train_step(each, batch, epoch=1, step=step) for each in (reference, rounded, state)
-            )  # fmt: skip
+            exact = train_step(reference, batch, epoch=1, step=step)
+            with bf16_as_asked():
+                usual = train_step(rounded, batch, epoch=1, step=step)
+            losses = train_step(state, batch, epoch=1, step=step)
             for name in LOGGED:
                 _compare_losses(name, step, float(exact[name]), float(usual[name]), float(losses[name]))
             for net in NAMES:

@@ -19,6 +19,8 @@ from raystar.model.native import kernels, library
 from raystar.model.networks import Generator
 from tests.kit.support import ROOT
 
+pytestmark = pytest.mark.usefixtures("bf16")
+
 REASON = library.unavailable()
 COMPILER = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
 needs_kernels = pytest.mark.skipif(REASON is not None, reason=f"no native kernels here: {REASON}")

@@ -37,6 +37,8 @@ from tests.kit import textbook
 from tests.kit.support import tiny_config, write_latents
 from tests.training.test_step import make_batch
 
+pytestmark = pytest.mark.usefixtures("bf16")
+
 NEW = {"model__residual": True, "model__discriminator_dim": 6}
 
 

@@ -242,6 +242,27 @@ def test_rungs_rank_by_their_own_metric_and_say_why() -> None:
     assert second(style=0.1, movement=0.001) == (events_module.Verdict("stopped", reason), True)
 
 
+def test_another_ruler_sets_aside_what_was_measured() -> None:
+    """No score of the first one ranks a trial at the end or at a rung; time between the sessions does not count."""
+    state = started(ledger(), "t00", "t01")
+    first = {"eval/score": 1.0, "eval/movement": 0.001}
+    state.apply({"event": events_module.REFERENCES, "values": {"nothing": first}, "at": 5.0})
+    state.apply({"event": events_module.EPOCH, "trial": "t00", "epoch": 1, "metrics": first, "at": 10.0})
+    state.apply({"event": events_module.RULER, "ruler": "new", "at": 5000.0})
+    t00, t01, t02 = (state.summary.trials[name] for name in ("t00", "t01", "t02"))
+    assert (t00.score, t00.score_epoch, t00.metrics, t00.unmoved, t00.epochs) == (None, None, {}, False, 1)
+    assert t00.note == "another ruler measured it up to epoch 1, score 1.0000"
+    assert (t01.note, t02.note) == (None, None)
+    assert (state.ruler, state.aside, state.summary.best, state.summary.references) == ("new", {"t00"}, None, {})
+    state.apply({"event": events_module.SESSION, "at": 5001.0})
+    assert state.summary.started == 5001.0 - 10.0
+    state.apply({"event": events_module.STARTED, "trial": "t01", "params": {}, "at": 5001.0})
+    worse = {"eval/score": 9.0, "eval/movement": 0.9}
+    event = {"event": events_module.EPOCH, "trial": "t01", "epoch": 1, "metrics": worse, "at": 5002.0}
+    assert state.apply(event).ends is None  # nothing that counts came to this rung before it
+    assert state.summary.best is t01
+
+
 def test_doing_nothing_is_no_collapse() -> None:
     found = started(ledger(rungs=None), "t01")
     ends = [told(found, epoch, diversity=0.0, movement=0.001).ends for epoch in range(1, 7)]

@@ -1,4 +1,4 @@
-"""What version 0.1 wrote is read, exported, served and gone on with by the code of today (of_0_1/README.md)."""
+"""What version 0.1 wrote is read, exported, served and resumed by the code of today (of_0_1/README.md)."""
 
 from __future__ import annotations
 
@@ -153,16 +153,81 @@ def test_champion_is_served_as_it_was(there: Path) -> None:
     np.testing.assert_allclose(np.asarray(found["latent"][0]), expected["served"], rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("flags", [[], ["--force"], ["--trials", "5", "--force"]])
+@pytest.mark.parametrize("flags", [[], ["--trials", "5"]])
 @pytest.mark.parametrize("sweep", ["done", "cut"])
-def test_sweeps_for_the_score_do_not_go_on(there: Path, sweep: str, flags: list[str]) -> None:
-    """Scores of two rulers have no common ranking; what to do instead is said in a line."""
+def test_sweeps_for_the_score_are_not_resumed_unasked(there: Path, sweep: str, flags: list[str]) -> None:
+    """Scores of two rulers have no common ranking; what can be done is said."""
     with pytest.raises(RaystarError) as refused:
         plan_of("--resume", sweep, *flags)
-    said = str(refused.value)
-    assert said.startswith(f"--resume {sweep}: its scores are those of another ruler, of an earlier version")
-    assert f"start a new sweep, or continue with the raystar that began it (0.1, commit {COMMIT})" in said
-    assert "\n" not in said
+    line, *listed = str(refused.value).splitlines()
+    assert line.startswith(f"--resume {sweep}: its scores are those of another ruler, of an earlier version")
+    assert f"start a new sweep, or continue with the raystar that began it (0.1, commit {COMMIT})" in line
+    assert "or set them aside with --force, and go by what is measured from now on:" in line
+    assert re.fullmatch(r"  code: \d+ of raystar's files are others, as in another version", listed[-1])
+
+
+def test_by_force_they_have_what_they_began_with(there: Path) -> None:
+    """The configuration and the space of the record: files that shipped with 0.1 are others now."""
+    for name in ("config.yaml", "space.yaml"):
+        (there / name).write_text("{}")
+    plan = plan_of("--resume", "cut", "--force")
+    before = json.loads((there / "runs/cut/sweep.json").read_text())
+    assert plan.points == before["points"]
+    assert plan.config.training.epochs == before["config"]["training"]["epochs"]
+    assert (plan.space.scheduler.grace_epochs, plan.space.ranking) == (1, ("eval/score", "min"))
+    assert (plan.space.finalists.top, plan.seeds) == (3, [])
+    assert (plan.record["first_ruler"], plan.record["ruler"] is None) == (None, False)
+
+
+@pytest.mark.slow
+def test_a_sweep_that_was_cut_off_is_resumed(there: Path) -> None:
+    """What 0.1 measured is set aside; trials continue from their checkpoints, and are ranked by today's ruler."""
+    record = there / "runs/cut/sweep.json"
+    content = json.loads(record.read_text())
+    content["config"]["training"]["epochs"] = 6
+    record.write_text(json.dumps(content))
+    then = json.loads((there / "runs/cut/summary.json").read_text())["trials"]
+    done = run("raystar.tune", "--resume", "cut", "--force", cwd=there)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "note: scores of 2 trials are another ruler's and are set aside: only what is measured now" in done.stderr
+    assert f"another ruler measured it up to epoch {then[0]['epochs']}, score " in done.stdout
+    assert not re.search(r"t00 .* epoch [1-4]/6  score", done.stdout)
+    summary = json.loads((there / "runs/cut/summary.json").read_text())
+    assert summary["status"] == "finished"
+    old = {trial["score"] for trial in then}
+    for trial in summary["trials"]:
+        assert trial["status"] in ("finished", "stopped")
+        assert trial["score"] not in old
+        assert 5 <= trial["score_epoch"] <= 6 or trial["trial"] == "t02"
+        assert "eval/movement" in trial["metrics"]
+    curves = results.read(there / "runs/cut").curves["t00"]
+    assert ["eval/score" in curves[epoch] for epoch in sorted(curves)][:4] == [False] * 4
+    assert "eval/score" in curves[6]
+    again = run("raystar.tune", "--resume", "cut", cwd=there)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert "set aside" not in again.stderr
+
+
+@pytest.mark.slow
+def test_a_finished_sweep_gets_longer(there: Path) -> None:
+    """Its trials of 0.1 keep their checkpoints and are not ranked; there must be something to measure."""
+    journal = (there / "runs/done/journal.jsonl").read_bytes()
+    record = (there / "runs/done/sweep.json").read_bytes()
+    done = run("raystar.tune", "--resume", "done", "--force", cwd=there)
+    assert done.returncode == 2
+    assert "nothing is left to train; ask for more with --trials, or start a new sweep" in done.stderr
+    assert (there / "runs/done/journal.jsonl").read_bytes() == journal
+    assert (there / "runs/done/sweep.json").read_bytes() == record
+    checkpoint = there / "runs/done/trials/t01/epoch_0001.pt"
+    assert checkpoint.exists()
+    done = run("raystar.tune", "--resume", "done", "--force", "--trials", "4", cwd=there)
+    assert done.returncode == 0, done.stdout + done.stderr
+    trials = {trial["trial"]: trial for trial in json.loads((there / "runs/done/summary.json").read_text())["trials"]}
+    assert [trials[name]["score"] for name in ("t00", "t01", "t02")] == [None] * 3
+    assert trials["t03"]["score"] is not None
+    assert json.loads((there / "runs/done/summary.json").read_text())["best"]["trial"] == "t03"
+    assert checkpoint.exists()
+    assert page_of("done")
 
 
 def test_sweeps_for_speed_go_on_by_force(there: Path, capsys: pytest.CaptureFixture[str]) -> None:

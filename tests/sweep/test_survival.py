@@ -479,15 +479,18 @@ class TestResumeRefuses:
 
     @pytest.mark.parametrize("ruler", [None, "0123456789abcdef"])
     def test_another_ruler(self, runs: Path, ruler: str | None) -> None:
-        """Nobody can want scores of two rulers in one sweep."""
+        """Scores of two rulers are never ranked together."""
         record = runs / "s/sweep.json"
         content = json.loads(record.read_text())
         content.pop("ruler")
         record.write_text(json.dumps(content | ({"ruler": ruler} if ruler else {})))
-        for flags in ([], ["--force"]):
-            shown = self.refused(runs, *flags)
-            assert f"its scores are those of another ruler, {ruler or 'of an earlier version'}" in shown
-            assert "start a new sweep" in shown
+        shown = self.refused(runs)
+        assert f"its scores are those of another ruler, {ruler or 'of an earlier version'}" in shown
+        assert "start a new sweep" in shown
+        assert "or set them aside with --force" in shown
+        plan = make_plan(tune.request_of(tune.parser().parse_args(["--resume", "s", "--out", str(runs), "--force"])))
+        assert plan.record["first_ruler"] == ruler
+        assert plan.record["ruler"] not in (ruler, None)
 
     @pytest.mark.parametrize(
         ("flags", "said"),

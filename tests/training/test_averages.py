@@ -39,6 +39,8 @@ from raystar.training.trainer import Trainer
 from tests.kit.support import tiny_config, write_latents
 from tests.sweep.test_sweep import request, run, summary_of
 
+pytestmark = pytest.mark.usefixtures("bf16")
+
 EPOCH_STEPS = 4
 RATES = {"training__lr_d": 1e-2, "training__lr_g": 1e-2, "training__lr_mapping": 1e-2}
 

@@ -21,6 +21,8 @@ from raystar.training.parity import check_parity
 from raystar.training.state import TrainState
 from tests.kit.support import tiny_config, write_latents
 
+pytestmark = pytest.mark.usefixtures("bf16")
+
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:

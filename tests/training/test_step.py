@@ -17,6 +17,8 @@ from raystar.training.step import LOGGED, train_step
 from tests.kit import textbook
 from tests.kit.support import tiny_config
 
+pytestmark = pytest.mark.usefixtures("bf16")
+
 N = 3
 
 

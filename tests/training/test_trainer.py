@@ -29,6 +29,8 @@ from raystar.training.step import LOGGED, train_step
 from raystar.training.trainer import Progress, Trainer
 from tests.kit.support import ROOT, tiny_config, write_latents
 
+pytestmark = pytest.mark.usefixtures("bf16")
+
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -79,13 +79,22 @@ def _locked(path: Path) -> Iterator[None]:
         yield
 
 
+@functools.cache
+def cpu_flags() -> frozenset[str]:
+    """What the processor can do, by Linux's names; empty where nobody says."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return frozenset()
+    return frozenset(next((line.split() for line in lines if line.startswith("flags")), []))
+
+
 def _find() -> ctypes.CDLL:
     if os.environ.get(SWITCH) == "0":
         raise _NotHereError(f"switched off by {SWITCH}=0")
     if sys.platform != "linux" or platform.machine() != "x86_64":
         raise _NotHereError(f"they are for Linux on x86-64, this is {sys.platform} on {platform.machine()}")
-    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    present = next((line.split() for line in lines if line.startswith("flags")), [])
+    present = cpu_flags()
     if missing := [flag for flag in _CPU_FLAGS if flag not in present]:
         raise _NotHereError(f"this processor has no {' '.join(missing)}")
     names = filter(None, (os.environ.get("CXX"), "c++", "g++", "clang++"))
