@@ -101,7 +101,7 @@ def code_differences(then: Mapping[str, str], now: Mapping[str, str]) -> list[st
 
 
 def of_0_1(record: Mapping[str, Any]) -> bool:
-    """Whether version 0.1 wrote a record, as it is. All keys of a configuration are written out; this one came later."""
+    """Whether version 0.1 wrote a record, as it is. It holds every key; this one came later."""
     training = record["config"].get("training")
     return isinstance(training, Mapping) and "ema_epochs" not in training
 
