@@ -24,7 +24,7 @@ from typing import Any, Protocol
 from raystar.base.errors import RaystarError
 from raystar.base.limits import LAST_RECORDS, limit
 from raystar.base.secrets import in_a_line, redact, redact_value
-from raystar.tracking.spool import Spool, TrialProgress
+from raystar.tracking.spool import Record, Spool, TrialProgress
 from raystar.tracking.tracker import PARENT
 
 logger = logging.getLogger(__name__)
@@ -50,7 +50,7 @@ class Unreadable(Exception):  # noqa: N818
 class Delivery:
     """A record on its way to the store."""
 
-    record: dict[str, Any]
+    record: Record
     inherited: bool
     """Whether it is one of an earlier process, which may have written it."""
     attempt: int = 0

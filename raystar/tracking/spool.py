@@ -5,13 +5,62 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypedDict, Unpack, cast
 
 from raystar.base.files import sync_folder
 from raystar.base.journal import Journal
+
+Do = Literal["start", "reopen", "log", "attach", "end", "model", "register", "view"]
+"""What a record asks of the store: the members of `Tracker`; `reopen` continues a run, `view` is `feature`'s."""
+
+
+class Values(TypedDict, total=False):
+    """What a record says, by what it does; for meanings see `Tracker`."""
+
+    name: str
+    """start: the run's."""
+    mark: str
+    """start, model: a tag by which the store finds what it made without being heard."""
+    params: Mapping[str, str]
+    """start, model."""
+    tags: Mapping[str, str]
+    """start, attach, model."""
+    text: Mapping[str, str]
+    """start: contents of text files, by name."""
+    epoch: int
+    """log, model, register; view: the epoch whose pictures it shows."""
+    metrics: Mapping[str, float]
+    """log, attach."""
+    images: Mapping[str, str]
+    """log: where pictures lie, by key."""
+    files: Mapping[str, str]
+    """attach: where files lie, by name in the run."""
+    status: str
+    """end."""
+    reason: str | None
+    """end."""
+    export: str
+    """model: the folder."""
+    score: float
+    """register."""
+    description: str
+    """register."""
+    comparable: str
+    """register."""
+
+
+class Record(Values):
+    """A line of the spool."""
+
+    n: int
+    """Its number, from 1."""
+    at: int
+    """When it was added, in milliseconds of Unix time."""
+    do: Do
+    trial: str
 
 
 @dataclass
@@ -38,8 +87,7 @@ class Spool:
     """A queue in a file that outlives its process; one thread adds, another takes.
 
     `NAME.jsonl` holds the records. `NAME.done.jsonl`, beside it, says how far the store has taken them and in which
-    runs, and what was recorded of the trials whose records are gone. A record is a mapping with `do` and `trial`; `add`
-    gives it a number `n` and the time `at` in milliseconds.
+    runs, and what was recorded of the trials whose records are gone.
     """
 
     def __init__(self, path: Path) -> None:
@@ -63,7 +111,7 @@ class Spool:
             if record["n"] <= self._taken:
                 self._start = end
             if record["n"] > gone:
-                self._remember(record)
+                self._remember(cast(Record, record))
         self.inherited = self._last
         """The last record of earlier processes. The store may have one of them that is not marked as taken."""
         self._adding = threading.Lock()
@@ -79,17 +127,17 @@ class Spool:
         """What was said of `trial` so far."""
         return self.trials.get(trial, TrialProgress())
 
-    def add(self, do: str, trial: str, **values: Any) -> None:
+    def add(self, do: Do, trial: str, **values: Unpack[Values]) -> None:
         """Puts a record at the end. It is safe from this process's death at once, from a power cut after `sync`."""
         with self._adding:
-            record = {"n": self._last + 1, "at": int(time.time() * 1000), "do": do, "trial": trial, **values}
+            record: Record = {"n": self._last + 1, "at": int(time.time() * 1000), "do": do, "trial": trial, **values}
             end = self._records.append(record)
             self._remember(record)
             with self._news:
                 self._last, self._end = record["n"], end
                 self._news.notify_all()
 
-    def _remember(self, record: dict[str, Any]) -> None:
+    def _remember(self, record: Record) -> None:
         progress = self.trials.setdefault(record["trial"], TrialProgress())
         if record["do"] in ("start", "reopen"):
             progress.started = progress.open = True
@@ -114,7 +162,7 @@ class Spool:
         """Returns once every record survives a power cut."""
         self._records.sync()
 
-    def take(self) -> Iterator[dict[str, Any]]:
+    def take(self) -> Iterator[Record]:
         """What the store has not taken, oldest first; waits for more until `finish` is called.
 
         A record is on the disk before it is handed out, so that the store never knows one that the file does not.
@@ -130,12 +178,12 @@ class Spool:
             self.sync()
             for record, behind in self._records.read(position):
                 if record["n"] > self._taken:
-                    yield record
+                    yield cast(Record, record)
                 if behind >= end:
                     break
             position = end
 
-    def taken(self, record: dict[str, Any], run: str | None = None) -> None:
+    def taken(self, record: Record, run: str | None = None) -> None:
         """Marks a record as taken by the store, where `run` is the trial's from now on."""
         done: dict[str, Any] = {"n": record["n"]}
         if run is not None:

@@ -17,7 +17,7 @@ from raystar.tracking.mlflow import models as registry
 from raystar.tracking.mlflow.client import connect, experiment, set_environment
 from raystar.tracking.mlflow.views import PICTURED_RUNS, RANK, SHOWN, VIEW, grids_state, saved_view, table_state
 from raystar.tracking.relay import Declined, Delivery, Refused, Unreadable, local_file, without_credentials
-from raystar.tracking.spool import Spool, TrialProgress
+from raystar.tracking.spool import Record, Spool, TrialProgress
 from raystar.tracking.tracker import PARENT, user
 
 _MARK = "raystar.record"  # tag by which a run is found whose creation was not answered
@@ -181,7 +181,7 @@ class MlflowStore:
             raise Refused(f"it belongs to {trial or 'a parent'}, which has no run")
         return self._spool.runs[trial]
 
-    def _start(self, record: dict[str, Any]) -> None:
+    def _start(self, record: Record) -> None:
         from mlflow.entities import Dataset, DatasetInput, InputTag, Param
 
         trial = record["trial"]
@@ -224,7 +224,7 @@ class MlflowStore:
             if error.error_code != "RESOURCE_DOES_NOT_EXIST":
                 raise
 
-    def _log_metrics(self, trial: str, epoch: int, at: int, values: dict[str, float]) -> None:
+    def _log_metrics(self, trial: str, epoch: int, at: int, values: Mapping[str, float]) -> None:
         from mlflow.entities import Metric
 
         first = self.primary[0]  # the UI lists metrics in the order in which they came
@@ -271,7 +271,7 @@ class MlflowStore:
         with local_file(place, Path(name).name) as path:
             self.client.log_artifact(self._run(trial), str(path), None if folder == "." else folder)
 
-    def _attach(self, trial: str, at: int, tags: dict[str, str], metrics: dict[str, float]) -> None:
+    def _attach(self, trial: str, at: int, tags: Mapping[str, str], metrics: Mapping[str, float]) -> None:
         from mlflow.entities import Metric, RunTag
 
         values = [Metric(key, value, at, 0) for key, value in metrics.items()]
@@ -279,7 +279,7 @@ class MlflowStore:
             self._run(trial), metrics=values, tags=[RunTag(key, value) for key, value in tags.items()]
         )  # fmt: skip
 
-    def _log_model(self, record: dict[str, Any]) -> None:
+    def _log_model(self, record: Record) -> None:
         export = Path(record["export"])
         if not export.is_dir():
             raise Refused(f"{export}: no such folder")
@@ -290,7 +290,7 @@ class MlflowStore:
                 epoch=record["epoch"], params=record["params"], tags=record["tags"],
             )  # fmt: skip
 
-    def _register(self, record: dict[str, Any]) -> None:
+    def _register(self, record: Record) -> None:
         metric, lower = self.primary
         name = registry.model_name(self.client.get_experiment(self.experiment_id).name, self.dataset["name"])
         with _unless_declined("does not register models"):
