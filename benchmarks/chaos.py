@@ -85,7 +85,7 @@ def request(space: Path, out: Path, epochs: int) -> list[str]:
 
 
 def resume(out: Path) -> list[str]:
-    """The command that goes on with it."""
+    """The command that resumes it."""
     return [sys.executable, "-m", "raystar.tune", "--resume", "s", "--out", str(out)]
 
 
@@ -160,7 +160,7 @@ def differences(peace: Path, chaos: Path) -> list[str]:
 
 
 def unfinished(folder: Path) -> bool:
-    """Whether a trial's process died so often that the sweep ended without it; it goes on when resumed."""
+    """Whether a trial's process died so often that the sweep ended without it; it continues when resumed."""
     return any(trial["status"] == "killed" for trial in read(folder / "summary.json")["trials"])
 
 

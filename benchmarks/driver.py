@@ -98,9 +98,9 @@ def main() -> None:
         reported = session.Session.trial_reported
 
         def counted(self: Any, name: str, told: dict[str, Any]) -> bool:
-            goes_on = reported(self, name, told)
+            continues = reported(self, name, told)
             watch.result()
-            return goes_on
+            return continues
 
         session.Session.trial_reported = counted  # type: ignore[method-assign]
         tuner.run_trial = simulated

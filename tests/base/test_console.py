@@ -75,7 +75,7 @@ def test_who_imports_raystar_decides_what_is_shown(tmp_path: Path) -> None:
     assert "raystar.somewhere WARNING mind" in logs.stdout
 
 
-def test_within_itself_it_goes_on() -> None:
+def test_within_itself_it_continues() -> None:
     with shown():
         assert shows()
         with shown():

@@ -87,7 +87,7 @@ def test_what_storage_there_is() -> None:
     assert Storage("memory://x").free_bytes() is None
 
 
-def test_a_trial_goes_on_from_the_newest_that_can_be_read(storage: Storage, checkpoint: dict[str, Any]) -> None:
+def test_a_trial_resumes_from_the_newest_that_can_be_read(storage: Storage, checkpoint: dict[str, Any]) -> None:
     files = TrialFiles(storage, "t00")
     assert files.restore().checkpoint is None
     for epoch in (1, 2, 3):

@@ -297,7 +297,7 @@ def bank(tmp_path_factory: pytest.TempPathFactory) -> Bank:
 
 @pytest.mark.parametrize("prefix", ["", "_orig_mod."])
 @pytest.mark.parametrize("form", [{"foreach": True}, {"foreach": False}, {"fused": True}], ids=str)
-def test_training_goes_on_from_a_users_checkpoint(
+def test_training_resumes_from_a_users_checkpoint(
     tmp_path: Path, bank: Bank, capsys: pytest.CaptureFixture[str], prefix: str, form: dict[str, Any]
 ) -> None:
     """Bitwise as from the same networks and moments that raystar itself saved."""
@@ -376,7 +376,7 @@ def test_an_optimiser_of_another_order_is_refused(
 
 
 @pytest.mark.slow
-def test_the_command_line_goes_on_from_a_users_checkpoint(tmp_path: Path) -> None:
+def test_the_command_line_resumes_from_a_users_checkpoint(tmp_path: Path) -> None:
     config = tiny_config(write_latents(tmp_path / "latents"), visualization__every_epochs=0)
     (tmp_path / "config.yaml").write_text(to_yaml(config))
     folder = tmp_path / "runs" / "X"

@@ -190,7 +190,7 @@ def test_widths_of_the_discriminator(base_dim: int, first: int | None, d_layers:
 # -- what networks go through ----------------------------------------------------------------------
 
 
-def test_a_run_goes_on_bitwise(config: Config, bank: Bank, tmp_path: Path) -> None:
+def test_a_run_resumes_bitwise(config: Config, bank: Bank, tmp_path: Path) -> None:
     config = override(config, {"training.epochs": 3, "training.use_amp": True, "model.base_dim": 32})
     *_, whole = Trainer(config, bank).run()
     (half,) = Trainer(override(config, {"training.epochs": 1}), bank).run()

@@ -317,7 +317,7 @@ def test_latents_of_others_stay(vae: Path, tmp_path: Path) -> None:
     assert files(out) == before
 
 
-def test_killed_it_goes_on(vae: Path, tmp_path: Path, encoded: list[int]) -> None:
+def test_killed_it_resumes(vae: Path, tmp_path: Path, encoded: list[int]) -> None:
     images, out = tmp_path / "pics", tmp_path / "out"
     first = fill(images, "a/0.png", "b/0.png") / "a/0.png"
     for domain in "ab":
@@ -349,7 +349,7 @@ def test_killed_it_goes_on(vae: Path, tmp_path: Path, encoded: list[int]) -> Non
     assert sorted(p.name for p in out.iterdir()) == ["a", "b", "manifest.json"]
 
 
-def test_interrupted_it_says_so_and_goes_on(
+def test_interrupted_it_says_so_and_resumes(
     vae: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], encoded: list[int]
 ) -> None:
     images, out = fill(tmp_path / "pics", *(f"a/{i}.png" for i in range(6))), tmp_path / "out"

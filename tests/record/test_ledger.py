@@ -40,12 +40,12 @@ def test_rungs_decide_as_rays(mode: str, grace: int, factor: float, epochs: int)
         name = str(rng.choice(list(running)))
         running[name] += 1
         value = float(rng.normal(running[name], 3.0))
-        goes_on = ours.take(name, running[name], value)
+        continues = ours.take(name, running[name], value)
         decision = theirs.on_trial_result(None, trials[name], {"epoch": running[name], "m": value})
         if running[name] < epochs:  # at the end Ray stops everyone; there is nothing to decide
-            assert goes_on == (decision == "CONTINUE"), (name, running[name])
-        if not goes_on or running[name] >= epochs:
-            stopped += not goes_on
+            assert continues == (decision == "CONTINUE"), (name, running[name])
+        if not continues or running[name] >= epochs:
+            stopped += not continues
             running.pop(name)
     assert stopped > 5 or epochs == 1
 

@@ -230,7 +230,7 @@ def test_a_finished_sweep_gets_longer(there: Path) -> None:
     assert page_of("done")
 
 
-def test_sweeps_for_speed_go_on_by_force(there: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_sweeps_for_speed_are_resumed_by_force(there: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(RaystarError) as refused:
         plan_of("--resume", "speed")
     lines = str(refused.value).splitlines()
@@ -255,7 +255,7 @@ def test_checkpoints_start_new_runs(there: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_run_goes_on(there: Path) -> None:
+def test_a_run_is_resumed(there: Path) -> None:
     """In its own MLflow run, which says that its scores are of two rulers."""
     flags = ["--config", "config.yaml", "--set", "visualization.every_epochs=0", "--name", "single", "--resume"]
     done = run("raystar.train", *flags, "--epochs", "3", cwd=there)
@@ -273,7 +273,7 @@ def test_a_run_goes_on(there: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_speed_sweep_goes_on_and_gets_longer(there: Path) -> None:
+def test_a_speed_sweep_is_resumed_and_gets_longer(there: Path) -> None:
     """Trials of both versions have the value by which MLflow's table sorts."""
     done = run("raystar.tune", "--resume", "speed", "--force", "--trials", "4", cwd=there)
     assert done.returncode == 0, done.stdout + done.stderr

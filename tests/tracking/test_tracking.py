@@ -303,7 +303,7 @@ def test_records_that_were_taken_but_not_marked_are_not_written_twice(tracker: R
     assert again.run_id("t00") in {path.name for path in (folder / "artifacts").iterdir()}
 
 
-def test_a_resumed_sweep_goes_on_in_its_runs(tracker: Relay, folder: Path) -> None:
+def test_a_resumed_sweep_continues_its_runs(tracker: Relay, folder: Path) -> None:
     record(tracker, folder)
     tracker.attach("t00", {}, {}, {"final/score": 1.5})
     tracker.end(PARENT, "interrupted", "Ctrl-C")

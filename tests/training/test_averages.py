@@ -269,7 +269,7 @@ def saved(config: Config, bank: Bank, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("stop", [1, 2, 3])
-def test_a_run_that_stopped_goes_on_bitwise(config: Config, bank: Bank, tmp_path: Path, stop: int) -> None:
+def test_a_run_that_stopped_resumes_bitwise(config: Config, bank: Bank, tmp_path: Path, stop: int) -> None:
     config = override(config, {"training.epochs": 4})
     *_, whole = Trainer(config, bank).run()
     *_, half = Trainer(override(config, {"training.epochs": stop}), bank).run()
