@@ -55,6 +55,15 @@ def test_every_file_has_a_room() -> None:
     assert {path.parent.name for path in PACKAGE.glob("*/__init__.py")} == set(FOLDERS)
 
 
+@pytest.mark.parametrize("document", ["README.md", "ARCHITECTURE.md"])
+def test_the_tree_is_the_documents(document: str) -> None:
+    """Every room, from the top of the house down."""
+    text = (ROOT / document).read_text()
+    text = text[max(0, text.find("\nraystar/ ")) :]
+    named = re.findall(r"^(?:  |\| `)(\w+)/", text, re.MULTILINE)
+    assert named == FOLDERS[::-1]
+
+
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_imports_go_downward(folder: str) -> None:
     above = (COMMANDS | set(FOLDERS)) - set(FOLDERS[: FOLDERS.index(folder) + 1])
