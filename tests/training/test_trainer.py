@@ -16,20 +16,18 @@ import pytest
 import torch
 
 from raystar.base.errors import TrialDiverged, TrialOutOfMemory
-from raystar.base.metrics import QUALITY
 from raystar.config.load import override, to_mapping
 from raystar.config.schema import Config
 from raystar.data.bank import Bank, open_bank
 from raystar.model import checkpoint as checkpoints
 from raystar.pictures.codec import PreviewCodec
 from raystar.ruler.ruler import Ruler
+from raystar.search.purpose import QUALITY
 from raystar.training import trainer as trainer_module
 from raystar.training.state import TrainState
 from raystar.training.step import LOGGED, train_step
 from raystar.training.trainer import Progress, Trainer
 from tests.kit.support import ROOT, tiny_config, write_latents
-
-pytestmark = pytest.mark.usefixtures("bf16")
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +61,7 @@ def test_epoch_means_are_means_over_steps(config: Config, bank: Bank) -> None:
 def test_metrics_are_the_published_ones(config: Config, bank: Bank) -> None:
     for progress in Trainer(config, bank, Ruler.build(bank, config), measure_at=[1]).run():
         system = {name: value for name, value in progress.metrics.items() if name.startswith("system/")}
-        assert set(progress.metrics) - set(system) == set(QUALITY)
+        assert set(progress.metrics) - set(system) == set(QUALITY.metrics)
         assert set(system) == {
             "system/cpu_utilization_percentage", "system/system_memory_usage_percentage",
             "system/process_cpu_percentage", "system/process_memory_megabytes",
