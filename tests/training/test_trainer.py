@@ -90,16 +90,19 @@ from pathlib import Path
 from raystar.model import checkpoint as checkpoints
 from raystar.config.load import from_mapping
 from raystar.data.bank import open_bank
+from raystar.model.device import bf16_as_asked
 from raystar.training.trainer import Trainer
 for folder in map(Path, sys.argv[1:]):
     config = from_mapping(json.loads((folder / "config.json").read_text()), "config.json")
     trainer = Trainer(config, open_bank(config, folder / "cache"), checkpoint=checkpoints.load(folder / "half.pt"))
-    for progress in trainer.run():
-        print(json.dumps(progress.metrics), flush=True)
+    with bf16_as_asked():
+        for progress in trainer.run():
+            print(json.dumps(progress.metrics), flush=True)
     checkpoints.save(folder / "end.pt", progress.checkpoint)
 """
 
 
+@pytest.mark.usefixtures("bf16")
 def test_resume_in_a_fresh_process_is_bitwise(config: Config, bank: Bank, tmp_path: Path) -> None:
     """In float32 and bf16, with R1 in some steps and not in others, and an incomplete last batch."""
     keys = {"training.epochs": 3, "loss.r1_interval": 2, "training.epoch_size": 18, "training.drop_last": False}
