@@ -10,7 +10,7 @@ import dataclasses
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,8 @@ from raystar.config.strict_yaml import (
     parse_yaml,
     read_mapping,
 )
+
+_LISTED = 1500  # characters of unknown names of a kind in one message
 
 
 def load_config(path: str | Path, base: Config | None = None) -> Config:
@@ -47,15 +49,34 @@ def request_config(path: str | Path, overlays: Sequence[str], assignments: Seque
 def from_mapping(mapping: Mapping[Any, Any], source: str, base: Config | None = None) -> Config:
     """`base` (by default the defaults) with nested sections, as read from `source`, the name that errors give."""
     flat: dict[str, Any] = {}
+    strangers = [section for section in mapping if section not in SECTIONS]
     for section, content in mapping.items():
-        if section not in SECTIONS:
-            raise RaystarError(f"{source}: unknown section {misspelt(section, SECTIONS)}")
-        if content is None:
+        if content is None or section in strangers:
             continue
         if not isinstance(content, Mapping):
             raise RaystarError(f"{source}: {section}: expected a section of keys, found {show(content)}")
         flat.update({f"{section}.{key_text(name)}": value for name, value in content.items()})
+    _check_names(strangers, flat, source)
     return override(Config() if base is None else base, flat, source)
+
+
+def _check_names(sections: Sequence[Any], values: Collection[Any], source: str) -> None:
+    """Refuses unknown sections and keys, all in one message, so that a file is corrected once."""
+    known = known_keys()
+    faults = [("section", sections, SECTIONS), ("key", [k for k in map(key_text, values) if k not in known], known)]
+    if texts := [_listed(what, names, among) for what, names, among in faults if names]:
+        raise RaystarError(f"{source}: unknown {'; unknown '.join(texts)}")
+
+
+def _listed(what: str, names: Sequence[Any], known: Collection[str]) -> str:
+    """`keys 'a', 'b' (did you mean 'c'?)`; of more than anybody reads, the first."""
+    texts: list[str] = []
+    for name in names:
+        texts.append(misspelt(name, known))
+        if sum(map(len, texts)) > _LISTED:
+            break
+    more = f" and {len(names) - len(texts)} more" if len(texts) < len(names) else ""
+    return f"{what}{'s' if len(names) > 1 else ''} {', '.join(texts)}{more}"
 
 
 def override(config: Config, values: Mapping[str, Any], source: str = "override") -> Config:
@@ -68,6 +89,7 @@ def override(config: Config, values: Mapping[str, Any], source: str = "override"
     Raises:
         RaystarError: an unknown key, a wrong type, an impossible value, or values that contradict each other.
     """
+    _check_names([], values, source)
     sections: dict[str, dict[str, Any]] = {}
     for key, value in values.items():
         key = key_text(key)

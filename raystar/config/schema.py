@@ -75,6 +75,11 @@ class TrainingConfig:
     lr_g: float = _key(1e-4, "learning rate of generator and style encoder", above=0)
     lr_d: float = _key(1e-4, "learning rate of the discriminator", above=0)
     lr_mapping: float = _key(1e-6, "learning rate of the mapping network", above=0)
+    lr_schedule: Literal["none", "cosine", "linear"] = _key("none", "how all learning rates fall over the run's steps")
+    warmup_steps: int = _key(0, "first steps, in which a schedule's learning rates rise to their values", at_least=0)
+    min_lr_ratio: float = _key(
+        0.0, "share of the learning rates that a schedule's last step has", at_least=0, at_most=1
+    )
     weight_decay: float = _key(1e-4, "AdamW weight decay", at_least=0)
     ema_epochs: float = _key(
         0.0,

@@ -91,10 +91,12 @@ def _restore_optimizer(optimizer: torch.optim.AdamW, saved: Any) -> list[str]:
         for number, parameter in zip(group["params"], current["params"], strict=True):
             _check_moments(number, moments.get(number, {}), parameter)
         merged.append({**current, "params": group["params"]})
+        # A schedule's factor is the step's, not the run's: what counts is what it multiplies.
+        before, now = ({**g, "lr": g.get("initial_lr", g.get("lr"))} for g in (group, current))
         notes += [
-            f"{key} {group[key]} there, {current[key]} now"
+            f"{key} {before[key]} there, {now[key]} now"
             for key in ("lr", "betas", "weight_decay")
-            if key in group and group[key] != current[key]
+            if key in group and before[key] != now[key]
         ]
     kept = {n: {key: moment[key] for key in _MOMENTS} for n, moment in moments.items() if moment}
     optimizer.load_state_dict({"state": kept, "param_groups": merged})

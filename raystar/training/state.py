@@ -121,5 +121,7 @@ class TrainState:
 
 
 def _adamw(groups: list[dict[str, Any]], weight_decay: float) -> torch.optim.AdamW:
+    for group in groups:
+        group["initial_lr"] = group["lr"]  # as torch's schedulers name it: what a schedule multiplies
     # The fused form is one kernel instead of a dozen, and skips its update on the device when told to (_update).
     return torch.optim.AdamW(groups, betas=_BETAS, weight_decay=weight_decay, fused=True)

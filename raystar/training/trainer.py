@@ -30,6 +30,7 @@ from raystar.training.compile import compile_networks, graphs, labels
 from raystar.training.display import Display
 from raystar.training.losses import lambda_ds
 from raystar.training.resume import restore, snapshot
+from raystar.training.schedule import rate_factor, set_rates
 from raystar.training.state import TrainState
 from raystar.training.step import LOGGED, train_step
 from raystar.training.system_metrics import Usage
@@ -177,21 +178,16 @@ class Trainer:
         return grid.draw(nets, self.config, self._grid_set, self.codec)
 
     def _train_epoch(self, epoch: int) -> dict[str, float]:
-        training = self.config.training
         self.data.set_epoch(epoch)
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         # Sums stay on the device: reading one would make the host wait for every step before the next is queued.
         sums = torch.zeros(len(LOGGED), dtype=torch.float64, device=self.device)
         done, samples, skipped = 0, 0, 0
-        now: dict[str, float] = {
-            "lambda_ds": lambda_ds(epoch, self.config.loss.w_ds, self.config.ds_decay),
-            "lr_g": training.lr_g,
-            "lr_d": training.lr_d,
-            "lr_mapping": training.lr_mapping,
-        }
+        before = (epoch - 1) * self.data.steps  # steps of the run
         started = time.perf_counter()
         for step, batch in enumerate(self.data.batches(), start=1):
+            set_rates(self.state, self._rate_factor(before + step - 1))
             logs = self._try(batch, epoch, step)
             if logs is None:  # only here, where the exception no longer holds the step's activations
                 skipped += 1
@@ -203,12 +199,14 @@ class Trainer:
             samples += self.data.rows(step)
             if self.first_step_at is None:
                 self.first_step_at = time.time()
-            self._show(epoch, step, values, sums, now)
+            self._show(epoch, step, values, sums)
         sums = self.group.sum(sums)
         means = dict(zip(LOGGED, (sums / max(done, 1)).tolist(), strict=True))
         _check_losses(means, means.values(), epoch, self.data.steps)
         seconds = time.perf_counter() - started  # after the sums were read, so all steps are done
-        metrics = {f"train/{name}": value for name, value in (means | now).items()}
+        metrics = {
+            f"train/{name}": value for name, value in (means | self._settings(epoch, before + self.data.steps)).items()
+        }
         metrics |= {
             "perf/samples_per_s": samples / seconds,
             "perf/train_s": seconds,
@@ -216,6 +214,19 @@ class Trainer:
             "perf/skipped_batches": float(skipped),
         }
         return metrics
+
+    def _rate_factor(self, step: int) -> float:
+        return rate_factor(self.config.training, step, self.config.training.epochs * self.data.steps)
+
+    def _settings(self, epoch: int, step: int) -> dict[str, float]:
+        """What a schedule sets, as it stands before `step` of the run, from 0."""
+        training, factor = self.config.training, self._rate_factor(step)
+        return {
+            "lambda_ds": lambda_ds(epoch, self.config.loss.w_ds, self.config.ds_decay),
+            "lr_g": training.lr_g * factor,
+            "lr_d": training.lr_d * factor,
+            "lr_mapping": training.lr_mapping * factor,
+        }
 
     def _try(self, batch: Batch, epoch: int, step: int) -> dict[str, Tensor] | None:
         """The losses of one step; None where there was no memory for it."""
@@ -237,7 +248,7 @@ class Trainer:
             )
         return None
 
-    def _show(self, epoch: int, step: int, values: Tensor, sums: Tensor, now: Mapping[str, float]) -> None:
+    def _show(self, epoch: int, step: int, values: Tensor, sums: Tensor) -> None:
         """A step's losses on the screen and as JSON, where it is their turn; one that is not finite is found here."""
         training = self.config.training
         shown = step % training.display_interval == 0
@@ -250,7 +261,8 @@ class Trainer:
         if shown and self.group.rank == 0:
             self.display.step(epoch, step, current)
         if logged and self.group.rank == 0:
-            logger.info(json.dumps({"epoch": epoch, "step": step, **current, **now}))
+            settings = self._settings(epoch, (epoch - 1) * self.data.steps + step - 1)
+            logger.info(json.dumps({"epoch": epoch, "step": step, **current, **settings}))
 
     def _recover_memory(self, epoch: int, skipped: int) -> None:
         self.state.opt_g.zero_grad(set_to_none=True)
