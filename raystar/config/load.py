@@ -25,6 +25,7 @@ from raystar.config.strict_yaml import (
     parse_yaml,
     read_mapping,
 )
+from raystar.config.users import translate
 
 _LISTED = 1500  # characters of unknown names of a kind in one message
 
@@ -35,7 +36,7 @@ def load_config(path: str | Path, base: Config | None = None) -> Config:
     Raises:
         RaystarError: file, dotted key, what was found, what was expected and the nearest known key.
     """
-    return from_mapping(read_mapping(path), str(path), base)
+    return from_mapping(translate(read_mapping(path), str(path), whole=base is None), str(path), base)
 
 
 def request_config(path: str | Path, overlays: Sequence[str], assignments: Sequence[str]) -> Config:

@@ -132,9 +132,9 @@ def test_refusals_say_what_and_why(values: dict[str, object], words: list[str]) 
     [
         ("loss: {w_cyc: 1, w_cyc: 2}", ["twice", "w_cyc"]),
         (
-            "losses: {w_cyc: 1}\nloss: {w_cycl: 1, w_idd: 2}\neval: {}\ntraining: {lrg: 3}",
+            "losses: {w_cyc: 1}\nloss: {w_cycl: 1, w_idd: 2}\nevils: {}\ntraining: {lrg: 3}",
             [
-                "unknown sections 'losses' (did you mean 'loss'?), 'eval'; unknown keys ",
+                "unknown sections 'losses' (did you mean 'loss'?), 'evils'; unknown keys ",
                 "'loss.w_cycl' (did you mean 'loss.w_cyc'?), 'loss.w_idd' (did you mean 'loss.w_id'?), 'training.lrg'",
             ],
         ),
