@@ -308,7 +308,7 @@ def _resumed(request: SweepRequest, name: str, budget: float | None) -> Plan:
     config, space = _settle(asked, config, content)
     plan = _check(request, budget, name, asked, config, content, space, before=before)
     changed += differences(before["data"], plan.record["data"], "data")
-    if plan.trials < before["trials"]:
+    if min(plan.trials, request.trials or plan.trials) < before["trials"]:
         raise RaystarError(f"--trials: sweep {name} has {before['trials']} trials; expected at least as many")
     listed = "".join(f"\n  {line}" for line in changed)
     if plan.record.get("ruler") != before.get("ruler") and not request.force:
