@@ -433,6 +433,7 @@ def test_content_forgives_strokes() -> None:
 # -- how it is made ---------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_building_twice_gives_the_same_bits(painted: Built) -> None:
     bank, config, ruler = painted
     threads = torch.get_num_threads()
@@ -448,6 +449,7 @@ def test_building_twice_gives_the_same_bits(painted: Built) -> None:
     assert ruler.references == again.references
 
 
+@pytest.mark.slow
 def test_the_cache_gives_the_same_ruler_and_heals(painted: Built, tmp_path: Path) -> None:
     bank, config, ruler = painted
     Ruler.build(bank, config, tmp_path)
@@ -550,6 +552,7 @@ def _vgg(path: Path, **changed: Tensor) -> Path:
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
 def test_features_of_a_file_join_the_rulers_own(painted: Built, tmp_path: Path, suffix: str) -> None:
     bank, config, ruler = painted
