@@ -59,7 +59,7 @@ class Board:
             self.live.stop()
 
     def changed(self, record: TrialRecord, value: float | None = None) -> None:
-        """Tells of a trial's new epoch (`value` is its score there) or status."""
+        """Shows a trial's new epoch (`value` is its score there) or status."""
         if self.live is not None:
             return
         best = self.summary.best
@@ -71,8 +71,8 @@ class Board:
             f"{record.trial}  {state:<9} epoch {record.epochs}/{self.epochs}  {score}{leader}{self._clock()}{reason}"
         )
 
-    def told_references(self) -> None:
-        """Tells what a model has to beat, which is known from now on."""
+    def show_references(self) -> None:
+        """Shows what a model has to beat, which is known from now on."""
         if self.live is None:
             for line in reference_lines(self.summary):
                 logger.info(line)

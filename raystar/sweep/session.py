@@ -247,7 +247,7 @@ class Session:
                 raise
             if references and not self.summary.references:
                 self._happened(REFERENCES, values=references)
-                self.board.told_references()
+                self.board.show_references()
         record = self.summary.trials[name]
         self.idle.heard(record, report)
         if report["status"] == STARTING:
