@@ -17,12 +17,12 @@ from typing import Any
 from raystar.base.console import run_cli
 from raystar.base.errors import RaystarError, nearest
 from raystar.base.storage import Storage
-from raystar.config.load import from_mapping
 from raystar.exported import onnx as graphs
 from raystar.exported.model import WEIGHTS, Translator, add_onnx, load, write
 from raystar.exported.model_card import versions
 from raystar.model import checkpoint as checkpoints
 from raystar.model.networks import Nets
+from raystar.model.users import config_of
 from raystar.tracking.mlflow import address, reader
 
 __all__ = ["Translator", "load", "main"]
@@ -103,9 +103,7 @@ def _export_run(uri: str, run_id: str, out: Path) -> None:
 
 def _export_checkpoint(path: Path, out: Path, known: Mapping[str, Any]) -> None:
     checkpoint = checkpoints.load(path)
-    if not isinstance(checkpoint.get("config"), dict):
-        raise RaystarError(f"{path}: holds no configuration, so the networks' sizes are unknown")
-    nets_config = from_mapping(checkpoint["config"], str(path))
+    nets_config = config_of(checkpoint, str(path))
     Nets.of(nets_config.model, nets_config.num_domains, checkpoints.shown_weights(checkpoint), str(path))
     # Other trainers' files hold here what they like; what is no plain number is left out.
     recorded = checkpoint.get("metrics")

@@ -19,7 +19,6 @@ from raystar.config.schema import Config
 from raystar.data.bank import Bank, open_bank
 from raystar.model import checkpoint as checkpoints
 from raystar.model.device import resolve_device
-from raystar.model.networks import NAMES
 from raystar.pictures.codec import Codec, check_codec, open_codec
 from raystar.record.statuses import DIVERGED, FAILED, FINISHED, INTERRUPTED
 from raystar.ruler.ruler import NOTHING, TRANSFER, Ruler
@@ -29,7 +28,7 @@ from raystar.tracking.relay import Relay
 from raystar.tracking.stores import check_uri, open_tracker
 from raystar.tracking.tracker import CHECKPOINT, PARENT, SPOOL, Tracker, provenance
 from raystar.training.losses import outlasting
-from raystar.training.state import TrainState
+from raystar.training.resume import initial_state
 from raystar.training.trainer import Progress, Trainer
 
 DEFAULT_CONFIG = "configs/stargan_v2_latent.yaml"
@@ -174,17 +173,6 @@ def _open_run(
         remark = f"scores up to epoch {first_epoch - 1} are of raystar 0.1's ruler, not to be compared with later ones"
         print(f"note: {remark}", file=sys.stderr)
         tracker.attach(PARENT, {}, {"mlflow.note.content": remark}, {})
-
-
-def initial_state(config: Config, device: Any) -> TrainState:
-    """Fresh networks, or those of `checkpoint.init_from`."""
-    state = TrainState.create(config, device)
-    if config.checkpoint.init_from is not None:
-        path = Path(config.checkpoint.init_from).expanduser()
-        checkpoint = checkpoints.load(path)
-        checkpoints.check_function(checkpoint, config, str(path))
-        state.load_networks({name: checkpoint[name] for name in NAMES}, str(path))
-    return state
 
 
 def _run(trainer: Trainer, tracker: Tracker, config: Config, folder: Path) -> int:

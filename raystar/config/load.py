@@ -110,6 +110,13 @@ def _check_whole(config: Config, source: str) -> None:
             f"{source}: model.num_domains is {n}, but data.domains names {config.num_domains}: "
             f"{', '.join(config.data.domains)}"
         )
+    model = config.model
+    for key, groups in (("num_groups", model.num_groups), ("encoder_groups", model.encoder_groups)):
+        if model.norm == "adagn" and groups is not None and model.base_dim % groups:
+            raise RaystarError(
+                f"{source}: model.{key} {groups} does not divide model.base_dim {model.base_dim}, as model.norm adagn "
+                "needs; change one of them"
+            )
     training = config.training
     if training.amp_dtype == "fp16" and training.use_amp and training.device == "cpu":
         raise RaystarError(f"{source}: training.amp_dtype: fp16 needs a GPU; take bf16 on a CPU")

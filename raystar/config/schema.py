@@ -36,10 +36,21 @@ class ModelConfig:
     latent_dim: int = _key(16, "length of the noise z", at_least=1)
     base_dim: int = _key(256, "channels of the generator", at_least=4)
     num_domains: int | None = _key(None, "number of domains; by default that of data.domains", at_least=2)
-    n_res_blocks: int = _key(6, "AdaIN residual blocks of the generator", at_least=0)
+    n_res_blocks: int = _key(6, "residual blocks of the generator", at_least=0)
     d_layers: int = _key(3, "depth of the discriminator", at_least=1)
     mapping_hidden_dim: int = _key(512, "width of the mapping network", at_least=1)
     mapping_shared_layers: int = _key(4, "shared layers of the mapping network", at_least=1)
+    norm: Literal["adain", "adagn"] = _key(
+        "adain", "normalisation in the generator: of each channel (AdaIN), or of groups of channels (AdaGN)"
+    )
+    num_groups: int = _key(32, "groups of channels that adagn normalises; must divide base_dim", at_least=1)
+    encoder_groups: int | None = _key(
+        None, "groups of adagn's norms before the residual blocks; absent: num_groups; base_dim: each channel alone",
+        at_least=1,
+    )  # fmt: skip
+    discriminator_norm: Literal["none", "spectral"] = _key(
+        "none", "spectral: every convolution of the discriminator is spectrally normalised"
+    )
     residual: bool = _key(False, "G gives x + net(x), and its last convolution starts at zero: it begins as identity")
     discriminator_dim: int | None = _key(
         None, "channels of the discriminator's first layer, a quarter of its widest; absent: base_dim / 4", at_least=1
@@ -158,6 +169,13 @@ class CheckpointConfig:
 
     save_dir: str | None = _key(None, "folder of epoch_xxxx.pt and latest.pt; by default <out>/<name>", result=False)
     init_from: str | None = _key(None, "a .pt checkpoint whose networks, not their averages, training starts from")
+    resume_path: str | None = _key(
+        None, "a single run continues after this checkpoint, if it is there and the run has none", result=False
+    )
+    map_domains: bool = _key(
+        False, "a checkpoint of other domains, or of another order of them, gives each domain what it has of that name"
+    )
+    other_latent_scale: bool = _key(False, "a checkpoint of another training.latent_scale is meant to be used")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -5,12 +5,14 @@ A file that says `training.num_epochs` was written for it: keys that it leaves o
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 from collections.abc import Mapping
 from typing import Any
 
 from raystar.base.errors import RaystarError, key_text, show
+from raystar.config.schema import Config, ModelConfig
 
 logger = logging.getLogger(__name__)
 
@@ -30,25 +32,50 @@ _DEFAULTS: dict[str, Any] = {
 }
 """Those that differ from raystar's, for files that name none."""
 _IDLE = {
-    "model.num_groups", "training.optim_fused", "training.console_log_path", "visualization.vae_subfolder",
+    "training.optim_fused", "training.console_log_path", "visualization.vae_subfolder",
     "visualization.num_samples", "visualization.random_noise_seed", "visualization.eval_dir",
-    "visualization.auto_eval_latest", "data.image_root", "data.decoded_source_dir", "checkpoint.resume_path",
-    "loss.loss_plot_path", "loss.loss_plot_interval",
+    "visualization.auto_eval_latest", "data.image_root", "data.decoded_source_dir", "loss.loss_plot_path",
+    "loss.loss_plot_interval",
 }  # fmt: skip
 """Keys that change nothing here."""
 _AS_BUILT = {
-    "model.num_groups", "training.optim_fused", "visualization.vae_subfolder", "visualization.auto_eval_latest",
+    "training.optim_fused", "visualization.vae_subfolder", "visualization.auto_eval_latest",
 }  # fmt: skip
-"""Of these, the ones that need no remark: what they ask for is done, or is no question with AdaIN."""
+"""Of these, the ones that need no remark: what they ask for is done."""
 _SECTIONS = {"experiment", "eval"}
-_BRANCHES = {"baseline_AdaIN": None, "AdaGN_with_SN": "AdaGN and spectral norm", "AdaGN_no_SN": "AdaGN"}
+_THEIRS = {
+    "model": (
+        "latent_channels", "style_dim", "base_dim", "num_domains", "n_res_blocks", "d_layers", "latent_dim",
+        "mapping_hidden_dim", "mapping_shared_layers",
+    ),
+    "loss": ("w_adv", "w_sty", "w_ds", "ds_margin", "w_cyc", "w_id", "w_r1", "r1_interval", "ds_decay_epochs"),
+    "training": (
+        "seed", "batch_size", "num_epochs", "lr_g", "lr_d", "lr_mapping", "weight_decay", "lr_schedule",
+        "warmup_steps", "min_lr_ratio", "use_amp", "amp_dtype", "allow_tf32", "cudnn_benchmark", "optim_fused",
+        "latent_scale", "num_workers", "pin_memory", "use_compile", "compile_mode", "compile_dynamic",
+        "compile_fullgraph", "compile_cudagraphs", "compile_generator", "compile_mapping_network",
+        "compile_style_encoder", "compile_discriminator", "drop_last", "progress_bar", "progress_style",
+        "display_interval", "log_json", "log_interval", "save_interval",
+    ),
+    "visualization": ("every_epochs", "vae_model_name_or_path", "suppress_hf_warnings", "save_dir"),
+    "data": ("data_root", "eval_data_root", "domains", "preload_to_gpu", "epoch_size"),
+    "checkpoint": ("save_dir",),
+}  # fmt: skip
+"""The keys of that trainer's files that raystar has a value for."""
+_BRANCHES = {
+    "baseline_AdaIN": ("adain", "spectral"),
+    "AdaGN_with_SN": ("adagn", "spectral"),
+    "AdaGN_no_SN": ("adagn", "none"),
+}
+"""`model.norm` and `model.discriminator_norm` of each `model.exp_branch`."""
 
 
-def translate(mapping: Mapping[Any, Any], source: str, *, whole: bool) -> Mapping[Any, Any]:
+def translate(mapping: Mapping[Any, Any], source: str, *, whole: bool, quiet: bool = False) -> Mapping[Any, Any]:
     """A file's content with raystar's keys, values and defaults; as it is where nothing in it is of that trainer.
 
     Args:
         whole: whether the file is the whole configuration, so that what it leaves out has a default.
+        quiet: say nothing of keys that have no effect.
 
     Raises:
         RaystarError: it asks for what raystar does not build, or says one thing under two names.
@@ -64,8 +91,10 @@ def translate(mapping: Mapping[Any, Any], source: str, *, whole: bool) -> Mappin
         return mapping
     theirs = "training.num_epochs" in flat
     flat = {key: _fill(value, flat, source, key) for key, value in flat.items()}
-    _check_networks(flat, source)
-    _note({key for key in flat if key in _IDLE - _AS_BUILT or key.startswith("eval.")}, source)
+    networks = _networks(flat, theirs, source)
+    _check_subfolder(flat, source)
+    if not quiet:
+        _note({key for key in flat if key in _IDLE - _AS_BUILT or key.startswith("eval.")}, source)
     for name, ours in _RENAMED.items():
         if name in flat and ours in flat:
             raise RaystarError(f"{source}: {name} and {ours} are the same; leave one of them out")
@@ -74,6 +103,7 @@ def translate(mapping: Mapping[Any, Any], source: str, *, whole: bool) -> Mappin
         for key, value in flat.items()
         if key not in _IDLE and key != "model.exp_branch" and key.partition(".")[0] not in _SECTIONS
     }
+    kept |= networks
     if theirs and whole:
         kept |= {key: value for key, value in _defaults(kept).items() if key not in kept}
     result: dict[Any, Any] = {s: c for s, c in mapping.items() if not isinstance(c, Mapping) and s not in _SECTIONS}
@@ -94,20 +124,35 @@ def _fill(value: Any, flat: Mapping[str, Any], source: str, key: str) -> Any:
     return value.replace("{outputs_dir}", str(folder)).replace("{exp_name}", name)
 
 
-def _check_networks(flat: Mapping[str, Any], source: str) -> None:
-    branch = flat.get("model.exp_branch")
-    if branch is None and "model.num_groups" in flat:
-        raise RaystarError(
+def unmarked_networks(base_dim: Any) -> dict[str, Any]:
+    """The keys of the networks that were that trainer's only ones for a while, of so many channels."""
+    return {"model.norm": "adagn", "model.discriminator_norm": "spectral", "model.encoder_groups": base_dim}
+
+
+def _networks(flat: Mapping[str, Any], theirs: bool, source: str) -> dict[str, Any]:
+    """`model.norm` and `model.discriminator_norm`, as far as the file says something about them in that trainer's way.
+
+    For a while that trainer built nothing but AdaGN, with AdaIN's norms before the residual blocks, and spectral norm,
+    and its files said no more than `num_groups`.
+    """
+    names = ("model.norm", "model.discriminator_norm")
+    if "model.exp_branch" not in flat:
+        if not theirs or "model.num_groups" not in flat or flat.keys() & set(names):
+            return {}
+        _note_once(
             f"{source}: model.num_groups without model.exp_branch is of a time when AdaGN and spectral norm were the "
-            "only networks, which raystar does not build; for AdaIN leave num_groups out"
+            "only networks; they are taken (for AdaIN leave num_groups out)"
         )
-    if branch is not None and branch not in _BRANCHES:
+        return unmarked_networks(flat.get("model.base_dim", Config().model.base_dim))
+    branch = flat["model.exp_branch"]
+    if not isinstance(branch, str) or branch not in _BRANCHES:
         raise RaystarError(f"{source}: model.exp_branch: expected one of {', '.join(_BRANCHES)}, found {show(branch)}")
-    if branch is not None and (missing := _BRANCHES[branch]) is not None:
-        raise RaystarError(
-            f"{source}: model.exp_branch: {branch} wants {missing}, which raystar does not build yet; "
-            "baseline_AdaIN is there"
-        )
+    if named := sorted(flat.keys() & set(names)):
+        raise RaystarError(f"{source}: model.exp_branch and {named[0]} say the same; leave one of them out")
+    return dict(zip(names, _BRANCHES[branch], strict=True))
+
+
+def _check_subfolder(flat: Mapping[str, Any], source: str) -> None:
     subfolder = flat.get("visualization.vae_subfolder")
     if subfolder not in (None, "", "vae"):
         raise RaystarError(
@@ -139,10 +184,55 @@ def _values(kept: Mapping[str, Any]) -> dict[str, Any]:
         values["training.amp_dtype"] = dtype.lower()
     if "training.progress_style" in values:  # since that key exists, the other hides the bar alone
         values.pop("training.progress_bar", None)
-    for key in ("data.eval_data_root", "checkpoint.save_dir", "visualization.save_dir"):
+    for key in ("data.eval_data_root", "checkpoint.save_dir", "checkpoint.resume_path", "visualization.save_dir"):
         if values.get(key) == "":
             values[key] = None
     return values
+
+
+def to_theirs(config: Config, source: str) -> dict[str, dict[str, Any]]:
+    """A configuration as that trainer reads it: its names, and no key that it does not know.
+
+    Raises:
+        RaystarError: networks that it does not build.
+    """
+    model = config.model
+    if model.residual:
+        raise RaystarError(f"{source}: model.residual: that trainer would take its weights for another function")
+    if model.discriminator_dim not in (None, model.base_dim // 4):
+        raise RaystarError(
+            f"{source}: model.discriminator_dim {model.discriminator_dim}: that trainer builds base_dim / 4 alone, "
+            f"here {model.base_dim // 4}"
+        )
+    values = dataclasses.asdict(config)
+    values["data"]["domains"] = list(config.data.domains)
+    values["data"]["epoch_size"] = config.training.epoch_size
+    values["training"] |= {
+        "num_epochs": config.training.epochs, "allow_tf32": config.training.tf32, "optim_fused": True,
+        "progress_bar": config.progress != "off",
+    }  # fmt: skip
+    values["loss"]["ds_decay_epochs"] = max(1, round(config.ds_decay))
+    values["visualization"]["every_epochs"] = config.grid_every
+    values["model"]["num_domains"] = config.num_domains
+    kept = {section: {key: values[section][key] for key in keys} for section, keys in _THEIRS.items()}
+    networks = (model.norm, model.discriminator_norm)
+    branch = next((name for name, built in _BRANCHES.items() if built == networks), None)
+    if is_unmarked(model):
+        kept["model"]["num_groups"] = model.num_groups
+    elif model.norm == "adagn" and model.encoder_groups not in (None, model.num_groups):
+        raise RaystarError(
+            f"{source}: model.encoder_groups {model.encoder_groups}: that trainer builds num_groups alone, "
+            f"{model.num_groups}, or with discriminator_norm spectral base_dim, {model.base_dim}"
+        )
+    elif branch is not None:
+        kept["model"] |= {"exp_branch": branch, "num_groups": model.num_groups}
+    return kept
+
+
+def is_unmarked(model: ModelConfig) -> bool:
+    """Whether networks are those of the time when that trainer's files did not say which (`unmarked_networks`)."""
+    there = (model.norm, model.discriminator_norm, model.encoder_groups)
+    return there == tuple(unmarked_networks(model.base_dim).values()) and model.num_groups != model.base_dim
 
 
 def _note(keys: set[str], source: str) -> None:

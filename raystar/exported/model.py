@@ -16,13 +16,14 @@ from torch import Tensor
 from raystar.base import torch_file as pt
 from raystar.base.errors import RaystarError, nearest
 from raystar.base.files import is_file
-from raystar.config.load import from_mapping, load_config, to_yaml
+from raystar.config.load import load_config, to_yaml
 from raystar.config.schema import Config
 from raystar.config.strict_yaml import read_mapping
 from raystar.exported import onnx as graphs
 from raystar.exported.model_card import card
 from raystar.model import checkpoint as checkpoints
 from raystar.model.networks import NAMES, Nets, noise
+from raystar.model.users import config_of
 
 WEIGHTS, CONFIG, METRICS, README = "model.safetensors", "config.yaml", "metrics.json", "README.md"
 GRID, INTERPOLATION = "grid.png", "interpolation.png"
@@ -130,7 +131,7 @@ def write(folder: Path, checkpoint: Mapping[str, Any], facts: Mapping[str, Any],
         facts: goes into `metrics.json` and, in part, the README: trial, epoch, score, metrics, parameters.
         pictures: go with it, by name: `grid.png`, `interpolation.png`.
     """
-    config = from_mapping(checkpoint["config"], "checkpoint")
+    config = config_of(checkpoint, "checkpoint")
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.part")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)

@@ -1,9 +1,9 @@
 """Checkpoints: written whole or not at all, checked when read, in the form that users already have.
 
 A checkpoint is a dictionary with `epoch`, `G`, `F`, `E`, `D` (state dictionaries), `opt_g`, `opt_d`, `config`
-and, from raystar, `scaler`, `metrics`, `raystar`, where `training.ema_epochs` is on `ema` (the averages of `G`, `F`
-and `E`), and a `digest` over all tensors. Files without raystar's keys, as users have them from other trainers, are
-continued just as well (docs/networks.md).
+and, from raystar, `global_step`, `scaler`, `metrics`, `raystar`, where `training.ema_epochs` is on `ema` (the averages
+of `G`, `F` and `E`), and a `digest` over all tensors. Files of the trainer that users come from are continued just as
+well (`model.users`).
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from torch import Tensor
 from raystar.base import torch_file as pt
 from raystar.base.errors import RaystarError, show
 from raystar.base.files import is_file, is_folder
+from raystar.config.load import get_value
 from raystar.config.schema import Config
+from raystar.model import users
 from raystar.model.networks import AVERAGED, NAMES
 
 logger = logging.getLogger(__name__)
-
-_COMPILED_PREFIX = "_orig_mod."
 
 
 def networks_of(networks: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
@@ -40,20 +40,36 @@ def shown_weights(checkpoint: Mapping[str, Any]) -> dict[str, dict[str, Tensor]]
 
 
 def check_function(checkpoint: Mapping[str, Any], config: Config, source: str) -> None:
-    """Refuses weights that fit the networks of `config` and mean another function: no shape tells of `model.residual`.
+    """Refuses weights that fit the networks of `config` and mean another function, such as another order of domains.
 
     Raises:
-        RaystarError: `checkpoint` was trained with the other; one that says nothing was trained without.
+        RaystarError: all that differs and no key says is meant: there, here, and what to do.
     """
-    made_for = checkpoint.get("config")
-    model = made_for.get("model") if isinstance(made_for, Mapping) else None
-    residual = model.get("residual", False) if isinstance(model, Mapping) else False
-    if residual is not config.model.residual:
-        saved, current = (show(value).lower() for value in (residual, config.model.residual))
-        raise RaystarError(
-            f"{source}: does not fit the configuration: model.residual {saved} there, {current} now; "
-            f"set model.residual={saved}"
-        )
+    meant = {
+        "data.domains": config.checkpoint.map_domains,
+        "training.latent_scale": config.checkpoint.other_latent_scale,
+    }
+    there = users.functions_of(checkpoint)
+    differing = {
+        key: value for key, value in there.items() if value != get_value(config, key) and not meant.get(key, False)
+    }
+    if config.model.norm != "adagn" and "model.norm" in differing:
+        differing = {key: value for key, value in differing.items() if "groups" not in key}
+    if not differing:
+        return
+    words = [f"{key} {_shown(value)} there, {_shown(get_value(config, key))} now" for key, value in differing.items()]
+    remedy = "set " + " and ".join(f"{key}={_shown(value)}" for key, value in differing.items())
+    if "data.domains" in differing:
+        remedy += ", or give each domain what the file has of its name with --map-domains (checkpoint.map_domains=true)"
+    if "training.latent_scale" in differing:
+        remedy += ", or say that the other scale is meant with checkpoint.other_latent_scale=true"
+    raise RaystarError(f"{source}: does not fit the configuration: {'; '.join(words)}; {remedy}")
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, tuple):
+        return f"[{','.join(map(str, value))}]"
+    return show(value).lower() if isinstance(value, bool) else str(value)
 
 
 def save(path: str | Path, checkpoint: Mapping[str, Any]) -> None:
@@ -105,10 +121,10 @@ class _Reasons:
 
 
 def load(path: str | Path) -> dict[str, Any]:
-    """Reads a checkpoint onto the CPU, without running code from it; `_orig_mod.` prefixes are dropped.
+    """Reads a checkpoint onto the CPU, without running code from it; the names in it are raystar's afterwards.
 
     Raises:
-        RaystarError: missing, truncated, damaged, or not a checkpoint.
+        RaystarError: missing, truncated, damaged, not a checkpoint, or of networks that cannot be told.
     """
     path = Path(path)
     if not is_file(path):
@@ -127,6 +143,8 @@ def load(path: str | Path) -> dict[str, Any]:
     recorded = checkpoint.pop("digest", None)
     if recorded is not None and not _matches(checkpoint, recorded):
         raise RaystarError(f"{path}: damaged (its content does not match its digest)")
+    if "raystar" not in checkpoint:
+        users.adopt(checkpoint, str(path))
     return checkpoint
 
 
@@ -135,7 +153,7 @@ def _drop_prefixes(networks: dict[str, Any], names: Sequence[str], where: str) -
     for name in names:
         if not isinstance(networks[name], dict) or not all(isinstance(key, str) for key in networks[name]):
             raise RaystarError(f"{where} {name} holds no weights")
-        networks[name] = {key.replace(_COMPILED_PREFIX, ""): value for key, value in networks[name].items()}
+        networks[name] = users.without_wrappers(networks[name], f"{where} {name}")
 
 
 def _matches(checkpoint: Mapping[str, Any], recorded: Any) -> bool:

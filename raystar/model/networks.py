@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from raystar.model.native import kernels
 
 LEAK = 0.2
 NORM_EPS = 1e-5
+_SPECTRAL_EPS = 1e-12  # torch.nn.utils.spectral_norm's
 NAMES = ("G", "F", "E", "D")
 AVERAGED = ("G", "F", "E")
 """Networks whose weights are averaged where `training.ema_epochs` wants it: those that translate."""
@@ -31,6 +33,12 @@ def _conv(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:
 
 def _leaky() -> nn.LeakyReLU:
     return Leaky(LEAK)
+
+
+def _zeroed(linear: nn.Linear) -> nn.Linear:
+    nn.init.zeros_(linear.weight)
+    nn.init.zeros_(linear.bias)
+    return linear
 
 
 class Leaky(nn.LeakyReLU):
@@ -73,9 +81,7 @@ class AdaINLeaky(nn.Module):
 
     def __init__(self, style_dim: int, channels: int) -> None:
         super().__init__()
-        self.fc = nn.Linear(style_dim, 2 * channels)
-        nn.init.zeros_(self.fc.weight)
-        nn.init.zeros_(self.fc.bias)
+        self.fc = _zeroed(nn.Linear(style_dim, 2 * channels))
 
     def forward(self, x: Tensor, s: Tensor) -> Tensor:
         gamma, beta = self.fc(s).chunk(2, dim=1)  # [B,C]
@@ -85,19 +91,62 @@ class AdaINLeaky(nn.Module):
         return functional.leaky_relu((1 + gamma) * functional.instance_norm(x, eps=NORM_EPS) + beta, LEAK)
 
 
+class GroupNormLeaky(nn.GroupNorm):
+    """Group normalisation with weight and bias, then LeakyReLU."""
+
+    def __init__(self, groups: int, channels: int) -> None:
+        super().__init__(groups, channels, eps=NORM_EPS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.leaky_relu(super().forward(x), LEAK)
+
+
+class AdaGNLeaky(nn.Module):
+    """AdaGN, `(1 + gamma) * group_norm(x) + beta`, then LeakyReLU; `fc` starts at zero, as AdaIN's does.
+
+    Dhariwal and Nichol, arXiv:2105.05233, without the part for time steps.
+    """
+
+    def __init__(self, style_dim: int, channels: int, groups: int) -> None:
+        super().__init__()
+        self.groups = groups
+        self.fc = _zeroed(nn.Linear(style_dim, 2 * channels))
+
+    def forward(self, x: Tensor, s: Tensor) -> Tensor:
+        gamma, beta = self.fc(s)[:, :, None, None].chunk(2, dim=1)  # [B,C,1,1]
+        return functional.leaky_relu((1 + gamma) * functional.group_norm(x, self.groups, eps=NORM_EPS) + beta, LEAK)
+
+
 class AdaINResBlock(nn.Module):
     """Two AdaIN -> LeakyReLU -> 3x3 convolution stages, plus the input."""
 
     def __init__(self, channels: int, style_dim: int) -> None:
         super().__init__()
-        self.adain1 = AdaINLeaky(style_dim, channels)
-        self.conv1 = Conv3x3(channels, channels)
-        self.adain2 = AdaINLeaky(style_dim, channels)
-        self.conv2 = Conv3x3(channels, channels)
+        # Drawn in the order in which they run, as always: a seed's networks stay what they are. Registered in the
+        # order of users' checkpoints, by which optimisers number their states.
+        adain1, conv1 = AdaINLeaky(style_dim, channels), Conv3x3(channels, channels)
+        adain2, conv2 = AdaINLeaky(style_dim, channels), Conv3x3(channels, channels)
+        self.adain1, self.adain2 = adain1, adain2
+        self.conv1, self.conv2 = conv1, conv2
 
     def forward(self, x: Tensor, s: Tensor) -> Tensor:
         h = self.conv1(self.adain1(x, s))
         return self.conv2(self.adain2(h, s), residual=x)
+
+
+class AdaGNResBlock(nn.Module):
+    """Two AdaGN -> LeakyReLU -> 3x3 convolution stages, plus the input."""
+
+    def __init__(self, channels: int, style_dim: int, groups: int) -> None:
+        super().__init__()
+        self.adagn1 = AdaGNLeaky(style_dim, channels, groups)
+        self.adagn2 = AdaGNLeaky(style_dim, channels, groups)
+        self.conv1 = Conv3x3(channels, channels)
+        self.conv2 = Conv3x3(channels, channels)
+
+    def forward(self, x: Tensor, s: Tensor) -> Tensor:
+        h = self.conv1(self.adagn1(x, s))
+        return self.conv2(self.adagn2(h, s), residual=x)
 
 
 class Generator(nn.Module):
@@ -115,12 +164,18 @@ class Generator(nn.Module):
         super().__init__()
         b, channels = config.base_dim, config.latent_channels
         self.width, self.residual = b, config.residual
+        groups = config.num_groups
+        norm: Callable[[], nn.Module] = partial(InstanceNormLeaky, b)
+        block: Callable[[], nn.Module] = partial(AdaINResBlock, b, config.style_dim)
+        if config.norm == "adagn":
+            norm = partial(GroupNormLeaky, config.encoder_groups or groups, b)
+            block = partial(AdaGNResBlock, b, config.style_dim, groups)
         # The identities stand where checkpoints number the activations.
         self.encoder = nn.Sequential(
-            _conv(channels, b), InstanceNormLeaky(b), nn.Identity(),
-            Conv3x3(b, b), InstanceNormLeaky(b), nn.Identity(),
+            _conv(channels, b), norm(), nn.Identity(),
+            Conv3x3(b, b), norm(), nn.Identity(),
         )  # fmt: skip
-        self.res_blocks = nn.ModuleList(AdaINResBlock(b, config.style_dim) for _ in range(config.n_res_blocks))
+        self.res_blocks = nn.ModuleList(block() for _ in range(config.n_res_blocks))
         last = _conv(b // 2, channels)
         if config.residual:
             nn.init.zeros_(last.weight)
@@ -193,22 +248,58 @@ class StyleEncoder(nn.Module):
         return _select(self.unshared, self.shared(x).flatten(1), y)
 
 
+class SpectralConv(nn.Conv2d):
+    """Convolution by `weight / sigma`: sigma, the weight's largest singular value, is kept at 1.
+
+    Miyato et al., arXiv:1802.05957. In training every call makes one step of the power iteration that estimates sigma,
+    in float32 whatever the network runs in. Parameters and buffers are those of `torch.nn.utils.spectral_norm`.
+    """
+
+    weight_u: Tensor
+    """[outputs], the left singular vector so far."""
+    weight_v: Tensor
+    """[inputs * kernel height * kernel width], the right one."""
+
+    def __init__(self, inputs: int, outputs: int, kernel: int, stride: int = 1, padding: int = 0) -> None:
+        super().__init__(inputs, outputs, kernel, stride, padding)
+        weight = self.weight
+        del self.weight
+        self.weight_orig = weight
+        for name, size in (("weight_u", outputs), ("weight_v", weight[0].numel())):
+            self.register_buffer(name, functional.normalize(torch.randn(size), dim=0, eps=_SPECTRAL_EPS))
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            matrix = self.weight_orig.flatten(1)
+            u, v = self.weight_u, self.weight_v
+            if self.training:
+                with torch.no_grad():
+                    v = functional.normalize(matrix.T @ u, dim=0, eps=_SPECTRAL_EPS)
+                    u = functional.normalize(matrix @ v, dim=0, eps=_SPECTRAL_EPS)
+                    self.weight_u.copy_(u)  # u and v themselves stay as they are for the backward pass
+                    self.weight_v.copy_(v)
+            weight = self.weight_orig / torch.dot(u, matrix @ v)
+        return self._conv_forward(x, weight, self.bias)
+
+
 class Discriminator(nn.Module):
     """D: latents [B,C,H,W] and domains [B] -> patch logits [B,1,H/4,W/4] (for `d_layers` >= 3).
 
     Its first layer has `discriminator_dim` channels, by default base_dim / 4; no layer has over four times as many.
+    With `model.discriminator_norm: spectral` all its convolutions are spectrally normalised.
     """
 
     def __init__(self, config: ModelConfig, num_domains: int) -> None:
         super().__init__()
         width = config.discriminator_dim or config.base_dim // 4
         widest = 4 * width if config.discriminator_dim else config.base_dim
-        layers: list[nn.Module] = [_conv(config.latent_channels, width), _leaky()]
+        conv = SpectralConv if config.discriminator_norm == "spectral" else nn.Conv2d
+        layers: list[nn.Module] = [conv(config.latent_channels, width, 3, 1, 1), _leaky()]
         for i in range(max(1, config.d_layers - 1)):
             wider = min(widest, 2 * width)
-            layers += [_conv(width, wider, 2 if i < 2 else 1), _leaky()]
+            layers += [conv(width, wider, 3, 2 if i < 2 else 1, 1), _leaky()]
             width = wider
-        self.main = nn.Sequential(*layers, nn.Conv2d(width, num_domains, 1))
+        self.main = nn.Sequential(*layers, conv(width, num_domains, 1))
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         logits = self.main(x)

@@ -17,11 +17,12 @@ from PIL import Image
 from raystar.base.errors import RaystarError
 from raystar.base.files import wait_for_space, write_whole
 from raystar.base.secrets import redact
-from raystar.config.load import from_mapping, overlay_yaml
+from raystar.config.load import overlay_yaml
 from raystar.exported import model
 from raystar.exported.model_card import versions
 from raystar.model import checkpoint as checkpoints
 from raystar.model.networks import Nets
+from raystar.model.users import config_of
 from raystar.page import page as page_module
 from raystar.pictures import grid
 from raystar.pictures.codec import open_codec
@@ -117,7 +118,7 @@ def _write_model(
 def _interpolation(plan: Plan, checkpoint: Mapping[str, Any]) -> Image.Image:
     """The grids' sources on their way through each domain's styles, on the first GPU if there is one."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    config = from_mapping(checkpoint["config"], "checkpoint")
+    config = config_of(checkpoint, "checkpoint")
     nets = Nets.of(config.model, config.num_domains, checkpoints.shown_weights(checkpoint), "checkpoint")
     codec, _ = open_codec(plan.config, device)  # why it is not the one asked for has been logged
     return grid.interpolation(nets.to(device), config, grid.choose(plan.bank, config, codec), codec)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,19 +13,28 @@ from torch import Tensor
 from raystar import __version__
 from raystar.base.errors import RaystarError, show
 from raystar.config.load import to_mapping
+from raystar.config.schema import Config
+from raystar.model import checkpoint as checkpoints
 from raystar.model.checkpoint import check_function, networks_of
+from raystar.model.domains import mapped_moments, mapped_weights
 from raystar.model.networks import AVERAGED, NAMES
+from raystar.model.users import OPTIMIZERS, Moments, functions_of, moments_of
 from raystar.training.state import TrainState
+from raystar.training.workers import ALONE, Group
 
 logger = logging.getLogger(__name__)
 
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 
-def snapshot(state: TrainState, epoch: int, metrics: Mapping[str, float]) -> dict[str, Any]:
-    """The checkpoint of `state` after `epoch`. Its tensors are the live ones: save it before the next step."""
+def snapshot(state: TrainState, epoch: int, metrics: Mapping[str, float], steps: int = 0) -> dict[str, Any]:
+    """The checkpoint of `state` after `epoch`. Its tensors are the live ones: save it before the next step.
+
+    `steps` are those of an epoch.
+    """
     return {
         "epoch": epoch,
+        "global_step": epoch * steps,
         **state.nets.state_dict(),
         "opt_g": state.opt_g.state_dict(),
         "opt_d": state.opt_d.state_dict(),
@@ -42,18 +52,32 @@ def restore(state: TrainState, checkpoint: Mapping[str, Any], source: str) -> in
     Of the optimisers only the moments and step counts are taken over. Learning rates, betas and weight decay
     are those of the configuration, so one that was changed takes effect, with a note on stderr; how the update
     is computed (`fused`, `foreach`) belongs to the process, not to the file. Averages that the configuration wants and
-    `checkpoint` lacks start from its weights, others are left out, each with a note.
+    `checkpoint` lacks start from its weights, others are left out, each with a note. With `checkpoint.map_domains` each
+    domain takes what the file has of its name.
 
     Raises:
         RaystarError: weights or optimisers that do not fit the configuration.
     """
     check_function(checkpoint, state.config, source)
-    averages = checkpoint.get("ema")
-    state.load_networks(networks_of(checkpoint, NAMES), source, averages)
+    networks, averages = networks_of(checkpoint, NAMES), checkpoint.get("ema")
+    there, here = _other_domains(checkpoint, state.config)
+    if there:
+        fresh = state.nets.state_dict()
+        if missing := [domain for domain in here if domain not in there]:
+            raise RaystarError(
+                f"{source}: has no domain {' or '.join(missing)}, only {', '.join(there)}; a run continues with "
+                "domains that it had (checkpoint.init_from starts others from its networks)"
+            )
+        networks = mapped_weights(networks, there, here, fresh)
+        averages = averages and mapped_weights(averages, there, here, fresh)
+    state.load_networks(networks, source, averages)
     notes: list[str] = []
-    for name in ("opt_g", "opt_d"):
+    for name in OPTIMIZERS:
         try:
-            notes += _restore_optimizer(getattr(state, name), checkpoint.get(name))
+            moments = moments_of(checkpoint, name)
+            if there:
+                moments = mapped_moments(moments, there, here, state.nets.state_dict())
+            notes += _restore_optimizer(state, name, moments, checkpoint[name]["param_groups"])
         except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
             raise RaystarError(
                 f"{source}: optimiser {name} cannot be restored: {error}; "
@@ -78,47 +102,80 @@ def restore(state: TrainState, checkpoint: Mapping[str, Any], source: str) -> in
     return epoch
 
 
-def _restore_optimizer(optimizer: torch.optim.AdamW, saved: Any) -> list[str]:
+def initial_state(
+    config: Config, device: torch.device | str, group: Group = ALONE, *, init_from: Path | None = None
+) -> TrainState:
+    """Fresh networks, or those of `checkpoint.init_from`.
+
+    With `checkpoint.map_domains` each domain takes what the file has of its name; one that it has not starts fresh.
+
+    Args:
+        init_from: where the file lies on this machine, if not where the configuration says.
+
+    Raises:
+        RaystarError: the file cannot be read, or does not fit the configuration.
+    """
+    state = TrainState.create(config, device, group)
+    if config.checkpoint.init_from is None:
+        return state
+    path = init_from or Path(config.checkpoint.init_from).expanduser()
+    checkpoint, source = checkpoints.load(path), config.checkpoint.init_from
+    check_function(checkpoint, config, source)
+    networks = networks_of(checkpoint, NAMES)
+    there, here = _other_domains(checkpoint, config)
+    if there:
+        networks = mapped_weights(networks, there, here, state.nets.state_dict())
+        if missing := [domain for domain in here if domain not in there]:
+            logger.warning(f"{source}: has no domain {' or '.join(missing)}; what is theirs alone starts fresh")
+    state.load_networks(networks, source)
+    return state
+
+
+def _other_domains(checkpoint: Mapping[str, Any], config: Config) -> tuple[Sequence[str], Sequence[str]]:
+    """The domains of a checkpoint and of the configuration, where they differ; `check_function` has let them pass."""
+    there, here = functions_of(checkpoint).get("data.domains", ()), config.data.domains
+    return (there, here) if there and there != here else ((), ())
+
+
+def _restore_optimizer(state: TrainState, name: str, moments: Moments, saved: Sequence[Mapping[str, Any]]) -> list[str]:
     """Takes over moments and step counts; returns what else differs. ValueError if they are of other parameters."""
-    if not isinstance(saved, Mapping) or not {"state", "param_groups"} <= saved.keys():
-        raise ValueError("it is not there" if saved is None else "it has no state and param_groups")
-    groups, moments = saved["param_groups"], saved["state"]
-    sizes, expected = ([len(group["params"]) for group in g] for g in (groups, optimizer.param_groups))
-    if sizes != expected:
-        raise ValueError(f"its groups have {_listed(sizes)} parameters, expected {_listed(expected)}")
-    merged, notes = [], []
-    for group, current in zip(groups, optimizer.param_groups, strict=True):
-        for number, parameter in zip(group["params"], current["params"], strict=True):
-            _check_moments(number, moments.get(number, {}), parameter)
-        merged.append({**current, "params": group["params"]})
-        # A schedule's factor is the step's, not the run's: what counts is what it multiplies.
+    optimizer: torch.optim.AdamW = getattr(state, name)
+    kept, number = {}, 0
+    for net in OPTIMIZERS[name]:
+        for parameter_name, parameter in getattr(state.nets, net).named_parameters():
+            full = f"{net}.{parameter_name}"
+            if full in moments:
+                _check_moments(full, moments[full], parameter)
+                kept[number] = {key: moments[full][key] for key in _MOMENTS}
+            number += 1
+    optimizer.load_state_dict({"state": kept, "param_groups": optimizer.state_dict()["param_groups"]})
+    notes = []
+    # A schedule's factor is the step's, not the run's: what counts is what it multiplies.
+    for group, current in zip(_each(saved, len(optimizer.param_groups)), optimizer.param_groups, strict=True):
         before, now = ({**g, "lr": g.get("initial_lr", g.get("lr"))} for g in (group, current))
         notes += [
             f"{key} {before[key]} there, {now[key]} now"
             for key in ("lr", "betas", "weight_decay")
             if key in group and before[key] != now[key]
         ]
-    kept = {n: {key: moment[key] for key in _MOMENTS} for n, moment in moments.items() if moment}
-    optimizer.load_state_dict({"state": kept, "param_groups": merged})
     return list(dict.fromkeys(notes))
 
 
-def _check_moments(number: Any, moments: Mapping[str, Any], parameter: Tensor) -> None:
-    if not moments:  # saved before this parameter's first step
-        return
+def _each(saved: Sequence[Mapping[str, Any]], groups: int) -> Sequence[Mapping[str, Any]]:
+    """The saved group of each network; raystar 0.1 had one for G and E."""
+    return saved if len(saved) == groups else [saved[0], *saved]
+
+
+def _check_moments(name: str, moments: Mapping[str, Any], parameter: Tensor) -> None:
     if not moments.keys() >= set(_MOMENTS):
-        raise ValueError(f"expected {_listed(_MOMENTS)} of AdamW, found {_listed(sorted(moments))}")
+        raise ValueError(f"expected {', '.join(_MOMENTS)} of AdamW, found {', '.join(sorted(moments)) or 'none'}")
     if not all(isinstance(moments[key], Tensor) for key in _MOMENTS[1:]):
-        raise ValueError(f"expected tensors as {_listed(_MOMENTS[1:])} of number {number}")
+        raise ValueError(f"expected tensors as {', '.join(_MOMENTS[1:])} of {name}")
     if torch.as_tensor(moments["step"]).numel() != 1:
-        raise ValueError(f"expected one step of number {number}, found {show(moments['step'])}")
+        raise ValueError(f"expected one step of {name}, found {show(moments['step'])}")
     for key in _MOMENTS[1:]:
         if moments[key].shape != parameter.shape:
             raise ValueError(
-                f"its parameters come in another order: {key} of number {number} is {list(moments[key].shape)}, "
+                f"its parameters come in another order: {key} of {name} is {list(moments[key].shape)}, "
                 f"expected {list(parameter.shape)}"
             )
-
-
-def _listed(values: Sequence[Any]) -> str:
-    return ", ".join(map(str, values)) or "none"

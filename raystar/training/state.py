@@ -53,7 +53,8 @@ class TrainState:
         fp16 = training.use_amp and training.amp_dtype == "fp16"
         opt_g = _adamw(
             [
-                {"params": [*nets.G.parameters(), *nets.E.parameters()], "lr": training.lr_g},
+                {"params": list(nets.G.parameters()), "lr": training.lr_g},
+                {"params": list(nets.E.parameters()), "lr": training.lr_g},
                 {"params": list(nets.F.parameters()), "lr": training.lr_mapping},
             ],
             training.weight_decay,

@@ -151,7 +151,9 @@ class Trainer:
                     untrained = None
             if self.group.rank == 0:
                 self.display.epoch_done(epoch, metrics)
-            yield Progress(epoch, metrics, images, first_images, tags, snapshot(self.state, epoch, metrics))
+            yield Progress(
+                epoch, metrics, images, first_images, tags, snapshot(self.state, epoch, metrics, self.data.steps)
+            )
 
     def _measures_in(self, epoch: int) -> bool:
         every = self.config.ruler.every_epochs

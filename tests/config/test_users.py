@@ -38,7 +38,8 @@ WANTED: dict[str, dict[str, Any]] = {
         "training.min_lr_ratio": 0.1, "training.tf32": True, "training.drop_last": True, "training.batch_size": 64,
         "data.eval_data_root": "../datasets/pt_datasets/unscaled_test_dataset",
         "checkpoint.save_dir": "outputs/sn_gn_test_1/ckpt", "visualization.every_epochs": 1,
-        "training.progress_style": "percent", "training.progress_bar": True,
+        "training.progress_style": "percent", "training.progress_bar": True, "model.norm": "adain",
+        "model.discriminator_norm": "spectral", "checkpoint.resume_path": "outputs/sn_gn_test_1/ckpt/latest.pt",
     },
     "norms_overfit50": {"training.epochs": 500, "loss.w_id": 10.0, "training.epoch_size": None},
 }  # fmt: skip
@@ -79,7 +80,7 @@ def test_what_has_no_effect_is_said_once(capsys: pytest.CaptureFixture[str]) -> 
     for _ in range(2):
         load_config(FILES / "norms.yaml")
     assert capsys.readouterr().err == (
-        f"note: {FILES / 'norms.yaml'}: checkpoint.resume_path, data.decoded_source_dir, data.image_root, eval, "
+        f"note: {FILES / 'norms.yaml'}: data.decoded_source_dir, data.image_root, eval, "
         "training.console_log_path, visualization.eval_dir, visualization.num_samples, "
         "visualization.random_noise_seed have no effect here\n"
     )
@@ -118,7 +119,18 @@ def test_what_it_makes_is_raystars_own(tmp_path: Path) -> None:
             "checkpoint.save_dir",
             "/o/x/x",
         ),
-        ("model: {exp_branch: baseline_AdaIN, num_groups: 32}", "model.base_dim", Config().model.base_dim),
+        ("model: {exp_branch: baseline_AdaIN, num_groups: 32}", "model.norm", "adain"),
+        ("model: {exp_branch: baseline_AdaIN, num_groups: 32}", "model.discriminator_norm", "spectral"),
+        ("model: {exp_branch: AdaGN_with_SN, num_groups: 16}", "model.norm", "adagn"),
+        ("model: {exp_branch: AdaGN_with_SN, num_groups: 16}", "model.num_groups", 16),
+        ("model: {exp_branch: AdaGN_with_SN, num_groups: 16}", "model.discriminator_norm", "spectral"),
+        ("model: {exp_branch: AdaGN_no_SN}", "model.norm", "adagn"),
+        ("model: {exp_branch: AdaGN_no_SN}", "model.discriminator_norm", "none"),
+        ("model: {num_groups: 8, base_dim: 64}\ntraining: {num_epochs: 7}", "model.norm", "adagn"),
+        ("model: {num_groups: 8, base_dim: 64}\ntraining: {num_epochs: 7}", "model.discriminator_norm", "spectral"),
+        ("model: {num_groups: 8, base_dim: 64}\ntraining: {num_epochs: 7}", "model.encoder_groups", 64),
+        ("model: {num_groups: 8}", "model.norm", "adain"),  # raystar's own key
+        ("checkpoint: {resume_path: ''}\ntraining: {num_epochs: 7}", "checkpoint.resume_path", None),
         ("training: {allow_tf32: false}", "training.tf32", False),
         ("data: {epoch_size: 640}", "training.epoch_size", 640),
     ],
@@ -130,10 +142,9 @@ def test_keys_and_defaults(tmp_path: Path, text: str, key: str, value: Any) -> N
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("model: {exp_branch: AdaGN_with_SN}", "wants AdaGN and spectral norm, which raystar does not build yet"),
-        ("model: {exp_branch: AdaGN_no_SN}", "wants AdaGN, which raystar does not build yet"),
         ("model: {exp_branch: other}", "expected one of baseline_AdaIN, AdaGN_with_SN, AdaGN_no_SN, found 'other'"),
-        ("model: {num_groups: 32}", "model.num_groups without model.exp_branch"),
+        ("model: {exp_branch: AdaGN_no_SN, norm: adagn}", "model.exp_branch and model.norm say the same"),
+        ("model: {exp_branch: AdaGN_no_SN, num_groups: 3}", "model.num_groups 3 does not divide model.base_dim 256"),
         ("training: {num_epochs: 1, epochs: 2}", "training.num_epochs and training.epochs are the same"),
         ("checkpoint: {save_dir: '{outputs_dir}/x'}\nexperiment: {}", "needs experiment.name"),
         ("visualization: {vae_subfolder: other}", "found 'other'"),

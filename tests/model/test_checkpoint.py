@@ -256,16 +256,17 @@ def plain_adamw(groups: list[dict[str, Any]], **form: Any) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, betas=(0.0, 0.99), weight_decay=1e-4, **form)
 
 
-def users_file(path: Path, prefix: str = "", **form: Any) -> tuple[Nets, torch.optim.AdamW, torch.optim.AdamW]:
-    """What a trainer written in plain torch leaves after two updates of each network: `form` is AdamW's."""
+def users_file(
+    path: Path, prefix: str = "", *, groups: int = 3, **form: Any
+) -> tuple[Nets, torch.optim.AdamW, torch.optim.AdamW]:
+    """What a trainer written in plain torch leaves after two updates of each network: `form` is AdamW's.
+
+    It has G, E and F in three groups; raystar 0.1 had them in two.
+    """
     nets = Nets.create(CONFIG.model, CONFIG.num_domains, 5)
-    opt_g = plain_adamw(
-        [
-            {"params": [*nets.G.parameters(), *nets.E.parameters()], "lr": 1e-4},
-            {"params": list(nets.F.parameters()), "lr": 1e-6},
-        ],
-        **form,
-    )
+    G, F, E = (list(net.parameters()) for net in (nets.G, nets.F, nets.E))
+    joined = [G, E] if groups == 3 else [G + E]
+    opt_g = plain_adamw([*({"params": each, "lr": 1e-4} for each in joined), {"params": F, "lr": 1e-6}], **form)
     opt_d = plain_adamw([{"params": list(nets.D.parameters()), "lr": 1e-4}], **form)
     for seed in (1, 2):
         batch = make_batch(seed)
@@ -295,8 +296,8 @@ def bank(tmp_path_factory: pytest.TempPathFactory) -> Bank:
     return open_bank(tiny_config(write_latents(folder / "latents")), folder / "cache")
 
 
-@pytest.mark.parametrize("prefix", ["", "_orig_mod."])
-@pytest.mark.parametrize("form", [{"foreach": True}, {"foreach": False}, {"fused": True}], ids=str)
+@pytest.mark.parametrize("prefix", ["", "_orig_mod.", "module.", "module._orig_mod.", "_orig_mod.module."])
+@pytest.mark.parametrize("form", [{"foreach": True}, {"fused": True, "groups": 2}], ids=str)
 def test_training_resumes_from_a_users_checkpoint(
     tmp_path: Path, bank: Bank, capsys: pytest.CaptureFixture[str], prefix: str, form: dict[str, Any]
 ) -> None:
@@ -306,9 +307,9 @@ def test_training_resumes_from_a_users_checkpoint(
     for (_, own), (_, theirs) in zip(twin.nets.items(), nets.items(), strict=True):
         own.load_state_dict(theirs.state_dict())
     for own, theirs in ((twin.opt_g, opt_g), (twin.opt_d, opt_d)):
-        for group, other in zip(own.param_groups, theirs.param_groups, strict=True):
-            for parameter, source in zip(group["params"], other["params"], strict=True):
-                own.state[parameter] = {key: value.clone() for key, value in theirs.state[source].items()}
+        own_ones, their_ones = ([p for group in o.param_groups for p in group["params"]] for o in (own, theirs))
+        for parameter, source in zip(own_ones, their_ones, strict=True):
+            own.state[parameter] = {key: value.clone() for key, value in theirs.state[source].items()}
     checkpoints.save(tmp_path / "raystar.pt", resume.snapshot(twin, 1, {}))
 
     ends = []
@@ -330,7 +331,7 @@ def test_the_configurations_learning_rates_count(tmp_path: Path, capsys: pytest.
     config = tiny_config("unused", training__lr_mapping=0.25, training__weight_decay=0.5)
     state = TrainState.create(config, "cpu")
     resume.restore(state, checkpoints.load(tmp_path / "latest.pt"), "runs/x/latest.pt")
-    assert [group["lr"] for group in state.opt_g.param_groups] == [1e-4, 0.25]
+    assert [group["lr"] for group in state.opt_g.param_groups] == [1e-4, 1e-4, 0.25]
     assert {group["weight_decay"] for group in (*state.opt_g.param_groups, *state.opt_d.param_groups)} == {0.5}
     (note,) = capsys.readouterr().err.splitlines()
     for words in ("note: runs/x/latest.pt: ", "lr 1e-06 there, 0.25 now", "weight_decay 0.0001 there, 0.5 now"):
@@ -356,12 +357,12 @@ def _sgd(groups: Any, lr: float) -> torch.optim.SGD:
 @pytest.mark.parametrize(
     ("arrange", "optimizer", "words"),
     [
-        (lambda g, f, e: [g, e, f], None, "its groups have 20, 12, 10 parameters, expected 32, 10"),
-        (lambda g, f, e: [g + e + f], None, "its groups have 42 parameters, expected 32, 10"),
-        (lambda g, f, e: [e + g, f], None, r"another order: exp_avg of number 0 is \[64, 4, 3, 3\], expected \[8, 4"),
-        (lambda g, f, e: [g + e, f], _sgd, "expected step, exp_avg, exp_avg_sq of AdamW, found momentum_buffer"),
+        (lambda g, f, e: [g, f, e], None, "its groups have 20, 10, 12 parameters, expected 20, 12, 10"),
+        (lambda g, f, e: [g + e + f], None, "its groups have 42 parameters, expected 20, 12, 10"),
+        (lambda g, f, e: [e + g, f], None, r"order: exp_avg of G.encoder.0.weight is \[64, 4, 3, 3\], expected \[8, 4"),
+        (lambda g, f, e: [g, e, f], _sgd, "expected step, exp_avg, exp_avg_sq of AdamW, found momentum_buffer"),
     ],
-    ids=["three groups", "one group", "E before G", "SGD"],
+    ids=["F before E", "one group", "E before G", "SGD"],
 )
 def test_an_optimiser_of_another_order_is_refused(
     tmp_path: Path, arrange: Callable[..., Any], optimizer: Any, words: str
