@@ -87,6 +87,11 @@ def synchronize(device: torch.device) -> None:
 
 def layout(config: Config, latents: Tensor) -> torch.memory_format:
     """How latents [B,C,H,W] go into the networks: as the configuration says, or as the native kernels want them."""
+    channels_last = config.training.channels_last or native(config, latents)
+    return torch.channels_last if channels_last else torch.contiguous_format
+
+
+def native(config: Config, latents: Tensor) -> bool:
+    """Whether the native kernels serve the generator on latents [B,C,H,W]."""
     with autocast(config, latents.device):
-        native = kernels.serves(latents, config.model.base_dim)
-    return torch.channels_last if native or config.training.channels_last else torch.contiguous_format
+        return kernels.serves(latents, config.model.base_dim)

@@ -249,10 +249,11 @@ class StyleEncoder(nn.Module):
 
 
 class SpectralConv(nn.Conv2d):
-    """Convolution by `weight / sigma`: sigma, the weight's largest singular value, is kept at 1.
+    """Convolution by `weight / sigma`, where sigma is the weight's largest singular value as `iterate` estimates it.
 
-    Miyato et al., arXiv:1802.05957. In training every call makes one step of the power iteration that estimates sigma,
-    in float32 whatever the network runs in. Parameters and buffers are those of `torch.nn.utils.spectral_norm`.
+    Miyato et al., arXiv:1802.05957; in float32 whatever the network runs in. Parameters and buffers are those of
+    `torch.nn.utils.spectral_norm`, whose every call in training also iterates. Here that is a step of its own, so that
+    calls have no side effects: compiled ones, R1's, and those that are still to be differentiated.
     """
 
     weight_u: Tensor
@@ -268,17 +269,17 @@ class SpectralConv(nn.Conv2d):
         for name, size in (("weight_u", outputs), ("weight_v", weight[0].numel())):
             self.register_buffer(name, functional.normalize(torch.randn(size), dim=0, eps=_SPECTRAL_EPS))
 
+    @torch.no_grad()
+    def iterate(self) -> None:
+        """One step of the power iteration."""
+        matrix = self.weight_orig.flatten(1)
+        self.weight_v.copy_(functional.normalize(matrix.T @ self.weight_u, dim=0, eps=_SPECTRAL_EPS))
+        self.weight_u.copy_(functional.normalize(matrix @ self.weight_v, dim=0, eps=_SPECTRAL_EPS))
+
     def forward(self, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
-            matrix = self.weight_orig.flatten(1)
-            u, v = self.weight_u, self.weight_v
-            if self.training:
-                with torch.no_grad():
-                    v = functional.normalize(matrix.T @ u, dim=0, eps=_SPECTRAL_EPS)
-                    u = functional.normalize(matrix @ v, dim=0, eps=_SPECTRAL_EPS)
-                    self.weight_u.copy_(u)  # u and v themselves stay as they are for the backward pass
-                    self.weight_v.copy_(v)
-            weight = self.weight_orig / torch.dot(u, matrix @ v)
+            sigma = torch.dot(self.weight_u, self.weight_orig.flatten(1) @ self.weight_v)
+            weight = self.weight_orig / sigma
         return self._conv_forward(x, weight, self.bias)
 
 
@@ -300,6 +301,12 @@ class Discriminator(nn.Module):
             layers += [conv(width, wider, 3, 2 if i < 2 else 1, 1), _leaky()]
             width = wider
         self.main = nn.Sequential(*layers, conv(width, num_domains, 1))
+
+    def iterate(self) -> None:
+        """Has spectral norms follow the weights; to be called once before D is used on them."""
+        for layer in self.main:
+            if isinstance(layer, SpectralConv):
+                layer.iterate()
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         logits = self.main(x)

@@ -80,6 +80,7 @@ def _update_d(state: TrainState, shared: _Shared, step: int) -> tuple[Tensor, Te
     """Hinge loss of both paths against one pass over the real latents, R1 every `r1_interval` steps; both, 0-d."""
     weights, D = state.config.loss, state.call("D")
     fake, B = shared.fake, len(shared.content)
+    state.nets.D.iterate()
     with autocast(state.config, state.device):
         logits = D(torch.cat([shared.x_ref.to(fake.dtype), fake.detach()]), shared.y_trg.repeat(3))
     real_logits, fake_logits = logits.split([B, 2 * B])
@@ -104,6 +105,7 @@ def _update_g(state: TrainState, shared: _Shared, epoch: int) -> dict[str, Tenso
     fake_1, fake_2 = shared.fakes[2 * B : 4 * B].split(B)
     # D is frozen: its gradients here would be computed for nothing.
     state.nets.D.requires_grad_(False)
+    state.nets.D.iterate()
     try:
         with autocast(state.config, state.device):
             fake_logits = D(fake, y_trg.repeat(2))

@@ -21,7 +21,7 @@ from raystar.base.errors import RaystarError, TrialDiverged, TrialOutOfMemory
 from raystar.config.schema import Config
 from raystar.data.bank import Bank
 from raystar.data.batches import Batch, LatentDataset
-from raystar.model.device import resolve_device, set_backends
+from raystar.model.device import native, resolve_device, set_backends
 from raystar.model.networks import Nets
 from raystar.pictures import grid
 from raystar.pictures.codec import Codec
@@ -101,6 +101,7 @@ class Trainer:
         self.group = self.state.group
         first = self.group.rank == 0
         set_backends(config, self.device)
+        _note_kernels(config, bank.shape, self.device)
         self.data = LatentDataset(bank, config, self.device, self.group.rank, self.group.size)
         if self.data.steps < 1:
             raise RaystarError(
@@ -283,6 +284,11 @@ class Trainer:
         if self.device.type == "cuda":
             return float(torch.cuda.max_memory_allocated(self.device)) / 2**30
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def _note_kernels(config: Config, shape: tuple[int, int, int], device: torch.device) -> None:
+    if config.model.norm == "adagn" and native(config, torch.empty(1, *shape, device=device)):
+        logger.info("adagn normalises without raystar's native kernels, which have AdaIN's; convolutions use them")
 
 
 def _out_of_memory(error: RuntimeError) -> bool:
