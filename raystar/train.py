@@ -12,7 +12,9 @@ from typing import Any
 
 from raystar.base.console import run_cli
 from raystar.base.errors import RaystarError, TrialDiverged, TrialOutOfMemory
+from raystar.base.files import write_whole
 from raystar.base.metrics import measured_by_0_1
+from raystar.base.transcript import Transcript
 from raystar.config.folders import cache_dir, check_name
 from raystar.config.load import override, request_config, signature, to_yaml
 from raystar.config.schema import Config
@@ -27,6 +29,7 @@ from raystar.tracking.mlflow.address import default_uri
 from raystar.tracking.relay import Relay
 from raystar.tracking.stores import check_uri, open_tracker
 from raystar.tracking.tracker import CHECKPOINT, PARENT, SPOOL, Tracker, provenance
+from raystar.training.loss_table import LOSSES, LossTable, epoch_row
 from raystar.training.losses import outlasting
 from raystar.training.resume import initial_state
 from raystar.training.trainer import Progress, Trainer
@@ -61,10 +64,16 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """`python -m raystar.train`."""
     args = parser().parse_args(argv)
+    with Transcript() as transcript:
+        return _train(args, transcript)
+
+
+def _train(args: argparse.Namespace, transcript: Transcript) -> int:
     config = request_config(args.config, args.overlay, args.set)
     if args.epochs is not None:
         config = override(config, {"training.epochs": args.epochs}, "--epochs")
     name, folder, begun = _place(args, config)
+    transcript.write_to(config.training.console_log_path, "training.console_log_path")
     uri = args.tracking_uri or default_uri(args.out)
     check_uri(uri)
     check_codec(config)
@@ -180,6 +189,8 @@ def _run(trainer: Trainer, tracker: Tracker, config: Config, folder: Path) -> in
     measured: tuple[float, int] | None = None
     status, reason = FAILED, None
     try:
+        _leave_config(config, folder)
+        losses = _losses(folder, trainer.first_epoch - 1)
         for progress in trainer.run():
             images = {}
             for key, image in progress.images.items():
@@ -193,6 +204,8 @@ def _run(trainer: Trainer, tracker: Tracker, config: Config, folder: Path) -> in
                 tracker.log(PARENT, 0, {}, first)
             # Before the checkpoint: an epoch that is trained again is recorded once, one that is not must be there.
             tracker.log(PARENT, progress.epoch, progress.metrics, images)
+            losses.add(epoch_row(progress.epoch, progress.step, progress.metrics))
+            write_whole(folder / LOSSES, losses.text())
             _save(progress, config, folder, tracker)
             score = progress.metrics.get("eval/score")
             if score is not None:
@@ -216,6 +229,23 @@ def _run(trainer: Trainer, tracker: Tracker, config: Config, folder: Path) -> in
     if status == INTERRUPTED:
         return 130
     return 0 if status == FINISHED else 1
+
+
+def _losses(folder: Path, until: int) -> LossTable:
+    """The rows of `losses.csv` up to the epoch after which a run is resumed."""
+    table = LossTable()
+    if (folder / LOSSES).is_file():
+        table.read((folder / LOSSES).read_text(encoding="utf-8", errors="replace"), until)
+    return table
+
+
+def _leave_config(config: Config, folder: Path) -> None:
+    """Writes the resolved configuration into the run's folder; a file there that raystar has not written stays."""
+    mark = "# The resolved configuration of a run, written by raystar\n"
+    for path in (folder / "config.yaml", folder / "config.resolved.yaml"):
+        if not path.exists() or path.read_text(encoding="utf-8", errors="replace").startswith(mark):
+            write_whole(path, mark + to_yaml(config))
+            return
 
 
 def _save(progress: Progress, config: Config, folder: Path, tracker: Tracker) -> None:

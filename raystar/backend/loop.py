@@ -17,7 +17,7 @@ from raystar.backend.placing import ensure_local
 from raystar.backend.reporting import Reporter, Request
 from raystar.base.console import show
 from raystar.base.errors import RaystarError, TrialDiverged, TrialOutOfMemory
-from raystar.config.load import from_mapping, override
+from raystar.config.load import from_mapping, override, to_yaml
 from raystar.config.schema import Config
 from raystar.data.bank import Bank, reopen_bank
 from raystar.model.device import resolve_device
@@ -102,6 +102,8 @@ def train(settings: dict[str, Any], report: Reporter, group: Group) -> None:
     ruler = _ruler(config, request) if first else None
     codec = _codec(config) if first and config.grid_every else None
     restored = report.repeat()
+    if first:
+        report.files.save_config(to_yaml(config))
     where = report.files.storage.at(f"trials/{settings['trial']}")
     trainer = Trainer(
         config, bank, ruler, codec,

@@ -84,6 +84,7 @@ class Reporter:
         saved = {place: self.files.save_picture(place[0], image, place[1]) for place, image in pictures.items()}
         report: TrialReport = {
             "epoch": progress.epoch,
+            "step": progress.step,
             "status": RUNNING,
             "metrics": progress.metrics,
             "images": {key: path for (key, epoch), path in saved.items() if epoch},

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 
 from raystar.base.errors import RaystarError
@@ -68,14 +69,20 @@ def run_cli(main: Callable[[], int]) -> None:
     show()
     try:
         status = main()
-    except RaystarError as error:
-        print(f"error: {redact(str(error))}", file=sys.stderr)
-        status = 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        status = 130
+    except (RaystarError, KeyboardInterrupt) as error:
+        print(last_words(error), file=sys.stderr)
+        status = 2 if isinstance(error, RaystarError) else 130
     sys.stdout.flush()
     sys.exit(status)
+
+
+def last_words(error: BaseException) -> str:
+    """What a command prints of what ends it; nothing where it exits by itself."""
+    if isinstance(error, RaystarError):
+        return f"error: {redact(str(error))}"
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted"
+    return "" if isinstance(error, SystemExit) else "".join(traceback.format_exception(error)).rstrip()
 
 
 def duration(seconds: float) -> str:

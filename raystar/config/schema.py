@@ -124,8 +124,11 @@ class TrainingConfig:
     progress_style: Literal["bar", "percent", "off"] = _key("percent", "terminal display", result=False)
     progress_bar: bool = _key(True, "legacy: false is progress_style off", result=False)
     display_interval: int = _key(20, "steps between two refreshes of the display", at_least=1, result=False)
-    log_json: bool = _key(False, "print JSON lines", result=False)
+    log_json: bool = _key(False, "print JSON lines of steps, and a summary of each epoch", result=False)
     log_interval: int = _key(100, "steps between two JSON lines", at_least=1, result=False)
+    console_log_path: str | None = _key(
+        None, "file to which what a single run prints is appended; null for none", result=False
+    )
     save_interval: int = _key(10, "epochs between two checkpoints of a single run", at_least=1, result=False)
     eval_interval: int | None = _key(
         None, "legacy: used when visualization.every_epochs is absent", at_least=1, result=False

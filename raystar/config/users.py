@@ -32,7 +32,7 @@ _DEFAULTS: dict[str, Any] = {
 }
 """Those that differ from raystar's, for files that name none."""
 _IDLE = {
-    "training.optim_fused", "training.console_log_path", "visualization.vae_subfolder",
+    "training.optim_fused", "visualization.vae_subfolder",
     "visualization.num_samples", "visualization.random_noise_seed", "visualization.eval_dir",
     "visualization.auto_eval_latest", "data.image_root", "data.decoded_source_dir", "loss.loss_plot_path",
     "loss.loss_plot_interval",
@@ -184,7 +184,10 @@ def _values(kept: Mapping[str, Any]) -> dict[str, Any]:
         values["training.amp_dtype"] = dtype.lower()
     if "training.progress_style" in values:  # since that key exists, the other hides the bar alone
         values.pop("training.progress_bar", None)
-    for key in ("data.eval_data_root", "checkpoint.save_dir", "checkpoint.resume_path", "visualization.save_dir"):
+    for key in (
+        "data.eval_data_root", "checkpoint.save_dir", "checkpoint.resume_path", "visualization.save_dir",
+        "training.console_log_path",
+    ):  # fmt: skip
         if values.get(key) == "":
             values[key] = None
     return values

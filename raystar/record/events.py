@@ -31,6 +31,8 @@ class TrialReport(TypedDict):
     reason: NotRequired[str | None]
     """Why it cannot continue."""
     epoch: NotRequired[int]
+    step: NotRequired[int]
+    """Optimiser steps of the whole run until the epoch's end."""
     metrics: NotRequired[dict[str, float]]
     images: NotRequired[dict[str, str]]
     """Where the epoch's pictures lie, by key."""

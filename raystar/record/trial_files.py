@@ -1,7 +1,8 @@
 """What a trial leaves in the storage, epoch by epoch, and how it is found again after any end.
 
-`trials/t03/epoch_0007.pt` is a checkpoint, `epoch_0007.json` beside it what was reported, `pictures/t03/` the grids.
-The report is written first: a checkpoint that is there always has its report, however the process ended.
+`trials/t03/epoch_0007.pt` is a checkpoint, `epoch_0007.json` beside it what was reported, `pictures/t03/` the grids,
+`losses.csv` all epochs in a table. The checkpoint is written last: one that is there always has its report and its row,
+however the process ended.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from raystar.base.files import wait_for_space
 from raystar.base.storage import Storage
 from raystar.model import checkpoint as checkpoints
 from raystar.record.events import TrialReport
+from raystar.training.loss_table import LOSSES, LossTable, epoch_row
 
 logger = logging.getLogger(__name__)
 
@@ -70,11 +72,18 @@ class TrialFiles:
     def __init__(self, storage: Storage, trial: str) -> None:
         self.storage = storage
         self.trial = trial
+        self._losses = LossTable()
+
+    def save_config(self, text: str) -> None:
+        """Keeps the trial's whole configuration."""
+        self._write(f"trials/{self.trial}/config.yaml", text.encode())
 
     def save(self, epoch: int, report: Mapping[str, Any], checkpoint: Mapping[str, Any]) -> None:
-        """Keeps one epoch: its report (plain values), then its checkpoint."""
+        """Keeps one epoch: its report (plain values), its row in the table of losses, then its checkpoint."""
         text = json.dumps(report).encode()
         self._write(f"trials/{self.trial}/epoch_{epoch:04d}.json", text)
+        self._losses.add(_row(epoch, report))
+        self._write(f"trials/{self.trial}/{LOSSES}", self._losses.text().encode())
         name = checkpoint_name(self.trial, epoch)
         wait_for_space(
             self.storage.at(name), lambda: self.storage.fill(name, lambda path: checkpoints.write(path, checkpoint))
@@ -107,8 +116,21 @@ class TrialFiles:
                 logger.warning(error)
                 damaged.append(name.rpartition("/")[2])
         done = int(checkpoint["epoch"]) if checkpoint else 0
+        self._losses = self._saved_losses(done)
         note = f"{' and '.join(damaged)} cannot be read; resumed after epoch {done}" if damaged else None
         return Restored(checkpoint, done, note)
+
+    def _saved_losses(self, until: int) -> LossTable:
+        """The rows of the epochs that are not trained again; from reports where the table lacks them."""
+        table, folder = LossTable(), f"trials/{self.trial}"
+        there = set(self.storage.list(folder)) if until else set()
+        if LOSSES in there:
+            table.read(self.storage.read(f"{folder}/{LOSSES}").decode(errors="replace"), until)
+        for epoch in range(1, until + 1):
+            if epoch not in table.epochs and f"epoch_{epoch:04d}.json" in there:
+                (report,) = self.reports(epoch - 1, epoch)
+                table.add(_row(epoch, report))
+        return table
 
     def reports(self, after: int, until: int) -> list[TrialReport]:
         """What was reported for the epochs in (after, until]."""
@@ -117,3 +139,7 @@ class TrialFiles:
 
     def _write(self, name: str, data: bytes) -> None:
         wait_for_space(self.storage.at(name), lambda: self.storage.write(name, data))
+
+
+def _row(epoch: int, report: Mapping[str, Any]) -> dict[str, float]:
+    return epoch_row(epoch, report.get("step"), report.get("metrics", {}))

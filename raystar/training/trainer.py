@@ -28,6 +28,7 @@ from raystar.pictures.codec import Codec
 from raystar.ruler.ruler import Ruler
 from raystar.training.compile import compile_networks, graphs, labels
 from raystar.training.display import Display
+from raystar.training.loss_table import epoch_row
 from raystar.training.losses import lambda_ds
 from raystar.training.resume import restore, snapshot
 from raystar.training.schedule import rate_factor, set_rates
@@ -41,6 +42,9 @@ logger = logging.getLogger(__name__)
 EXPLODED = 1e6
 """A loss that is further from 0 has exploded: terms of a GAN that trains stay below some hundreds, R1's included."""
 
+SUMMARY = "[Epoch Summary]"
+"""What the line of an epoch begins with, before its JSON, where `training.log_json` is on."""
+
 MAX_SKIPPED = 0.1
 """Share of an epoch's batches that may be left out for want of memory before the run fails."""
 
@@ -50,6 +54,8 @@ class Progress:
     """What one epoch gave."""
 
     epoch: int
+    step: int
+    """Optimiser steps of the whole run until the epoch's end."""
     metrics: dict[str, float]
     """Some of `base.metrics.QUALITY`, and how busy the machine was."""
     images: dict[str, Image.Image]
@@ -150,11 +156,17 @@ class Trainer:
                 if untrained is not None:
                     first_images = self._draw(untrained)
                     untrained = None
+            done = epoch * self.data.steps
             if self.group.rank == 0:
                 self.display.epoch_done(epoch, metrics)
+                self._log_epoch(epoch_row(epoch, done, metrics))
             yield Progress(
-                epoch, metrics, images, first_images, tags, snapshot(self.state, epoch, metrics, self.data.steps)
+                epoch, done, metrics, images, first_images, tags, snapshot(self.state, epoch, metrics, self.data.steps)
             )
+
+    def _log_epoch(self, row: Mapping[str, float]) -> None:
+        if self.config.training.log_json:
+            logger.info(f"{SUMMARY} {json.dumps({'time': time.time(), **row})}")
 
     def _measures_in(self, epoch: int) -> bool:
         every = self.config.ruler.every_epochs
@@ -265,7 +277,7 @@ class Trainer:
             self.display.step(epoch, step, current)
         if logged and self.group.rank == 0:
             settings = self._settings(epoch, (epoch - 1) * self.data.steps + step - 1)
-            logger.info(json.dumps({"epoch": epoch, "step": step, **current, **settings}))
+            logger.info(json.dumps({"time": time.time(), "epoch": epoch, "step": step, **current, **settings}))
 
     def _recover_memory(self, epoch: int, skipped: int) -> None:
         self.state.opt_g.zero_grad(set_to_none=True)

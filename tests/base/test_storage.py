@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import errno
+import io
 import json
 import os
 from pathlib import Path
@@ -112,12 +114,57 @@ def test_a_trial_resumes_from_the_newest_that_can_be_read(storage: Storage, chec
 
 
 def test_a_report_is_there_before_its_checkpoint(storage: Storage, checkpoint: dict[str, Any]) -> None:
-    """However a process ends in between, no checkpoint is without its report."""
+    """However a process ends in between, no checkpoint is without its report and its row."""
     order: list[str] = []
     fill = storage.fill
     storage.fill = lambda name, write: (order.append(name), fill(name, write))  # type: ignore[method-assign,func-returns-value]
     TrialFiles(storage, "t1").save(4, {"epoch": 4}, checkpoint)
-    assert order == ["trials/t1/epoch_0004.json", "trials/t1/epoch_0004.pt"]
+    assert order == ["trials/t1/epoch_0004.json", "trials/t1/losses.csv", "trials/t1/epoch_0004.pt"]
+
+
+def test_the_table_of_losses_has_every_epoch_once(storage: Storage, checkpoint: dict[str, Any]) -> None:
+    """Over a kill before a checkpoint, a damaged checkpoint, a lost table, and reports of a version that had none."""
+
+    def save(files: TrialFiles, epoch: int, loss: float, **report: Any) -> None:
+        report |= {"epoch": epoch, "metrics": {"train/d_loss": loss, "perf/train_s": 2.0}}
+        files.save(epoch, report, checkpoint | {"epoch": epoch})
+
+    def losses() -> list[tuple[str, str, str]]:
+        rows = csv.DictReader(io.StringIO(storage.read("trials/t00/losses.csv").decode()))
+        return [(row["epoch"], row["global_step"], row["d_loss"]) for row in rows]
+
+    first = TrialFiles(storage, "t00")
+    first.restore()
+    for epoch in (1, 2, 3):
+        save(first, epoch, epoch / 4, step=10 * epoch)
+    assert losses() == [("1", "10", "0.25"), ("2", "20", "0.5"), ("3", "30", "0.75")]
+    storage.delete(checkpoint_name("t00", 3))  # killed before it was there
+
+    second = TrialFiles(storage, "t00")
+    assert second.restore().epoch == 2
+    save(second, 3, 9.0, step=30)
+    assert losses() == [("1", "10", "0.25"), ("2", "20", "0.5"), ("3", "30", "9.0")]
+
+    storage.write("trials/t00/losses.csv", b"\xff\x00 no table")
+    third = TrialFiles(storage, "t00")
+    assert third.restore().epoch == 3
+    save(third, 4, 1.0, step=40)
+    assert losses() == [("1", "10", "0.25"), ("2", "20", "0.5"), ("3", "30", "9.0"), ("4", "40", "1.0")]
+
+    storage.delete("trials/t00/losses.csv")
+    storage.write("trials/t00/epoch_0001.json", b'{"epoch": 1, "metrics": {"train/d_loss": 0.25}}')
+    storage.delete("trials/t00/epoch_0002.json")
+    fourth = TrialFiles(storage, "t00")
+    fourth.restore()
+    save(fourth, 5, 1.0, step=50)
+    assert losses() == [("1", "", "0.25"), ("3", "30", "9.0"), ("4", "40", "1.0"), ("5", "50", "1.0")]
+
+    for epoch in range(1, 6):
+        storage.delete(checkpoint_name("t00", epoch))
+    anew = TrialFiles(storage, "t00")
+    anew.restore()
+    save(anew, 1, 7.0, step=10)
+    assert losses() == [("1", "10", "7.0")]
 
 
 def test_pictures(storage: Storage) -> None:

@@ -392,7 +392,9 @@ def test_the_command_line_resumes_from_a_users_checkpoint(tmp_path: Path) -> Non
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stderr == ""
-    assert files(folder) == ["epoch_0003.pt", "latest.pt", "spool.done.jsonl", "spool.jsonl"]
+    assert files(folder) == [
+        "config.yaml", "epoch_0003.pt", "latest.pt", "losses.csv", "spool.done.jsonl", "spool.jsonl",
+    ]  # fmt: skip
     config = override(config, {"training.epochs": 3, "loss.r1_interval": 2, "loss.ds_decay_epochs": 2})
     trainer = Trainer(
         config, open_bank(config, tmp_path / "cache"), checkpoint=checkpoints.load(tmp_path / "theirs.pt")

@@ -144,6 +144,9 @@ def check(runs: Path, trials: int, artifacts: Path | None = None) -> dict[str, A
         images = [p.name for p in pictures.glob("grid_ref*.png")]
         drawn = sorted(int(re.search(r"step[^0-9]*(\d+)", name)[1]) for name in images)  # type: ignore[index]
         assert drawn == ([*range(trial["epochs"] + 1)] if trial["epochs"] else []), trial["trial"]
+        if trial["status"] in ("finished", "stopped") and (runs / "s/trials").exists():
+            _, *rows = (runs / f"s/trials/{trial['trial']}/losses.csv").read_text().splitlines()
+            assert [int(row.split(",")[0]) for row in rows] == list(range(1, trial["epochs"] + 1)), trial["trial"]
     if summary["best"] is not None:
         assert model.load(runs / "s/best", "cpu").domains == ("a", "b", "c")
     return summary

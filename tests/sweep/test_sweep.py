@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import csv
 import json
 import os
 import re
@@ -81,6 +82,12 @@ def sweep(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     return folder / "runs", done.stdout
 
 
+def losses(folder: Path) -> list[dict[str, str]]:
+    """The rows of a run's `losses.csv`."""
+    with (folder / "losses.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
 def summary_of(runs: Path) -> dict[str, Any]:
     return json.loads((runs / "s/summary.json").read_text())
 
@@ -122,6 +129,13 @@ def test_the_record(sweep: tuple[Path, str]) -> None:
     assert resolved["code"]["torch"] == torch.__version__
     assert "raystar.tune" in resolved["command"]
     assert not list(runs.rglob("*.part"))
+    for trial in summary["trials"]:
+        folder = runs / "s/trials" / trial["trial"]
+        assert load_config(folder / "config.yaml").loss.w_cyc == trial["params"]["loss.w_cyc"]
+        rows = losses(folder)
+        assert [int(row["epoch"]) for row in rows] == list(range(1, trial["epochs"] + 1))
+        assert float(rows[-1]["score"]) == trial["score"]
+        assert [int(row["global_step"]) for row in rows] == [4 * int(row["epoch"]) for row in rows]
 
 
 def test_the_report(sweep: tuple[Path, str]) -> None:
@@ -357,7 +371,8 @@ def trial_processes(mark: str | None = None) -> list[int]:
 
 
 def test_a_single_run_is_tracked_saved_and_resumed(tmp_path: Path) -> None:
-    request(tmp_path, SPACE, training__save_interval=2)
+    log = tmp_path / "logs/console.log"
+    request(tmp_path, SPACE, training__save_interval=2, training__log_json=True, training__console_log_path=str(log))
     command = [sys.executable, "-m", "raystar.train", "--config", str(tmp_path / "config.yaml")]
     command += ["--out", str(tmp_path / "runs"), "--name", "one"]
     first = run([*command, "--epochs", "3"])
@@ -365,6 +380,8 @@ def test_a_single_run_is_tracked_saved_and_resumed(tmp_path: Path) -> None:
     folder = tmp_path / "runs/one"
     assert sorted(p.name for p in folder.glob("*.pt")) == ["epoch_0002.pt", "epoch_0003.pt", "latest.pt"]
     assert len(list((folder / "vis").glob("grid_*.png"))) == 8
+    assert sorted(log.read_text().splitlines()) == sorted((first.stdout + first.stderr).splitlines())
+    assert load_config(folder / "config.yaml").training.epochs == 3
     again = run([*command, "--epochs", "3"])
     assert again.returncode == 2
     assert "resume it with --resume" in again.stderr
@@ -388,6 +405,16 @@ def test_a_single_run_is_tracked_saved_and_resumed(tmp_path: Path) -> None:
             assert [step for (step,) in found] == [1, 2, 3, 4, 5]
         images = (store.artifacts / runs[name] / "artifacts/images").glob("grid_ref*.png")
         assert sorted(int(image.name.split("+")[2]) for image in images) == [0, 1, 2, 3, 4, 5]
+    curve = [{k: v for k, v in row.items() if k not in ("seconds", "samples_per_s")} for row in losses(folder)]
+    assert [row["epoch"] for row in curve] == ["1", "2", "3", "4", "5"]
+    undisturbed_rows = losses(tmp_path / "runs/whole")
+    assert curve == [{key: row[key] for key in curve[0]} for row in undisturbed_rows]
+    assert load_config(folder / "config.yaml").training.epochs == 5
+    summaries = [line.removeprefix("[Epoch Summary] ") for line in whole.stdout.splitlines() if line.startswith("[")]
+    for line, row in zip(map(json.loads, summaries), undisturbed_rows, strict=True):
+        assert {key: repr(line[key]) for key in row} == row
+    assert log.read_text().count("[Epoch Summary] ") == 3 + 2 + 5
+    assert "resume it with --resume" not in log.read_text()  # refused before
     for shown in (first, more, whole):
         assert "Traceback" not in shown.stdout + shown.stderr
         assert "Warning" not in shown.stdout + shown.stderr
@@ -415,6 +442,7 @@ def test_a_killed_run_is_recorded_once(tmp_path: Path) -> None:
     assert [step for (step,) in steps] == [1, 2, 3, 4, 5, 6]
     images = store.artifacts.rglob("grid_noise*.png")
     assert sorted(int(image.name.split("+")[2]) for image in images) == [0, 1, 2, 3, 4, 5, 6]
+    assert [int(row["epoch"]) for row in losses(tmp_path / "runs/one")] == [1, 2, 3, 4, 5, 6]
 
 
 def test_a_store_that_cannot_be_opened_is_one_error_and_leaves_the_name_free(tmp_path: Path) -> None:

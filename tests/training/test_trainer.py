@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -261,10 +262,37 @@ def test_when_the_ruler_measures(
 
 def test_json_lines(config: Config, bank: Bank, capsys: pytest.CaptureFixture[str]) -> None:
     config = override(config, {"training.log_json": True, "training.log_interval": 2, "training.epochs": 1})
+    before = time.time()
     list(Trainer(config, bank).run())
-    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    *steps, _ = capsys.readouterr().out.splitlines()
+    lines = [json.loads(line) for line in steps]
     assert [(line["epoch"], line["step"]) for line in lines] == [(1, 2), (1, 4)]
     assert set(LOGGED) | {"lambda_ds", "lr_g"} <= set(lines[0])
+    assert before <= lines[0]["time"] <= lines[1]["time"] <= time.time()
+
+
+def test_epoch_summaries(config: Config, bank: Bank, capsys: pytest.CaptureFixture[str]) -> None:
+    """A line an epoch, whatever `log_interval` is: means, settings at its end, and the score where it was measured."""
+    keys = {"training.log_json": True, "training.log_interval": 999, "training.lr_schedule": "linear"}
+    config = override(config, keys | {"training.epochs": 2, "visualization.every_epochs": 0})
+    found = list(Trainer(config, bank, Ruler.build(bank, config)).run())
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2
+    for progress, line in zip(found, lines, strict=True):
+        assert line.startswith("[Epoch Summary] {")
+        values = json.loads(line.removeprefix("[Epoch Summary] "))
+        assert abs(values.pop("time") - time.time()) < 60
+        metrics = progress.metrics
+        assert values.pop("epoch") == progress.epoch
+        assert values.pop("global_step") == progress.step == 4 * progress.epoch
+        assert values.pop("seconds") == metrics["perf/train_s"]
+        assert values.pop("samples_per_s") == metrics["perf/samples_per_s"]
+        assert values.pop("score", None) == metrics.get("eval/score")
+        assert values == {
+            name: metrics[f"train/{name}"] for name in (*LOGGED, "lambda_ds", "lr_g", "lr_d", "lr_mapping")
+        }
+    assert ["score" in line for line in lines] == [False, True]
+    assert found[0].metrics["train/lr_g"] == config.training.lr_g / 2  # of two epochs, one has passed
 
 
 @pytest.mark.parametrize(("style", "expected"), [("percent", True), ("bar", True), ("off", False)])
