@@ -207,7 +207,9 @@ def _codec(translator: Translator, vae: str | None, encodes: bool) -> Codec:
     if encodes:
         named = config.visualization.vae_model_name_or_path
         # A decoder's file cannot encode.
-        return open_vae(DEFAULT_VAE if named is None or is_file(Path(named)) else named, translator.device)
+        if named is None or is_file(Path(named)):
+            return open_vae(DEFAULT_VAE, translator.device)
+        return open_vae(named, translator.device, subfolder=config.visualization.vae_subfolder)
     codec, note = open_codec(config, translator.device)
     if note is not None:
         print(f"note: {note}", file=sys.stderr)

@@ -33,6 +33,13 @@ def is_folder(path: Path) -> bool:
         return False
 
 
+def looked_for(path: Path) -> str:
+    """For the end of a message about something that is not there: what a relative path means; nothing of another."""
+    if path.is_absolute():
+        return ""
+    return f"; looked for {os.path.abspath(path)}, since relative paths start at the folder of the command"
+
+
 def cache_dir() -> Path:
     """Folder of compiled kernels: `RAYSTAR_CACHE_DIR`, else `raystar` in `XDG_CACHE_HOME` or `~/.cache`."""
     if folder := os.environ.get("RAYSTAR_CACHE_DIR"):

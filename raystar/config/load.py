@@ -146,6 +146,8 @@ def check_value(key: str, value: Any, source: str) -> Any:
     spec = key_field(key, source)
     section = key.partition(".")[0]
     hint = HINTS[SECTIONS[section]][spec.name]
+    if key == "visualization.vae_subfolder" and value == "":
+        value = None
     try:
         checked = convert(hint, value)
         check_limits(checked, spec.metadata["limits"])

@@ -149,7 +149,16 @@ class VisualizationConfig:
         "AutoencoderKL or AutoencoderTiny, hub name or folder; or a decoder's .safetensors; null: the built-in decoder",
         result=False,
     )
+    vae_subfolder: str | None = _key(
+        "vae", "where that folder or repository holds the VAE, if not at its top; empty or null: nowhere", result=False
+    )
     suppress_hf_warnings: bool = _key(True, "silence the model libraries while they load", result=False)
+    num_samples: int | None = _key(
+        None, "domains that a grid shows, the first of data.domains; absent: all", at_least=1, result=False
+    )
+    random_noise_seed: int = _key(
+        0, "seed of the noise of a grid's first column; the others' follow", at_least=0, at_most=MAX_WHOLE, result=False
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -31,16 +31,13 @@ _DEFAULTS: dict[str, Any] = {
     "training.seed": 42,
 }
 """Those that differ from raystar's, for files that name none."""
+_DONE_ANYWAY = {"visualization.eval_dir", "visualization.auto_eval_latest"}
 _IDLE = {
-    "training.optim_fused", "visualization.vae_subfolder",
-    "visualization.num_samples", "visualization.random_noise_seed", "visualization.eval_dir",
-    "visualization.auto_eval_latest", "data.image_root", "data.decoded_source_dir", "loss.loss_plot_path",
+    *_DONE_ANYWAY, "training.optim_fused", "data.image_root", "data.decoded_source_dir", "loss.loss_plot_path",
     "loss.loss_plot_interval",
 }  # fmt: skip
 """Keys that change nothing here."""
-_AS_BUILT = {
-    "training.optim_fused", "visualization.vae_subfolder", "visualization.auto_eval_latest",
-}  # fmt: skip
+_AS_BUILT = {"training.optim_fused"}
 """Of these, the ones that need no remark: what they ask for is done."""
 _SECTIONS = {"experiment", "eval"}
 _THEIRS = {
@@ -57,7 +54,10 @@ _THEIRS = {
         "compile_style_encoder", "compile_discriminator", "drop_last", "progress_bar", "progress_style",
         "display_interval", "log_json", "log_interval", "save_interval",
     ),
-    "visualization": ("every_epochs", "vae_model_name_or_path", "suppress_hf_warnings", "save_dir"),
+    "visualization": (
+        "every_epochs", "vae_model_name_or_path", "vae_subfolder", "suppress_hf_warnings", "num_samples",
+        "random_noise_seed", "save_dir",
+    ),
     "data": ("data_root", "eval_data_root", "domains", "preload_to_gpu", "epoch_size"),
     "checkpoint": ("save_dir",),
 }  # fmt: skip
@@ -87,12 +87,11 @@ def translate(mapping: Mapping[Any, Any], source: str, *, whole: bool, quiet: bo
         for name, value in content.items()
     }
     marks = {*_RENAMED, *_IDLE, "model.exp_branch"}
-    if not (marks & flat.keys() or _SECTIONS & mapping.keys()):
+    if not (marks & flat.keys() or _SECTIONS & mapping.keys() or any(map(_is_template, flat.values()))):
         return mapping
     theirs = "training.num_epochs" in flat
     flat = {key: _fill(value, flat, source, key) for key, value in flat.items()}
     networks = _networks(flat, theirs, source)
-    _check_subfolder(flat, source)
     if not quiet:
         _note({key for key in flat if key in _IDLE - _AS_BUILT or key.startswith("eval.")}, source)
     for name, ours in _RENAMED.items():
@@ -113,9 +112,13 @@ def translate(mapping: Mapping[Any, Any], source: str, *, whole: bool, quiet: bo
     return result
 
 
+def _is_template(value: Any) -> bool:
+    return isinstance(value, str) and ("{exp_name}" in value or "{outputs_dir}" in value)
+
+
 def _fill(value: Any, flat: Mapping[str, Any], source: str, key: str) -> Any:
     """A text with its templates filled in: `{exp_name}` and `{outputs_dir}`, which may hold the former."""
-    if not isinstance(value, str) or not ("{exp_name}" in value or "{outputs_dir}" in value):
+    if not _is_template(value):
         return value
     name = flat.get("experiment.name")
     if not isinstance(name, str) or not name:
@@ -150,15 +153,6 @@ def _networks(flat: Mapping[str, Any], theirs: bool, source: str) -> dict[str, A
     if named := sorted(flat.keys() & set(names)):
         raise RaystarError(f"{source}: model.exp_branch and {named[0]} say the same; leave one of them out")
     return dict(zip(names, _BRANCHES[branch], strict=True))
-
-
-def _check_subfolder(flat: Mapping[str, Any], source: str) -> None:
-    subfolder = flat.get("visualization.vae_subfolder")
-    if subfolder not in (None, "", "vae"):
-        raise RaystarError(
-            f"{source}: visualization.vae_subfolder: raystar looks in the VAE's folder and in its vae/, "
-            f"found {show(subfolder)}; name that folder in visualization.vae_model_name_or_path"
-        )
 
 
 def _defaults(kept: Mapping[str, Any]) -> dict[str, Any]:
@@ -216,6 +210,7 @@ def to_theirs(config: Config, source: str) -> dict[str, dict[str, Any]]:
     }  # fmt: skip
     values["loss"]["ds_decay_epochs"] = max(1, round(config.ds_decay))
     values["visualization"]["every_epochs"] = config.grid_every
+    values["visualization"]["num_samples"] = config.visualization.num_samples or config.num_domains
     values["model"]["num_domains"] = config.num_domains
     kept = {section: {key: values[section][key] for key in keys} for section, keys in _THEIRS.items()}
     networks = (model.norm, model.discriminator_norm)
@@ -239,6 +234,12 @@ def is_unmarked(model: ModelConfig) -> bool:
 
 
 def _note(keys: set[str], source: str) -> None:
+    if drawn := sorted(keys & _DONE_ANYWAY):
+        _note_once(
+            f"{source}: {', '.join(drawn)}: the last epoch's grids are drawn as the others are, into the same folder "
+            "(visualization.save_dir)"
+        )
+    keys = keys - _DONE_ANYWAY
     names = sorted({"eval" if key.startswith("eval.") else key for key in keys})
     if names:
         _note_once(f"{source}: {', '.join(names)} ha{'ve' if len(names) > 1 else 's'} no effect here")

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from raystar.base import torch_file as pt
 from raystar.base.errors import RaystarError, nearest
+from raystar.base.files import looked_for
 
 _SUFFIXES = (b".npy", b".pt")
 _DOT = ord(".")
@@ -79,6 +80,7 @@ def _list_files(path: Path, domains: Sequence[str], key: str, held: bool) -> lis
     if not path.is_dir():
         raise RaystarError(
             f"{key}: {path}: expected a folder with one folder per domain ({', '.join(domains)}), found nothing"
+            f"{looked_for(path)}"
         )
     parts = []
     for number, domain in enumerate(domains):

@@ -19,7 +19,7 @@ from torch import Tensor
 from raystar.base.errors import RaystarError
 from raystar.exported import model
 from raystar.exported.picture_translator import PictureTranslator
-from raystar.pictures.autoencoders import DEFAULT_VAE, open_vae
+from raystar.pictures.autoencoders import DEFAULT_VAE, SUBFOLDER, open_vae
 from raystar.pictures.codec import open_codec
 from raystar.pictures.reading import FORMATS, upright
 
@@ -86,9 +86,11 @@ class StyleModel(PythonModel):  # type: ignore[misc]
     def _pictures(self) -> PictureTranslator:
         """For pictures, which a VAE makes latents of."""
         asked = self._asked or os.environ.get(VAE_VARIABLE)
-        name = asked or self.model.config.visualization.vae_model_name_or_path or DEFAULT_VAE
+        shown = self.model.config.visualization
+        name = asked or shown.vae_model_name_or_path or DEFAULT_VAE
+        subfolder = SUBFOLDER if asked or shown.vae_model_name_or_path is None else shown.vae_subfolder
         key = "model_config vae" if self._asked else VAE_VARIABLE
-        return PictureTranslator(self.model, open_vae(name, self.model.device, key=key))
+        return PictureTranslator(self.model, open_vae(name, self.model.device, key, subfolder))
 
     @functools.cached_property
     def _latents(self) -> PictureTranslator:

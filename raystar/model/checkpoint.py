@@ -20,7 +20,7 @@ from torch import Tensor
 
 from raystar.base import torch_file as pt
 from raystar.base.errors import RaystarError, show
-from raystar.base.files import is_file, is_folder
+from raystar.base.files import is_file, is_folder, looked_for
 from raystar.config.load import get_value
 from raystar.config.schema import Config
 from raystar.model import users
@@ -128,7 +128,8 @@ def load(path: str | Path) -> dict[str, Any]:
     """
     path = Path(path)
     if not is_file(path):
-        raise RaystarError(f"{path}: expected a checkpoint, found {'a folder' if is_folder(path) else 'nothing'}")
+        found = "a folder" if is_folder(path) else f"nothing{looked_for(path)}"
+        raise RaystarError(f"{path}: expected a checkpoint, found {found}")
     try:
         checkpoint = pt.read(path)
     except ValueError as error:

@@ -15,7 +15,16 @@ from raystar.base.errors import RaystarError
 from raystar.base.files import is_file
 from raystar.config.schema import Config
 from raystar.pictures import decoder as decoders
-from raystar.pictures.autoencoders import SCALE, VAE_KEY, VaeCodec, check_vae, load_autoencoder, quiet, to_bytes
+from raystar.pictures.autoencoders import (
+    SCALE,
+    VAE_KEY,
+    VaeCodec,
+    check_vae,
+    load_autoencoder,
+    no_folder,
+    quiet,
+    to_bytes,
+)
 from raystar.pictures.decoder import Decoder
 
 BUILT_IN = "raystar"
@@ -90,7 +99,7 @@ def check_codec(config: Config) -> None:
     if is_file(path) or path.suffix == ".safetensors":
         _decoder_file(path)
     else:
-        check_vae(name, VAE_KEY)
+        check_vae(name, VAE_KEY, config.visualization.vae_subfolder)
 
 
 def _decoder_file(path: Path) -> Decoder:
@@ -124,11 +133,12 @@ def open_codec(config: Config, device: torch.device | str = "cpu") -> tuple[Code
         return BuiltInCodec(_decoder_file(path), path.stem, device), None
     with quiet(config.visualization.suppress_hf_warnings):
         try:
-            return VaeCodec(load_autoencoder(name), Path(name).name, torch.device(device)), None
+            model = load_autoencoder(name, config.visualization.vae_subfolder)
+            return VaeCodec(model, path.name, torch.device(device)), None
         except RaystarError:
             raise
         # Everything a hub, a cache and a model file can raise; none of it may cost a trial, only its pictures.
         except (OSError, ValueError, RuntimeError, ImportError, KeyError, TypeError) as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            note = f"{name} cannot be loaded ({reason[:160]}); pictures use the built-in decoder"
+            note = f"{name} cannot be loaded ({reason[:160]}{no_folder(name)}); pictures use the built-in decoder"
             return BuiltInCodec(decoders.load(), BUILT_IN, device), note

@@ -25,14 +25,18 @@ _PITCH = _CELL + _GAP
 
 
 class GridSet(NamedTuple):
-    """What every grid of a dataset shows, the same in every trial and epoch. N domains."""
+    """What every grid of a dataset shows, the same in every trial and epoch.
+
+    N domains: all of them, or the first `visualization.num_samples`.
+    """
 
     sources: Tensor
     """[N,C,H,W] unscaled held-out contents, one a domain."""
     references: Tensor
     """[N,C,H,W] unscaled held-out references, one a domain, other pictures than the sources."""
     noise: Tensor
-    """[N,Z], one noise a target domain: that of seed 0 for the first, 1 for the second, and so on."""
+    """[N,Z], one noise a target domain: that of `visualization.random_noise_seed` for the first, that of the next seed
+    for the second, and so on."""
     source_pictures: NDArray[np.uint8]
     reference_pictures: NDArray[np.uint8]
 
@@ -40,16 +44,17 @@ class GridSet(NamedTuple):
 def choose(bank: Bank, config: Config, codec: Codec) -> GridSet:
     """Picks and decodes the grid's real pictures; held-out ones where there are any."""
     rng = np.random.default_rng(_SEED)
+    shown = config.visualization
+    N = min(len(bank.domains), shown.num_samples or len(bank.domains))
     sources, references = [], []
-    for train, held in zip(bank.train, bank.held, strict=True):
+    for train, held in zip(bank.train[:N], bank.held[:N], strict=True):
         rows = held if len(held) > 1 else train
         picked = rng.permutation(rows)[:2]
         sources.append(picked[0])
         references.append(picked[-1])
     latents = bank.rows(np.array([*sources, *references]))
     pictures = codec.decode(latents)
-    N = len(bank.domains)
-    seeds = torch.cat([noise(seed, config.model.latent_dim) for seed in range(N)])
+    seeds = torch.cat([noise(shown.random_noise_seed + k, config.model.latent_dim) for k in range(N)])
     return GridSet(latents[:N], latents[N:], seeds, pictures[:N], pictures[N:])
 
 
@@ -68,10 +73,10 @@ def draw(nets: Nets, config: Config, chosen: GridSet, codec: Codec) -> dict[str,
         fakes = nets.G(x, styles.repeat_interleave(N, dim=0)).float() / scale
     pictures = codec.decode(fakes)
     cells = pictures.reshape(2, N, N, *pictures.shape[1:]).swapaxes(1, 2)  # [path, source, target, ...]
-    domains = config.data.domains
+    domains, seed = config.data.domains[:N], config.visualization.random_noise_seed
     return {
         "grid_ref": labelled(cells[0], domains, chosen.source_pictures, chosen.reference_pictures, "reference"),
-        "grid_noise": labelled(cells[1], domains, chosen.source_pictures, None, "noise"),
+        "grid_noise": labelled(cells[1], domains, chosen.source_pictures, None, "noise", seed=seed),
     }
 
 
@@ -80,12 +85,12 @@ def interpolation(
 ) -> Image.Image:
     """One source a row, on its way through a domain's styles: from one noise's style code to another's.
 
-    Rows are target domains; their source is the first domain's, the second's in the first row.
+    Rows are target domains; their source is the first domain's, the second's, if it is shown, in the first row.
     """
     device = next(nets.G.parameters()).device
     scale = config.training.latent_scale
     N = len(chosen.sources)
-    of = [1 if target == 0 else 0 for target in range(N)]
+    of = [min(1, N - 1), *[0] * (N - 1)]
     with torch.inference_mode(), autocast(config, device):
         y = torch.arange(N, device=device)
         a, b = (nets.F(noise(seed, config.model.latent_dim).expand(N, -1).to(device), y).float() for seed in seeds)
@@ -100,7 +105,7 @@ def interpolation(
     _centred(write, "source", (_LABEL + _CELL // 2, _LABEL // 2), _CELL, FAINT)
     for column, text in enumerate([f"seed {seeds[0]}", *[""] * (steps - 2), f"seed {seeds[1]}"]):
         _centred(write, text, (left + column * _PITCH + _CELL // 2, _LABEL // 2), _CELL, FAINT)
-    for row, domain in enumerate(config.data.domains):
+    for row, domain in enumerate(config.data.domains[:N]):
         y_at = top + row * _PITCH
         sheet.paste(_sideways(domain, _CELL, _LABEL), (0, y_at))
         sheet.paste(_picture(chosen.source_pictures[of[row]], _CELL), (_LABEL, y_at))
@@ -117,15 +122,17 @@ def labelled(
     columns: NDArray[np.uint8] | None,
     path: str,
     cell: int = _CELL,
+    seed: int = 0,
 ) -> Image.Image:
     """A labelled grid.
 
     Args:
         cells: [N,N,h,w,3], source domains down, target domains across.
         rows: [N,h,w,3] the sources, shown at the left.
-        columns: [N,h,w,3] the references, shown at the top; None for noise, whose seeds stand there: 0, 1, ...
+        columns: [N,h,w,3] the references, shown at the top; None for noise, whose seeds stand there.
         path: `reference` or `noise`, named in the corner.
         cell: pixels of one picture.
+        seed: the first column's; the others' follow.
     """
     N, gap, label, margin = len(domains), _GAP, _LABEL, _MARGIN
     top = label + (cell + margin if columns is not None else label)
@@ -141,7 +148,7 @@ def labelled(
         if columns is not None:
             sheet.paste(_picture(columns[i], cell), (x, label))
         else:
-            _centred(write, f"seed {i}", (x + cell // 2, label + label // 2 - 4), cell, FAINT)
+            _centred(write, f"seed {seed + i}", (x + cell // 2, label + label // 2 - 4), cell, FAINT)
         for j in range(N):
             sheet.paste(_picture(cells[i, j], cell), (left + j * (cell + gap), y))
     # The corner says how to read it; across the rules, real pictures stand outside.

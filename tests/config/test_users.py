@@ -40,7 +40,8 @@ WANTED: dict[str, dict[str, Any]] = {
         "checkpoint.save_dir": "outputs/sn_gn_test_1/ckpt", "visualization.every_epochs": 1,
         "training.progress_style": "percent", "training.progress_bar": True, "model.norm": "adain",
         "model.discriminator_norm": "spectral", "checkpoint.resume_path": "outputs/sn_gn_test_1/ckpt/latest.pt",
-        "training.console_log_path": "outputs/sn_gn_test_1/console.log",
+        "training.console_log_path": "outputs/sn_gn_test_1/console.log", "visualization.num_samples": 5,
+        "visualization.random_noise_seed": 42, "visualization.vae_subfolder": "vae",
     },
     "norms_overfit50": {"training.epochs": 500, "loss.w_id": 10.0, "training.epoch_size": None},
 }  # fmt: skip
@@ -81,9 +82,9 @@ def test_what_has_no_effect_is_said_once(capsys: pytest.CaptureFixture[str]) -> 
     for _ in range(2):
         load_config(FILES / "norms.yaml")
     assert capsys.readouterr().err == (
-        f"note: {FILES / 'norms.yaml'}: data.decoded_source_dir, data.image_root, eval, "
-        "visualization.eval_dir, visualization.num_samples, "
-        "visualization.random_noise_seed have no effect here\n"
+        f"note: {FILES / 'norms.yaml'}: visualization.auto_eval_latest, visualization.eval_dir: the last epoch's grids "
+        "are drawn as the others are, into the same folder (visualization.save_dir)\n"
+        f"note: {FILES / 'norms.yaml'}: data.decoded_source_dir, data.image_root, eval have no effect here\n"
     )
 
 
@@ -111,6 +112,11 @@ def test_what_it_makes_is_raystars_own(tmp_path: Path) -> None:
         ("training: {num_epochs: 7}\nloss: {ds_margin: -1, ds_decay_epochs: 0}", "loss.ds_decay_epochs", 1),
         ("training: {num_epochs: 7}\ndata: {eval_data_root: ''}", "data.eval_data_root", None),
         ("training: {num_epochs: 7, console_log_path: ''}", "training.console_log_path", None),
+        ("training: {num_epochs: 7}", "visualization.random_noise_seed", 0),  # the numbers of grids stay raystar's
+        ("training: {num_epochs: 7}", "visualization.num_samples", None),
+        ("training: {num_epochs: 7}\nvisualization: {vae_subfolder: other}", "visualization.vae_subfolder", "other"),
+        ("training: {num_epochs: 7}\nvisualization: {vae_subfolder: null}", "visualization.vae_subfolder", None),
+        ("visualization: {vae_subfolder: ''}", "visualization.vae_subfolder", None),
         (
             "experiment: {name: a b}\ncheckpoint: {save_dir: '{outputs_dir}/ck'}",
             "checkpoint.save_dir",
@@ -149,7 +155,11 @@ def test_keys_and_defaults(tmp_path: Path, text: str, key: str, value: Any) -> N
         ("model: {exp_branch: AdaGN_no_SN, num_groups: 3}", "model.num_groups 3 does not divide model.base_dim 256"),
         ("training: {num_epochs: 1, epochs: 2}", "training.num_epochs and training.epochs are the same"),
         ("checkpoint: {save_dir: '{outputs_dir}/x'}\nexperiment: {}", "needs experiment.name"),
-        ("visualization: {vae_subfolder: other}", "found 'other'"),
+        ("training: {console_log_path: '{outputs_dir}/console.log'}", "needs experiment.name"),
+        (
+            "training: {num_epochs: 1}\nvisualization: {num_samples: 0}",
+            "visualization.num_samples: expected at least 1",
+        ),
         ("training: {num_epochs: 1, lrg: 3}\nloss: {w_idd: 1}", "unknown keys 'training.lrg'"),
         ("training: {num_epochs: 0}", "training.epochs: expected at least 1"),
     ],

@@ -543,7 +543,7 @@ def test_a_missing_folder_is_answered_with_the_nearest(tmp_path: Path) -> None:
         open_bank(tiny_config(root, ("photo", "cubism")), tmp_path / "cache")
 
 
-def test_an_empty_folder_and_a_missing_root(tmp_path: Path) -> None:
+def test_an_empty_folder_and_a_missing_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = write_latents(tmp_path / "data", AB, count=3)
     (root / "c").mkdir()
     (root / "c" / "notes.txt").write_text("no latents")
@@ -553,6 +553,12 @@ def test_an_empty_folder_and_a_missing_root(tmp_path: Path) -> None:
         open_bank(tiny_config(tmp_path / "nowhere", AB), tmp_path / "cache")
     with pytest.raises(RaystarError, match=r"data\.eval_data_root: .*nowhere"):
         open_bank(tiny_config(root, AB, data__eval_data_root=str(tmp_path / "nowhere")), tmp_path / "cache")
+    meant = rf"found nothing; looked for {re.escape(str(tmp_path.parent / 'gone'))}, since relative paths start at the"
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RaystarError, match=rf"data\.data_root: \.\./gone: expected .* {meant} folder of the command"):
+        open_bank(tiny_config("../gone", AB), tmp_path / "cache")
+    with pytest.raises(RaystarError, match=rf"data\.eval_data_root: \.\./gone: .* {meant}"):
+        open_bank(tiny_config(root, AB, data__eval_data_root="../gone"), tmp_path / "cache")
     (tmp_path / "data.zip").write_bytes(b"PK")
     with pytest.raises(RaystarError, match=r"data\.zip: expected a folder of domains or a packed \.safetensors"):
         open_bank(tiny_config(tmp_path / "data.zip", AB), tmp_path / "cache")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from raystar.base.errors import RaystarError
+from raystar.config.load import load_config, override, to_yaml
 from raystar.exported import model as model_module
 from raystar.exported.model import Translator
 from raystar.exported.picture_translator import PictureTranslator
@@ -238,6 +240,23 @@ def test_a_folder(call: Any, place: Path, pictures: PictureTranslator, capsys: p
     wanted = pictures.translate([noise(1, 80, 64), noise(2, 64, 90)], "monet", seed=2)
     same("out/a.png", wanted[0])
     same("out/deep/b.png", wanted[1])
+
+
+def test_the_vae_of_the_models_configuration(
+    call: Any, place: Path, model: Path, vae: Path, pictures: PictureTranslator, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where its `vae_subfolder` says, unless `--vae` names another."""
+    shutil.copytree(vae, place / "whole/decoding")
+    shutil.copytree(model, place / "model")
+    config = load_config(model / "config.yaml")
+    keys = {"visualization.vae_model_name_or_path": "whole", "visualization.vae_subfolder": "decoding"}
+    (place / "model/config.yaml").write_text(to_yaml(override(config, keys)))
+    assert call(model="model", vae=None, input="in/a.png", out="out.png") == 0
+    same("out.png", pictures.translate([noise(1, 80, 64)], "monet", seed=0)[0])
+    with pytest.raises(
+        RaystarError, match=r"--vae: whole: expected config\.json in it or in its vae/ folder; looked for"
+    ):
+        call(model="model", vae="whole", input="in/a.png", out="again.png")
 
 
 def test_a_reference_and_a_strip(call: Any, place: Path, pictures: PictureTranslator) -> None:

@@ -191,8 +191,10 @@ def test_other_files_are_refused(tmp_path: Path, content: Any, words: str) -> No
     refused(tmp_path / "c.pt", words)
 
 
-def test_missing_files_folders_and_text(tmp_path: Path) -> None:
+def test_missing_files_folders_and_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     refused(tmp_path / "c.pt", "expected a checkpoint, found nothing")
+    monkeypatch.chdir(tmp_path)
+    refused(Path("there/c.pt"), f"found nothing; looked for {tmp_path}/there/c.pt, since relative paths start at the")
     refused(tmp_path, "found a folder")
 
 

@@ -178,6 +178,28 @@ def test_decoding_equals_diffusers_own(
     assert np.abs(wanted.astype(int) - other_scaling).mean() > 2
 
 
+def test_the_subfolder_is_the_configurations(models: Models, tmp_path: Path) -> None:
+    """In the folder itself, else where `vae_subfolder` says; nowhere else where that is empty."""
+    key = "visualization.vae_subfolder"
+    tiny, full = (models[kind][1] for kind in ("AutoencoderTiny", "AutoencoderKL"))
+    whole = tmp_path / "pipeline"
+    shutil.copytree(tiny, whole / "vae")
+    shutil.copytree(full, whole / "parts/decoding")
+
+    def kind(**keys: object) -> str:
+        codec, note = open_codec(config_of(whole, **keys))
+        assert note is None
+        assert isinstance(codec, VaeCodec)
+        return type(codec.model).__name__
+
+    assert kind() == "AutoencoderTiny"
+    assert kind(**{key: "parts/decoding"}) == kind(**{key: "parts/decoding/"}) == "AutoencoderKL"
+    assert f"{whole}: expected config.json in it or in its vea/ folder" in refused(whole, **{key: "vea"})
+    assert refused(whole, **{key: ""}).endswith(f"{whole}: expected config.json in it")
+    shutil.copytree(full, whole, dirs_exist_ok=True)
+    assert kind() == kind(**{key: ""}) == "AutoencoderKL"
+
+
 def test_a_large_batch_is_decoded_in_pieces(models: Models) -> None:
     codec, _ = open_codec(config_of(models["AutoencoderTiny"][1]))
     latents = some_latents(19)
@@ -211,12 +233,12 @@ def test_the_first_load_of_a_process_is_silent(models: Models) -> None:
 # -- what is refused, and what falls back ----------------------------------------------------------
 
 
-def refused(name: str | Path) -> str:
+def refused(name: str | Path, **keys: object) -> str:
     """The message, the same whether the folder is checked beforehand or opened."""
     with pytest.raises(RaystarError) as checked:
-        check_codec(config_of(name))
+        check_codec(config_of(name, **keys))
     with pytest.raises(RaystarError) as opened:
-        open_codec(config_of(name))
+        open_codec(config_of(name, **keys))
     assert str(checked.value) == str(opened.value)
     assert len(str(opened.value).splitlines()) == 1
     return str(opened.value)
@@ -242,6 +264,9 @@ def test_paths_that_are_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     message = refused(name.replace("{tmp}", str(tmp_path)))
     assert "visualization.vae_model_name_or_path" in message
     assert "the folder is not there" in message
+    if name in ("./nowhere", "nowhere", "a/b/c"):
+        where = tmp_path / name
+        assert message.endswith(f"; looked for {where}, since relative paths start at the folder of the command")
 
 
 def assert_fell_back(config: Config, name: str) -> str:
@@ -357,17 +382,81 @@ def test_a_hub_that_does_not_answer_costs_a_bounded_time(
     assert capfd.readouterr().err == ""
 
 
+def cached(hub: Path, folder: Path, subfolder: str) -> Path:
+    """Lays a model into the cache as the hub's client does, under owner/model; returns where its files are."""
+    revision = "0123456789abcdef0123456789abcdef01234567"
+    repository = hub / "models--owner--model"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs/main").write_text(revision)
+    (repository / "blobs").mkdir()
+    place = repository / "snapshots" / revision / subfolder
+    place.mkdir(parents=True)
+    for number, file in enumerate(folder.iterdir()):
+        shutil.copy(file, repository / f"blobs/{number}")
+        (place / file.name).symlink_to(repository / f"blobs/{number}")
+    return place
+
+
+OPEN = """
+import sys, time
+import numpy as np, torch
+import diffusers
+from raystar.config.load import override
+from raystar.config.schema import Config
+from raystar.pictures.codec import open_codec
+names = {"vae_model_name_or_path": "owner/model", "vae_subfolder": sys.argv[1]}
+config = override(Config(), {f"visualization.{key}": value for key, value in names.items()})
+began = time.perf_counter()
+codec, note = open_codec(config)
+print(f"{codec.name}, {note}, {time.perf_counter() - began:.1f}")
+np.save(sys.argv[2], codec.decode(torch.load(sys.argv[3], weights_only=True)))
+"""
+
+
+@pytest.mark.parametrize("weights", ["safetensors", "bin", "none"])
+def test_the_cache_of_a_machine_whose_hub_is_away(models: Models, tmp_path: Path, weights: str) -> None:
+    """Nothing is offline by the environment: the hub's address is a port that nobody listens at. A whole model, of
+    which the VAE alone is in the cache, under the subfolder's name."""
+    model, folder = models["AutoencoderKL"]
+    place = cached(tmp_path / "home/hub", folder, "decoding")
+    if weights != "safetensors":
+        (place / "diffusion_pytorch_model.safetensors").unlink()
+    if weights == "bin":
+        torch.save(model.state_dict(), place / "diffusion_pytorch_model.bin")
+    torch.save(some_latents(2), tmp_path / "latents.pt")
+    with socket.socket() as closed:  # bound, and listening to nobody
+        closed.bind(("127.0.0.1", 0))
+        environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGINGFACE"))}
+        environment |= {
+            "HF_HOME": str(tmp_path / "home"), "HF_ENDPOINT": f"http://127.0.0.1:{closed.getsockname()[1]}",
+        }  # fmt: skip
+        done = subprocess.run(
+            [sys.executable, "-c", OPEN, "decoding", str(tmp_path / "made.npy"), str(tmp_path / "latents.pt")],
+            cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120,
+        )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    found, seconds = done.stdout.rsplit(", ", 1)
+    assert float(seconds) < 10
+    if weights == "none":
+        assert found.startswith(
+            "raystar, owner/model cannot be loaded (not in the cache, and the hub cannot be reached: "
+        )
+        assert f"; there is no folder {ROOT / 'owner/model'} either); pictures use the built-in decoder" in found
+        return
+    assert found == "model, None"
+    with torch.no_grad():
+        wanted = to_bytes(model.decode(some_latents(2)).sample)
+    assert_same_pictures(np.load(tmp_path / "made.npy"), wanted)
+
+
 @pytest.mark.parametrize(("kind", "subfolder"), [("AutoencoderTiny", ""), ("AutoencoderKL", "vae")])
 def test_a_hub_name_in_the_cache_loads_without_a_network(
     models: Models, hub: Path, monkeypatch: pytest.MonkeyPatch, kind: str, subfolder: str
 ) -> None:
     go_offline(monkeypatch)
-    revision = "0123456789abcdef0123456789abcdef01234567"
-    repository = hub / "models--owner--model"
-    (repository / "refs").mkdir(parents=True)
-    (repository / "refs/main").write_text(revision)
     model, folder = models[kind]
-    shutil.copytree(folder, repository / "snapshots" / revision / subfolder)
+    cached(hub, folder, subfolder)
     codec, note = open_codec(config_of("owner/model"))
     assert note is None
     assert codec.name == "model"

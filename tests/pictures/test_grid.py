@@ -173,6 +173,40 @@ def test_the_interpolation_goes_from_one_seed_to_the_other(config: Config, bank:
         assert ways[1] > 0
 
 
+def test_a_number_of_samples_shows_the_first_domains(config: Config, bank: Bank, nets: Nets) -> None:
+    """The same pictures in the same places as in the whole grid, whose corner they are."""
+    whole = drawn(nets, config, grid.choose(bank, config, PreviewCodec()))
+    key = "visualization.num_samples"
+    for asked, N in ((1, 1), (2, 2), (3, 3), (99, 3)):
+        fewer = override(config, {key: asked})
+        chosen = grid.choose(bank, fewer, PreviewCodec())
+        assert len(chosen.sources) == len(chosen.references) == len(chosen.noise) == N
+        images = drawn(nets, fewer, chosen)
+        for name, image in images.items():
+            assert image.size == (LEFT + N * PITCH, TOP[name] + N * PITCH)
+            corner = pixels(whole[name])[: image.height, : image.width]
+            assert np.abs(pixels(image).astype(int) - corner).max() <= 1
+            if N == 3:
+                assert image.tobytes() == whole[name].tobytes()
+        strips = grid.interpolation(nets, fewer, chosen, PreviewCodec(), steps=3)
+        assert strips.size == (LEFT + 3 * PITCH, LABEL + N * PITCH)
+
+
+def test_the_noise_columns_follow_a_seed(config: Config, bank: Bank, nets: Nets) -> None:
+    chosen = grid.choose(bank, config, PreviewCodec())
+    before = drawn(nets, config, chosen)
+    seeded = override(config, {"visualization.random_noise_seed": 42})
+    other = grid.choose(bank, seeded, PreviewCodec())
+    images = drawn(nets, seeded, other)
+    assert images["grid_ref"].tobytes() == before["grid_ref"].tobytes()
+    translator = Translator(copy.deepcopy(nets), config, torch.device("cpu"))
+    for column, domain in enumerate(config.data.domains):
+        alone = PreviewCodec().decode(translator.translate(other.sources[:1], domain, seed=42 + column))[0]
+        assert np.abs(cell(images["grid_noise"], "grid_noise", 0, column).astype(int) - alone).max() <= 1
+    heads = [pixels(image)[LABEL : 2 * LABEL - 4, LEFT:] for image in (before["grid_noise"], images["grid_noise"])]
+    assert (heads[0] != heads[1]).any()  # each column says its seed
+
+
 # -- labels ----------------------------------------------------------------------------------------
 
 
