@@ -13,6 +13,8 @@ from raystar.base.errors import RaystarError, misspelt
 VERBS = {
     "tune": "search hyper-parameters: a sweep of trials, compared and exported",
     "train": "one run of the training that a trial runs",
+    "config": "a configuration as raystar reads it, and where each value comes from",
+    "score": "a checkpoint's score, losses and pictures, without training",
     "encode": "folders of pictures to folders of latents",
     "translate": "pictures through an exported model",
     "export": "a sweep's best model, a trial's or a checkpoint's as plain files",
@@ -38,7 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if verb not in VERBS:
         raise RaystarError(f"unknown command {misspelt(verb, VERBS)}; known: {', '.join(VERBS)}")
     # Only this command's modules: Ray, torch and MLflow take seconds.
-    command: Callable[[list[str]], int] = importlib.import_module(f"raystar.{verb}").main
+    module = "raystar.config.__main__" if verb == "config" else f"raystar.{verb}"  # that name is a room's
+    command: Callable[[list[str]], int] = importlib.import_module(module).main
     return command(rest[:-1])
 
 

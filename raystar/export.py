@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,7 +23,7 @@ from raystar.exported.model import WEIGHTS, Translator, add_onnx, load, write
 from raystar.exported.model_card import versions
 from raystar.model import checkpoint as checkpoints
 from raystar.model.networks import Nets
-from raystar.model.users import config_of
+from raystar.model.users import as_theirs, config_of
 from raystar.tracking.mlflow import address, reader
 
 __all__ = ["Translator", "load", "main"]
@@ -42,9 +43,17 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--tracking-uri", metavar="URI", help="MLflow store (MLFLOW_TRACKING_URI, else mlflow.db below --runs)"
     )
-    parser.add_argument("--out", metavar="DIR", type=Path, required=True, help="a folder that does not exist yet")
+    parser.add_argument("--out", metavar="DIR", type=Path, help="a folder that does not exist yet")
+    parser.add_argument(
+        "--legacy-pt", metavar="FILE", type=Path,
+        help="instead of --out, with --checkpoint: a .pt file (not there yet) for latent_cyclegan to go on from",
+    )  # fmt: skip
     parser.add_argument("--onnx", action="store_true", help="also as ONNX graphs, which need neither torch nor raystar")
     args = parser.parse_args(argv)
+    if (args.out is None) == (args.legacy_pt is None):
+        raise RaystarError("--out: expected a folder for the export, or --legacy-pt and a file, and not both")
+    if args.legacy_pt is not None:
+        return _export_legacy(args)
     if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
         raise RaystarError(f"--out {args.out}: already there; choose a folder that does not exist")
     if args.onnx:
@@ -113,6 +122,20 @@ def _export_checkpoint(path: Path, out: Path, known: Mapping[str, Any]) -> None:
     if "eval/score" in metrics:
         facts |= {"metric": "eval/score", "score": metrics["eval/score"]}
     write(out, checkpoint, {**facts, "versions": versions(), **known}, {})
+
+
+def _export_legacy(args: argparse.Namespace) -> int:
+    if args.checkpoint is None or args.onnx:
+        raise RaystarError("--legacy-pt: goes with --checkpoint alone")
+    if args.legacy_pt.exists():
+        raise RaystarError(f"--legacy-pt {args.legacy_pt}: already there; choose another name")
+    checkpoint = checkpoints.load(args.checkpoint)
+    theirs = as_theirs(checkpoint, str(args.checkpoint))
+    checkpoints.save(args.legacy_pt, theirs, with_digest=False)
+    if "ema" in checkpoint:
+        print("note: training goes on from the weights themselves; their averages are left out", file=sys.stderr)
+    print(f"written to {args.legacy_pt}: epoch {theirs['epoch']}, for latent_cyclegan to go on from")
+    return 0
 
 
 def _is_number(value: Any) -> bool:

@@ -15,12 +15,13 @@ from raystar.base.errors import RaystarError, TrialDiverged, TrialOutOfMemory
 from raystar.base.files import write_whole
 from raystar.base.metrics import measured_by_0_1
 from raystar.base.transcript import Transcript
-from raystar.config.folders import cache_dir, check_name
+from raystar.config.folders import cache_dir, check_name, run_name
 from raystar.config.load import override, request_config, signature, to_yaml
 from raystar.config.schema import Config
 from raystar.data.bank import Bank, open_bank
 from raystar.model import checkpoint as checkpoints
 from raystar.model.device import resolve_device
+from raystar.model.users import config_of
 from raystar.pictures.codec import Codec, check_codec, open_codec
 from raystar.record.statuses import DIVERGED, FAILED, FINISHED, INTERRUPTED
 from raystar.ruler.ruler import NOTHING, TRANSFER, Ruler
@@ -32,6 +33,7 @@ from raystar.tracking.tracker import CHECKPOINT, PARENT, SPOOL, Tracker, provena
 from raystar.training.loss_table import LOSSES, LossTable, epoch_row
 from raystar.training.losses import outlasting
 from raystar.training.resume import initial_state
+from raystar.training.state import TrainState
 from raystar.training.trainer import Progress, Trainer
 
 DEFAULT_CONFIG = "configs/stargan_v2_latent.yaml"
@@ -43,18 +45,31 @@ def parser() -> argparse.ArgumentParser:
         prog="python -m raystar.train",
         description="Trains one configuration, with checkpoints, picture grids, the ruler's score and MLflow.",
     )
-    p.add_argument("--config", metavar="FILE", required=True, help=f"for example {DEFAULT_CONFIG} or configs/demo.yaml")
+    p.add_argument(
+        "--config", metavar="FILE", help=f"for example {DEFAULT_CONFIG} or configs/demo.yaml (the one in --resume FILE)"
+    )
     p.add_argument(
         "--overlay", metavar="FILE", action="append", default=[],
         help="configuration keys that replace those of --config, for example a speed sweep's fastest.yaml; repeatable",
     )  # fmt: skip
-    p.add_argument("--name", metavar="NAME", help="the run's name (the configuration's with the time)")
+    p.add_argument(
+        "--name", metavar="NAME", help="the run's name (experiment.name, else the configuration's with the time)"
+    )
     p.add_argument("--epochs", metavar="N", type=int, help="epochs to train, instead of training.epochs")
     p.add_argument(
         "--set", metavar="KEY=VALUE", action="append", default=[], help="override a configuration key; repeatable"
     )
     p.add_argument("--out", metavar="DIR", type=Path, default=Path("runs"), help="where everything goes (runs)")
-    p.add_argument("--resume", action="store_true", help="resume from the last checkpoint of --name")
+    p.add_argument(
+        "--resume", metavar="FILE", nargs="?", const="",
+        help="resume the run --name from its last checkpoint, or begin one after the checkpoint FILE, raystar's or "
+        "latent_cyclegan's",
+    )  # fmt: skip
+    p.add_argument(
+        "--map-domains", action="store_true",
+        help="a checkpoint has other domains or another order of them: each takes what is there of its name",
+    )  # fmt: skip
+    p.add_argument("--dry-run", action="store_true", help="check everything and say what would be trained")
     p.add_argument(
         "--tracking-uri", metavar="URI", help="MLflow store ($MLFLOW_TRACKING_URI, else a SQLite file in --out)"
     )
@@ -69,9 +84,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _train(args: argparse.Namespace, transcript: Transcript) -> int:
-    config = request_config(args.config, args.overlay, args.set)
-    if args.epochs is not None:
-        config = override(config, {"training.epochs": args.epochs}, "--epochs")
+    config = _config(args)
     name, folder, begun = _place(args, config)
     transcript.write_to(config.training.console_log_path, "training.console_log_path")
     uri = args.tracking_uri or default_uri(args.out)
@@ -85,6 +98,8 @@ def _train(args: argparse.Namespace, transcript: Transcript) -> int:
         print(f"note: {note}", file=sys.stderr)
     checkpoint, source = checkpoints.load_latest(begun) if begun else (None, folder)
     state = initial_state(config, device)
+    if args.dry_run:
+        return _dry_run(config, bank, name, folder, state, checkpoint, str(source))
     folder.mkdir(parents=True, exist_ok=True)
     print(
         f"run {name}: {config.training.epochs} epochs on {device}, {len(bank.domains)} domains, "
@@ -117,27 +132,90 @@ def _train(args: argparse.Namespace, transcript: Transcript) -> int:
     return _run(trainer, tracker, config, folder)
 
 
+def _config(args: argparse.Namespace) -> Config:
+    base = None
+    if args.config is None:
+        if not args.resume:
+            raise RaystarError(f"--config: expected a file, for example {DEFAULT_CONFIG}, or --resume and a checkpoint")
+        base = config_of(checkpoints.load(args.resume), args.resume)
+    config = request_config(args.config, args.overlay, args.set, base=base)
+    if args.epochs is not None:
+        config = override(config, {"training.epochs": args.epochs}, "--epochs")
+    return override(config, {"checkpoint.map_domains": True}) if args.map_domains else config
+
+
 def _place(args: argparse.Namespace, config: Config) -> tuple[str, Path, list[Path]]:
     """The run's name, its folder, and the checkpoints from which it is resumed, newest first.
 
     Raises:
         RaystarError: there is a run already, or none, and the opposite was asked for.
     """
-    if args.resume and args.name is None:
-        raise RaystarError("--resume: name the run to resume with --name")
-    name = args.name if args.name is not None else f"{Path(args.config).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+    named = args.name or (run_name(config.experiment.name) if config.experiment.name else None)
+    if args.resume == "" and named is None:
+        raise RaystarError("--resume: name the run to resume with --name, or the checkpoint to begin after")
+    name = named or f"{Path(args.config or args.resume).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
     check_name(name)
-    folder = Path(config.checkpoint.save_dir) if config.checkpoint.save_dir else args.out / name
+    folder = _folder(args, config, name)
     saved, latest = sorted(folder.glob("epoch_*.pt"), reverse=True), folder / "latest.pt"
     begun = [latest, *saved] if saved or latest.exists() else []
+    file = args.resume or None
+    if args.resume is None and config.checkpoint.resume_path is not None:
+        path = Path(config.checkpoint.resume_path).expanduser()
+        if path.exists():
+            print(f"resuming after {path}, as checkpoint.resume_path says")
+            file = str(path)
+        else:
+            print(f"note: checkpoint.resume_path: {path} is not there; the run begins from its start", file=sys.stderr)
+    if file is not None:
+        return name, folder, _begun_by(Path(file).expanduser(), folder, begun)
     # Stopped before its first checkpoint, a run begins anew, but in the same record.
     if begun or (folder / SPOOL).exists():
-        if not args.resume:
+        if args.resume is None:
             held = "checkpoints" if begun else "the record of a run"
             raise RaystarError(f"{folder} holds {held} already; resume it with --resume, or choose another name")
-    elif args.resume:
+    elif args.resume is not None:
         raise RaystarError(f"--resume: {folder} holds no checkpoint (latest.pt)")
     return name, folder, begun
+
+
+def _folder(args: argparse.Namespace, config: Config, name: str) -> Path:
+    """Where the run's files go: as the configuration says, unless `--name` names another run."""
+    if config.checkpoint.save_dir is not None:
+        return Path(config.checkpoint.save_dir).expanduser()
+    if config.experiment.name is not None and args.name is None:
+        return Path(config.experiment.outputs_dir or f"outputs/{config.experiment.name}").expanduser()
+    return Path(args.out) / name
+
+
+def _begun_by(file: Path, folder: Path, begun: list[Path]) -> list[Path]:
+    """The checkpoints of a run that begins after `file`, newest first.
+
+    Raises:
+        RaystarError: the run's folder holds others, which would be overwritten.
+    """
+    if not begun:
+        return [file]
+    newest = {path.resolve() for path in begun[:2]}  # latest.pt and the last of an epoch
+    if file.resolve() not in newest:
+        raise RaystarError(
+            f"--resume {file}: {folder} holds checkpoints already, which would be overwritten; continue them with "
+            "--resume and no file, or choose another --name (and checkpoint.save_dir, where the configuration has one)"
+        )
+    return [file, *(path for path in begun if path.resolve() != file.resolve())]
+
+
+def _dry_run(
+    config: Config, bank: Bank, name: str, folder: Path, state: TrainState, checkpoint: Any, source: str
+) -> int:
+    trainer = Trainer(config, bank, state=state, checkpoint=checkpoint, source=source)
+    begin = f"after epoch {trainer.first_epoch - 1} of {source}" if checkpoint is not None else "from its start"
+    train, held = (sum(map(len, rows)) for rows in (bank.train, bank.held))
+    print(
+        f"run {name}: {config.training.epochs} epochs of {trainer.data.steps} steps on {trainer.device}, {begin}; "
+        f"{len(bank.domains)} domains, {train} latents to train on, {held} held out; checkpoints in {folder}"
+    )
+    print("dry run: nothing was written")
+    return 0
 
 
 def _codec(config: Config, device: Any) -> Codec:

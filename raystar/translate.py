@@ -43,7 +43,13 @@ def parser() -> argparse.ArgumentParser:
         description="Translates a picture, or a folder of them, with an exported model. Results keep their picture's "
         "size, proportions and transparency. Latents (.npy, .pt) are translated as well.",
     )
-    p.add_argument("--model", metavar="DIR", type=Path, required=True, help="an export, for example runs/NAME/best")
+    p.add_argument(
+        "--model",
+        metavar="PATH",
+        type=Path,
+        required=True,
+        help="an export, for example runs/NAME/best, or a .pt checkpoint",
+    )
     p.add_argument("--input", metavar="PATH", type=Path, required=True, help="a picture or a folder, at any depth")
     p.add_argument("--domain", metavar="NAME", required=True, help="one of the model's")
     p.add_argument("--reference", metavar="FILE", type=Path, help="a picture of that domain, whose style is taken")

@@ -17,6 +17,11 @@ def cache_dir(config: Config, out: Path) -> Path:
     return Path(config.data.cache_dir).expanduser() if config.data.cache_dir else (out / "cache").resolve()
 
 
+def run_name(text: str) -> str:
+    """A run's name from `experiment.name`, which may be any text."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", text)[:64]
+
+
 def check_name(name: str, flag: str = "--name") -> None:
     """Raises `RaystarError` for a name that is no plain file name, or one that raystar itself uses."""
     if not _NAME.fullmatch(name) or set(name) == {"."}:

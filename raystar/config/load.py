@@ -30,21 +30,59 @@ from raystar.config.users import translate
 _LISTED = 1500  # characters of unknown names of a kind in one message
 
 
-def load_config(path: str | Path, base: Config | None = None) -> Config:
+Origins = dict[str, str]
+"""By dotted key, where its value comes from, in words; a key that is not among them has raystar's default."""
+
+
+def load_config(path: str | Path, base: Config | None = None, origins: Origins | None = None) -> Config:
     """Reads a configuration file; keys that it leaves out keep those of `base`, by default the defaults.
+
+    Args:
+        origins: takes where each key's value comes from.
 
     Raises:
         RaystarError: file, dotted key, what was found, what was expected and the nearest known key.
     """
-    return from_mapping(translate(read_mapping(path), str(path), whole=base is None), str(path), base)
+    mapping = translate(read_mapping(path), str(path), whole=base is None, origins=origins)
+    return from_mapping(mapping, str(path), base)
 
 
-def request_config(path: str | Path, overlays: Sequence[str], assignments: Sequence[str]) -> Config:
-    """A command line's configuration: `--config`, then each `--overlay` file, then each `--set key=value`."""
-    config = load_config(find_shipped(path))
+def request_config(
+    path: str | Path | None,
+    overlays: Sequence[str],
+    assignments: Sequence[str],
+    *,
+    base: Config | None = None,
+    origins: Origins | None = None,
+) -> Config:
+    """A command line's configuration: `--config`, then each `--overlay` file, then each `--set key=value`.
+
+    Args:
+        path: `--config`; None for `base`.
+        base: the configuration inside of a checkpoint, where no file is named.
+        origins: takes where each key's value comes from.
+    """
+    config = load_config(find_shipped(path), origins=origins) if path is not None else base or Config()
     for overlay in overlays:
-        config = load_config(find_shipped(overlay), config)
-    return override(config, dict(parse_assignment(text) for text in assignments), "--set")
+        told: Origins = {}
+        config = load_config(find_shipped(overlay), config, told)
+        if origins is not None:
+            origins |= {key: str(overlay) for key in told}
+    assigned = dict(parse_assignment(text) for text in assignments)
+    if origins is not None:
+        origins |= dict.fromkeys(assigned, "--set")
+    return assign(config, assigned, "--set")
+
+
+def assign(config: Config, values: Mapping[str, Any], source: str) -> Config:
+    """`config` with dotted keys replaced, which may be spelt as that trainer's files spell them; see `override`."""
+    sections: dict[str, dict[str, Any]] = {}
+    for key, value in values.items():
+        section, dot, name = key.partition(".")
+        if not dot:
+            return override(config, values, source)  # which refuses it
+        sections.setdefault(section, {})[name] = value
+    return from_mapping(translate(sections, source, whole=False), source, config)
 
 
 def from_mapping(mapping: Mapping[Any, Any], source: str, base: Config | None = None) -> Config:

@@ -28,6 +28,16 @@ def _key(
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ExperimentConfig:
+    """Names of a single run (`raystar.train`); a sweep's trials have their own."""
+
+    name: str | None = _key(None, "the run's name; by default the configuration's with the time", result=False)
+    outputs_dir: str | None = _key(
+        None, "the run's folder; absent: outputs/<name> where experiment.name is set, else <out>/<name>", result=False
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig:
     """Sizes of the four networks (docs/networks.md)."""
 
@@ -218,6 +228,7 @@ class RulerConfig:
 class Config:
     """The whole configuration. Read it by attribute: `config.loss.w_cyc`."""
 
+    experiment: ExperimentConfig = field(default_factory=ExperimentConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
@@ -251,6 +262,7 @@ class Config:
 
 
 SECTIONS: dict[str, type] = {
+    "experiment": ExperimentConfig,
     "model": ModelConfig,
     "loss": LossConfig,
     "training": TrainingConfig,

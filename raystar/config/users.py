@@ -8,7 +8,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
+from pathlib import Path
 from typing import Any
 
 from raystar.base.errors import RaystarError, key_text, show
@@ -16,6 +17,8 @@ from raystar.config.schema import Config, ModelConfig
 
 logger = logging.getLogger(__name__)
 
+FILE, THEIR_DEFAULT = "file", "latent_cyclegan's default"
+"""Where a key's value comes from."""
 _RENAMED = {
     "training.num_epochs": "training.epochs",
     "training.allow_tf32": "training.tf32",
@@ -39,7 +42,7 @@ _IDLE = {
 """Keys that change nothing here."""
 _AS_BUILT = {"training.optim_fused"}
 """Of these, the ones that need no remark: what they ask for is done."""
-_SECTIONS = {"experiment", "eval"}
+_SECTIONS = {"eval"}
 _THEIRS = {
     "model": (
         "latent_channels", "style_dim", "base_dim", "num_domains", "n_res_blocks", "d_layers", "latent_dim",
@@ -54,12 +57,13 @@ _THEIRS = {
         "compile_style_encoder", "compile_discriminator", "drop_last", "progress_bar", "progress_style",
         "display_interval", "log_json", "log_interval", "save_interval",
     ),
+    "experiment": ("name", "outputs_dir"),
     "visualization": (
         "every_epochs", "vae_model_name_or_path", "vae_subfolder", "suppress_hf_warnings", "num_samples",
         "random_noise_seed", "save_dir",
     ),
     "data": ("data_root", "eval_data_root", "domains", "preload_to_gpu", "epoch_size"),
-    "checkpoint": ("save_dir",),
+    "checkpoint": ("save_dir", "resume_path"),
 }  # fmt: skip
 """The keys of that trainer's files that raystar has a value for."""
 _BRANCHES = {
@@ -70,12 +74,20 @@ _BRANCHES = {
 """`model.norm` and `model.discriminator_norm` of each `model.exp_branch`."""
 
 
-def translate(mapping: Mapping[Any, Any], source: str, *, whole: bool, quiet: bool = False) -> Mapping[Any, Any]:
+def translate(
+    mapping: Mapping[Any, Any],
+    source: str,
+    *,
+    whole: bool,
+    quiet: bool = False,
+    origins: MutableMapping[str, str] | None = None,
+) -> Mapping[Any, Any]:
     """A file's content with raystar's keys, values and defaults; as it is where nothing in it is of that trainer.
 
     Args:
         whole: whether the file is the whole configuration, so that what it leaves out has a default.
         quiet: say nothing of keys that have no effect.
+        origins: takes for each of raystar's keys where its value comes from, in words.
 
     Raises:
         RaystarError: it asks for what raystar does not build, or says one thing under two names.
@@ -86,8 +98,11 @@ def translate(mapping: Mapping[Any, Any], source: str, *, whole: bool, quiet: bo
         if isinstance(content, Mapping)
         for name, value in content.items()
     }
+    sources: MutableMapping[str, str] = {} if origins is None else origins
     marks = {*_RENAMED, *_IDLE, "model.exp_branch"}
-    if not (marks & flat.keys() or _SECTIONS & mapping.keys() or any(map(_is_template, flat.values()))):
+    templates = any(_is_template(value) for value in flat.values())
+    if not (marks & flat.keys() or _SECTIONS & mapping.keys() or templates):
+        sources.update(dict.fromkeys(flat, FILE))
         return mapping
     theirs = "training.num_epochs" in flat
     flat = {key: _fill(value, flat, source, key) for key, value in flat.items()}
@@ -102,14 +117,36 @@ def translate(mapping: Mapping[Any, Any], source: str, *, whole: bool, quiet: bo
         for key, value in flat.items()
         if key not in _IDLE and key != "model.exp_branch" and key.partition(".")[0] not in _SECTIONS
     }
+    sources.update(dict.fromkeys(kept, FILE))
+    sources.update({_RENAMED[key]: f"{FILE} ({key})" for key in flat if key in _RENAMED})
+    told = "model.exp_branch" if "model.exp_branch" in flat else "model.num_groups without exp_branch"
+    sources.update(dict.fromkeys(networks, f"{FILE} ({told})"))
     kept |= networks
     if theirs and whole:
-        kept |= {key: value for key, value in _defaults(kept).items() if key not in kept}
+        defaults = {key: value for key, value in _defaults(kept).items() if key not in kept}
+        sources.update(dict.fromkeys(defaults, THEIR_DEFAULT))
+        kept |= defaults
     result: dict[Any, Any] = {s: c for s, c in mapping.items() if not isinstance(c, Mapping) and s not in _SECTIONS}
-    for key, value in (_values(kept) if theirs else kept).items():
+    values = _values(kept) if theirs else kept
+    if theirs:
+        _settle_eval_root(values, source, quiet)
+    for key, value in values.items():
         section, _, name = key.partition(".")
         result.setdefault(section, {})[name] = value
     return result
+
+
+def _settle_eval_root(values: dict[str, Any], source: str, quiet: bool) -> None:
+    """Held-out latents that are not there cost a remark, not the run: a share of the others takes their place."""
+    root = values.get("data.eval_data_root")
+    if not isinstance(root, str) or (path := Path(root).expanduser()).exists():
+        return
+    values["data.eval_data_root"] = None
+    if not quiet:
+        _note_once(
+            f"{source}: data.eval_data_root: {root} is not there (looked for {path.absolute()}): held out is a share "
+            "of data.data_root's latents instead (data.holdout)"
+        )
 
 
 def _is_template(value: Any) -> bool:
@@ -181,6 +218,7 @@ def _values(kept: Mapping[str, Any]) -> dict[str, Any]:
     for key in (
         "data.eval_data_root", "checkpoint.save_dir", "checkpoint.resume_path", "visualization.save_dir",
         "training.console_log_path",
+        "experiment.name", "experiment.outputs_dir",
     ):  # fmt: skip
         if values.get(key) == "":
             values[key] = None

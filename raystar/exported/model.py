@@ -92,18 +92,20 @@ def _check_latents(latents: Tensor, channels: int, name: str) -> None:
 
 
 def load(folder: str | Path, device: torch.device | str | None = None) -> Translator:
-    """Opens an export.
+    """Opens an export, or a checkpoint with its configuration inside.
 
     Args:
-        folder: what `write` or the command line wrote, for example `runs/<name>/best`.
+        folder: what `write` or the command line wrote, for example `runs/<name>/best`; or a checkpoint's `.pt` file.
         device: a GPU if there is one by default.
 
     Raises:
         RaystarError: a file is missing, damaged or does not fit the others.
     """
     folder = Path(folder)
+    if is_file(folder):
+        return _of_checkpoint(folder, device)
     if not is_file(folder / WEIGHTS):
-        raise RaystarError(f"{folder}: expected an exported model ({WEIGHTS}), found none")
+        raise RaystarError(f"{folder}: expected an exported model ({WEIGHTS}) or a checkpoint (.pt), found none")
     config = load_config(folder / CONFIG)
     try:
         tensors = load_file(folder / WEIGHTS)
@@ -115,6 +117,13 @@ def load(folder: str | Path, device: torch.device | str | None = None) -> Transl
         net, _, parameter = key.partition(".")
         states.setdefault(net, {})[parameter] = value
     nets = Nets.of(config.model, config.num_domains, states, str(folder / WEIGHTS))
+    return Translator(nets, config, torch.device(device) if device is not None else _default_device())
+
+
+def _of_checkpoint(path: Path, device: torch.device | str | None) -> Translator:
+    checkpoint = checkpoints.load(path)
+    config = config_of(checkpoint, str(path))
+    nets = Nets.of(config.model, config.num_domains, checkpoints.shown_weights(checkpoint), str(path))
     return Translator(nets, config, torch.device(device) if device is not None else _default_device())
 
 

@@ -72,19 +72,19 @@ def _shown(value: Any) -> str:
     return show(value).lower() if isinstance(value, bool) else str(value)
 
 
-def save(path: str | Path, checkpoint: Mapping[str, Any]) -> None:
+def save(path: str | Path, checkpoint: Mapping[str, Any], *, with_digest: bool = True) -> None:
     """Writes `checkpoint` to a temporary name, flushes it to the disk and renames it, with a digest inside."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        write(temporary, checkpoint)
+        write(temporary, checkpoint, with_digest=with_digest)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def write(path: Path, checkpoint: Mapping[str, Any]) -> None:
+def write(path: Path, checkpoint: Mapping[str, Any], *, with_digest: bool = True) -> None:
     """Writes `checkpoint` with a digest inside and flushes it to the disk; whoever calls it gives it its name.
 
     Raises:
@@ -93,7 +93,8 @@ def write(path: Path, checkpoint: Mapping[str, Any]) -> None:
     with path.open("wb") as file:
         kept = _Reasons(file)
         try:
-            torch.save({**checkpoint, "digest": digest(checkpoint)}, kept)  # type: ignore[arg-type]
+            extra = {"digest": digest(checkpoint)} if with_digest else {}
+            torch.save({**checkpoint, **extra}, kept)  # type: ignore[arg-type]
         except RuntimeError:  # torch's writer hides the reason behind its own
             if kept.reason is not None:
                 raise kept.reason from None

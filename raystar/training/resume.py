@@ -105,9 +105,7 @@ def restore(state: TrainState, checkpoint: Mapping[str, Any], source: str) -> in
 def initial_state(
     config: Config, device: torch.device | str, group: Group = ALONE, *, init_from: Path | None = None
 ) -> TrainState:
-    """Fresh networks, or those of `checkpoint.init_from`.
-
-    With `checkpoint.map_domains` each domain takes what the file has of its name; one that it has not starts fresh.
+    """Fresh networks, or those of `checkpoint.init_from`, without their averages.
 
     Args:
         init_from: where the file lies on this machine, if not where the configuration says.
@@ -115,19 +113,34 @@ def initial_state(
     Raises:
         RaystarError: the file cannot be read, or does not fit the configuration.
     """
-    state = TrainState.create(config, device, group)
     if config.checkpoint.init_from is None:
-        return state
-    path = init_from or Path(config.checkpoint.init_from).expanduser()
-    checkpoint, source = checkpoints.load(path), config.checkpoint.init_from
+        return TrainState.create(config, device, group)
+    checkpoint = checkpoints.load(init_from or Path(config.checkpoint.init_from).expanduser())
+    weights = networks_of(checkpoint, NAMES)
+    return state_of(config, device, {**checkpoint, "ema": weights}, config.checkpoint.init_from, group)
+
+
+def state_of(
+    config: Config, device: torch.device | str, checkpoint: Mapping[str, Any], source: str, group: Group = ALONE
+) -> TrainState:
+    """The networks of a checkpoint, and their averages where the configuration wants any, with fresh optimisers.
+
+    With `checkpoint.map_domains` each domain takes what the file has of its name; one that it has not starts fresh.
+
+    Raises:
+        RaystarError: the networks do not fit the configuration.
+    """
     check_function(checkpoint, config, source)
-    networks = networks_of(checkpoint, NAMES)
+    state = TrainState.create(config, device, group)
+    networks, averages = networks_of(checkpoint, NAMES), checkpoint.get("ema")
     there, here = _other_domains(checkpoint, config)
     if there:
-        networks = mapped_weights(networks, there, here, state.nets.state_dict())
+        fresh = state.nets.state_dict()
+        networks = mapped_weights(networks, there, here, fresh)
+        averages = averages and mapped_weights(networks_of(averages, AVERAGED), there, here, fresh)
         if missing := [domain for domain in here if domain not in there]:
             logger.warning(f"{source}: has no domain {' or '.join(missing)}; what is theirs alone starts fresh")
-    state.load_networks(networks, source)
+    state.load_networks(networks, source, averages)
     return state
 
 

@@ -76,56 +76,83 @@ def _translations(state: TrainState, batch: Batch) -> _Shared:
     return _Shared(content, x_ref, y_trg, s_ref, s_src, s_noise, fakes)
 
 
+def losses_of(state: TrainState, batch: Batch, *, epoch: int) -> dict[str, Tensor]:
+    """The losses `LOGGED` of a batch, 0-d, of networks that stay as they are.
+
+    `r1` is that of this batch, and `d_loss` is without it: in training it is computed every `r1_interval` steps alone.
+    """
+    with torch.no_grad():
+        shared = _translations(state, batch)
+        d_loss = _d_hinge(state, shared)
+        g_losses = _g_losses(state, shared, epoch)
+    values = {"d_loss": d_loss, **g_losses, "r1": _r1(state, shared)}
+    return {name: values[name].detach() for name in LOGGED}
+
+
 def _update_d(state: TrainState, shared: _Shared, step: int) -> tuple[Tensor, Tensor]:
-    """Hinge loss of both paths against one pass over the real latents, R1 every `r1_interval` steps; both, 0-d."""
-    weights, D = state.config.loss, state.call("D")
-    fake, B = shared.fake, len(shared.content)
+    """One step of D; its loss, which includes R1 every `r1_interval` steps, and R1, both 0-d."""
+    weights = state.config.loss
     state.nets.D.iterate()
+    d_loss = _d_hinge(state, shared)
+    r1 = d_loss.new_zeros(())
+    if step % weights.r1_interval == 0:
+        r1 = _r1(state, shared)
+        d_loss = d_loss + (weights.w_r1 * weights.r1_interval) * r1
+    _update(state, state.opt_d, d_loss, len(shared.content))
+    return d_loss, r1
+
+
+def _d_hinge(state: TrainState, shared: _Shared) -> Tensor:
+    """Hinge loss of both paths against one pass over the real latents, 0-d."""
+    fake, B, D = shared.fake, len(shared.content), state.call("D")
     with autocast(state.config, state.device):
         logits = D(torch.cat([shared.x_ref.to(fake.dtype), fake.detach()]), shared.y_trg.repeat(3))
     real_logits, fake_logits = logits.split([B, 2 * B])
     # Both paths have B fakes, so the mean over all 2B is the mean of the two paths' losses.
-    d_loss = losses.d_hinge_loss(real_logits, fake_logits)
-    r1 = d_loss.new_zeros(())
-    if step % weights.r1_interval == 0:
-        # Second derivatives: the original network (compiled ones cannot), in float32 even under autocast.
-        x_real = shared.x_ref.detach().requires_grad_(True)
-        with torch.autocast(state.device.type, enabled=False):
-            r1 = losses.r1_penalty(state.nets.D(x_real, shared.y_trg), x_real)
-        d_loss = d_loss + (weights.w_r1 * weights.r1_interval) * r1
-    _update(state, state.opt_d, d_loss, B)
-    return d_loss, r1
+    return losses.d_hinge_loss(real_logits, fake_logits)
+
+
+def _r1(state: TrainState, shared: _Shared) -> Tensor:
+    # Second derivatives: the original network (compiled ones cannot), in float32 even under autocast.
+    x_real = shared.x_ref.detach().requires_grad_(True)
+    with torch.autocast(state.device.type, enabled=False):
+        return losses.r1_penalty(state.nets.D(x_real, shared.y_trg), x_real)
 
 
 def _update_g(state: TrainState, shared: _Shared, epoch: int) -> dict[str, Tensor]:
-    """G, E and F, with D as it is now; the losses by name, 0-d."""
-    weights = state.config.loss
-    G, E, D = (state.call(name) for name in ("G", "E", "D"))
-    content, y_trg, s_ref, fake, B = shared.content, shared.y_trg, shared.s_ref, shared.fake, len(shared.content)
-    fake_1, fake_2 = shared.fakes[2 * B : 4 * B].split(B)
+    """One step of G, E and F, with D as it is now; their losses by name, 0-d."""
     # D is frozen: its gradients here would be computed for nothing.
     state.nets.D.requires_grad_(False)
     state.nets.D.iterate()
     try:
-        with autocast(state.config, state.device):
-            fake_logits = D(fake, y_trg.repeat(2))
-            s_hat = E(fake, y_trg.repeat(2))
-            rec = G(fake, shared.s_src.repeat(2, 1))  # [2B,C,H,W]
-        # Means over 2B stand for both paths; docs/losses.md adds the paths, hence the factor 2.
-        adv = 2 * losses.g_adversarial_loss(fake_logits)
-        sty = 2 * losses.style_reconstruction_loss(s_hat, torch.cat([s_ref, shared.s_noise[:B].to(s_ref.dtype)]))
-        cyc = 2 * losses.cycle_consistency_loss(rec, content.repeat(2, 1, 1, 1))
-        whole = partial(state.group.mean, rows=B) if state.group.size > 1 else None
-        ds = losses.diversity_sensitive_loss(fake_1, fake_2, weights.ds_margin, whole)
-        w_ds = losses.lambda_ds(epoch, weights.w_ds, state.config.ds_decay)
-        g_loss = weights.w_adv * adv + weights.w_sty * sty + weights.w_cyc * cyc - w_ds * ds
-        identity = g_loss.new_zeros(())
-        if weights.w_id > 0:
-            identity = losses.cycle_consistency_loss(shared.fakes[4 * B :], content)
-            g_loss = g_loss + weights.w_id * identity
-        _update(state, state.opt_g, g_loss, B)
+        g_losses = _g_losses(state, shared, epoch)
+        _update(state, state.opt_g, g_losses["g_loss"], len(shared.content))
     finally:
         state.nets.D.requires_grad_(True)
+    return g_losses
+
+
+def _g_losses(state: TrainState, shared: _Shared, epoch: int) -> dict[str, Tensor]:
+    weights = state.config.loss
+    G, E, D = (state.call(name) for name in ("G", "E", "D"))
+    content, y_trg, s_ref, fake, B = shared.content, shared.y_trg, shared.s_ref, shared.fake, len(shared.content)
+    fake_1, fake_2 = shared.fakes[2 * B : 4 * B].split(B)
+    with autocast(state.config, state.device):
+        fake_logits = D(fake, y_trg.repeat(2))
+        s_hat = E(fake, y_trg.repeat(2))
+        rec = G(fake, shared.s_src.repeat(2, 1))  # [2B,C,H,W]
+    # Means over 2B stand for both paths; docs/losses.md adds the paths, hence the factor 2.
+    adv = 2 * losses.g_adversarial_loss(fake_logits)
+    sty = 2 * losses.style_reconstruction_loss(s_hat, torch.cat([s_ref, shared.s_noise[:B].to(s_ref.dtype)]))
+    cyc = 2 * losses.cycle_consistency_loss(rec, content.repeat(2, 1, 1, 1))
+    whole = partial(state.group.mean, rows=B) if state.group.size > 1 else None
+    ds = losses.diversity_sensitive_loss(fake_1, fake_2, weights.ds_margin, whole)
+    w_ds = losses.lambda_ds(epoch, weights.w_ds, state.config.ds_decay)
+    g_loss = weights.w_adv * adv + weights.w_sty * sty + weights.w_cyc * cyc - w_ds * ds
+    identity = g_loss.new_zeros(())
+    if weights.w_id > 0:
+        identity = losses.cycle_consistency_loss(shared.fakes[4 * B :], content)
+        g_loss = g_loss + weights.w_id * identity
     return {"g_loss": g_loss, "g_adv": adv, "sty": sty, "ds": ds, "cyc": cyc, "id": identity}
 
 

@@ -1,4 +1,4 @@
-"""What `model.residual`, `discriminator_dim` and the norms make of networks, and everything that networks go through."""
+"""What `model.residual`, `discriminator_dim` and norms make of networks, and everything that networks go through."""
 
 from __future__ import annotations
 
