@@ -32,8 +32,7 @@ from raystar.tracking.stores import check_uri, open_tracker
 from raystar.tracking.tracker import CHECKPOINT, PARENT, SPOOL, Tracker, provenance
 from raystar.training.loss_table import LOSSES, LossTable, epoch_row
 from raystar.training.losses import outlasting
-from raystar.training.resume import initial_state
-from raystar.training.state import TrainState
+from raystar.training.resume import initial_state, restore
 from raystar.training.trainer import Progress, Trainer
 
 DEFAULT_CONFIG = "configs/stargan_v2_latent.yaml"
@@ -86,7 +85,8 @@ def main(argv: list[str] | None = None) -> int:
 def _train(args: argparse.Namespace, transcript: Transcript) -> int:
     config = _config(args)
     name, folder, begun = _place(args, config)
-    transcript.write_to(config.training.console_log_path, "training.console_log_path")
+    if not args.dry_run:
+        transcript.write_to(config.training.console_log_path, "training.console_log_path")
     uri = args.tracking_uri or default_uri(args.out)
     check_uri(uri)
     check_codec(config)
@@ -97,9 +97,11 @@ def _train(args: argparse.Namespace, transcript: Transcript) -> int:
     if note := outlasting(config):
         print(f"note: {note}", file=sys.stderr)
     checkpoint, source = checkpoints.load_latest(begun) if begun else (None, folder)
-    state = initial_state(config, device)
+    state, first_epoch = initial_state(config, device), 1
+    if checkpoint is not None:  # before anything is written: it may not fit
+        first_epoch = restore(state, checkpoint, str(source)) + 1
     if args.dry_run:
-        return _dry_run(config, bank, name, folder, state, checkpoint, str(source))
+        return _dry_run(Trainer(config, bank, state=state, first_epoch=first_epoch), name, folder, str(source))
     folder.mkdir(parents=True, exist_ok=True)
     print(
         f"run {name}: {config.training.epochs} epochs on {device}, {len(bank.domains)} domains, "
@@ -113,7 +115,7 @@ def _train(args: argparse.Namespace, transcript: Transcript) -> int:
     try:
         codec, ruler = _codec(config, device), _ruler(config, bank, cache)
         tracker.wait_until_connected()
-        trainer = Trainer(config, bank, ruler, codec, state, checkpoint=checkpoint, source=str(source))
+        trainer = Trainer(config, bank, ruler, codec, state, first_epoch=first_epoch)
     except BaseException:
         tracker.close()
         raise
@@ -204,11 +206,9 @@ def _begun_by(file: Path, folder: Path, begun: list[Path]) -> list[Path]:
     return [file, *(path for path in begun if path.resolve() != file.resolve())]
 
 
-def _dry_run(
-    config: Config, bank: Bank, name: str, folder: Path, state: TrainState, checkpoint: Any, source: str
-) -> int:
-    trainer = Trainer(config, bank, state=state, checkpoint=checkpoint, source=source)
-    begin = f"after epoch {trainer.first_epoch - 1} of {source}" if checkpoint is not None else "from its start"
+def _dry_run(trainer: Trainer, name: str, folder: Path, source: str) -> int:
+    config, bank = trainer.config, trainer.data.bank
+    begin = f"after epoch {trainer.first_epoch - 1} of {source}" if trainer.first_epoch > 1 else "from its start"
     train, held = (sum(map(len, rows)) for rows in (bank.train, bank.held))
     print(
         f"run {name}: {config.training.epochs} epochs of {trainer.data.steps} steps on {trainer.device}, {begin}; "

@@ -21,7 +21,7 @@ FOLDERS = [
     "demo", "base", "config", "tracking", "data", "model", "pictures", "ruler", "training", "exported", "search",
     "record", "backend", "page", "sweep",
 ]  # fmt: skip
-COMMANDS = {"tune", "train", "encode", "translate", "export", "report", "distill", "pyfunc"}
+COMMANDS = {"tune", "train", "score", "encode", "translate", "export", "report", "distill", "pyfunc"}
 MAY_IMPORT = {
     "ray": ("backend/",),
     "mlflow": ("tracking/mlflow/", "exported/serving.py"),

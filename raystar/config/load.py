@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import logging
 import re
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -25,7 +26,9 @@ from raystar.config.strict_yaml import (
     parse_yaml,
     read_mapping,
 )
-from raystar.config.users import translate
+from raystar.config.users import FILE, translate
+
+logger = logging.getLogger(__name__)
 
 _LISTED = 1500  # characters of unknown names of a kind in one message
 
@@ -62,16 +65,25 @@ def request_config(
         base: the configuration inside of a checkpoint, where no file is named.
         origins: takes where each key's value comes from.
     """
+    origins = {} if origins is None else origins
     config = load_config(find_shipped(path), origins=origins) if path is not None else base or Config()
     for overlay in overlays:
         told: Origins = {}
         config = load_config(find_shipped(overlay), config, told)
-        if origins is not None:
-            origins |= {key: str(overlay) for key in told}
+        origins.update(dict.fromkeys(told, str(overlay)))
     assigned = dict(parse_assignment(text) for text in assignments)
-    if origins is not None:
-        origins |= dict.fromkeys(assigned, "--set")
-    return assign(config, assigned, "--set")
+    origins.update(dict.fromkeys(assigned, "--set"))
+    config = assign(config, assigned, "--set")
+    root = config.data.eval_data_root
+    moved = origins.get("data.data_root", FILE) != FILE and origins.get("data.eval_data_root", FILE) == FILE
+    if moved and root is not None and not Path(root).expanduser().exists():
+        logger.warning(
+            f"data.eval_data_root: {root} is not there, and other latents than the file's are used: held out is a "
+            "share of these (data.holdout)"
+        )
+        config = override(config, {"data.eval_data_root": None})
+        origins["data.eval_data_root"] = f"none, since {root} is not there and data.data_root is another"
+    return config
 
 
 def assign(config: Config, values: Mapping[str, Any], source: str) -> Config:

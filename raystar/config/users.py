@@ -9,7 +9,6 @@ import dataclasses
 import functools
 import logging
 from collections.abc import Mapping, MutableMapping
-from pathlib import Path
 from typing import Any
 
 from raystar.base.errors import RaystarError, key_text, show
@@ -127,26 +126,10 @@ def translate(
         sources.update(dict.fromkeys(defaults, THEIR_DEFAULT))
         kept |= defaults
     result: dict[Any, Any] = {s: c for s, c in mapping.items() if not isinstance(c, Mapping) and s not in _SECTIONS}
-    values = _values(kept) if theirs else kept
-    if theirs:
-        _settle_eval_root(values, source, quiet)
-    for key, value in values.items():
+    for key, value in (_values(kept) if theirs else kept).items():
         section, _, name = key.partition(".")
         result.setdefault(section, {})[name] = value
     return result
-
-
-def _settle_eval_root(values: dict[str, Any], source: str, quiet: bool) -> None:
-    """Held-out latents that are not there cost a remark, not the run: a share of the others takes their place."""
-    root = values.get("data.eval_data_root")
-    if not isinstance(root, str) or (path := Path(root).expanduser()).exists():
-        return
-    values["data.eval_data_root"] = None
-    if not quiet:
-        _note_once(
-            f"{source}: data.eval_data_root: {root} is not there (looked for {path.absolute()}): held out is a share "
-            "of data.data_root's latents instead (data.holdout)"
-        )
 
 
 def _is_template(value: Any) -> bool:

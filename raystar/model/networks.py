@@ -17,11 +17,18 @@ from torch.nn import functional
 
 from raystar.base.errors import RaystarError
 from raystar.config.schema import ModelConfig
+from raystar.model.layers import (
+    LEAK,
+    AdaGNLeaky,
+    AdaINLeaky,
+    Conv3x3,
+    GroupNormLeaky,
+    InstanceNormLeaky,
+    Leaky,
+    SpectralConv,
+)
 from raystar.model.native import kernels
 
-LEAK = 0.2
-NORM_EPS = 1e-5
-_SPECTRAL_EPS = 1e-12  # torch.nn.utils.spectral_norm's
 NAMES = ("G", "F", "E", "D")
 AVERAGED = ("G", "F", "E")
 """Networks whose weights are averaged where `training.ema_epochs` wants it: those that translate."""
@@ -33,88 +40,6 @@ def _conv(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:
 
 def _leaky() -> nn.LeakyReLU:
     return Leaky(LEAK)
-
-
-def _zeroed(linear: nn.Linear) -> nn.Linear:
-    nn.init.zeros_(linear.weight)
-    nn.init.zeros_(linear.bias)
-    return linear
-
-
-class Leaky(nn.LeakyReLU):
-    """LeakyReLU; where the native kernels serve, as one piece under torch.compile."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return kernels.leaky(x, self.negative_slope) if kernels.serves(x) else super().forward(x)
-
-
-class Conv3x3(nn.Conv2d):
-    """3x3 convolution of stride 1 and padding 1, plus an optional `residual`; by a native kernel where one serves."""
-
-    def __init__(self, inputs: int, outputs: int) -> None:
-        super().__init__(inputs, outputs, 3, padding=1)
-
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        if kernels.serves(x, self.in_channels, self.out_channels):
-            return kernels.conv3x3(x, self.weight, self.bias, residual)
-        y = super().forward(x)
-        return y if residual is None else residual + y
-
-
-class InstanceNormLeaky(nn.InstanceNorm2d):
-    """Instance normalisation with weight and bias, then LeakyReLU; in one native kernel where it serves."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__(channels, eps=NORM_EPS, affine=True)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if kernels.serves(x, self.num_features):
-            return kernels.norm_leaky(x, self.weight, self.bias, self.eps, LEAK)
-        return functional.leaky_relu(super().forward(x), LEAK)
-
-
-class AdaINLeaky(nn.Module):
-    """AdaIN, `(1 + gamma) * instance_norm(x) + beta`, then LeakyReLU; in one native kernel where it serves.
-
-    `fc` starts at zero, so it starts as plain normalisation.
-    """
-
-    def __init__(self, style_dim: int, channels: int) -> None:
-        super().__init__()
-        self.fc = _zeroed(nn.Linear(style_dim, 2 * channels))
-
-    def forward(self, x: Tensor, s: Tensor) -> Tensor:
-        gamma, beta = self.fc(s).chunk(2, dim=1)  # [B,C]
-        if kernels.serves(x, x.shape[1]):
-            return kernels.norm_leaky(x, 1 + gamma.float(), beta, NORM_EPS, LEAK)
-        gamma, beta = gamma[:, :, None, None], beta[:, :, None, None]
-        return functional.leaky_relu((1 + gamma) * functional.instance_norm(x, eps=NORM_EPS) + beta, LEAK)
-
-
-class GroupNormLeaky(nn.GroupNorm):
-    """Group normalisation with weight and bias, then LeakyReLU."""
-
-    def __init__(self, groups: int, channels: int) -> None:
-        super().__init__(groups, channels, eps=NORM_EPS)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return functional.leaky_relu(super().forward(x), LEAK)
-
-
-class AdaGNLeaky(nn.Module):
-    """AdaGN, `(1 + gamma) * group_norm(x) + beta`, then LeakyReLU; `fc` starts at zero, as AdaIN's does.
-
-    Dhariwal and Nichol, arXiv:2105.05233, without the part for time steps.
-    """
-
-    def __init__(self, style_dim: int, channels: int, groups: int) -> None:
-        super().__init__()
-        self.groups = groups
-        self.fc = _zeroed(nn.Linear(style_dim, 2 * channels))
-
-    def forward(self, x: Tensor, s: Tensor) -> Tensor:
-        gamma, beta = self.fc(s)[:, :, None, None].chunk(2, dim=1)  # [B,C,1,1]
-        return functional.leaky_relu((1 + gamma) * functional.group_norm(x, self.groups, eps=NORM_EPS) + beta, LEAK)
 
 
 class AdaINResBlock(nn.Module):
@@ -246,41 +171,6 @@ class StyleEncoder(nn.Module):
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         return _select(self.unshared, self.shared(x).flatten(1), y)
-
-
-class SpectralConv(nn.Conv2d):
-    """Convolution by `weight / sigma`, where sigma is the weight's largest singular value as `iterate` estimates it.
-
-    Miyato et al., arXiv:1802.05957; in float32 whatever the network runs in. Parameters and buffers are those of
-    `torch.nn.utils.spectral_norm`, whose every call in training also iterates. Here that is a step of its own, so that
-    calls have no side effects: compiled ones, R1's, and those that are still to be differentiated.
-    """
-
-    weight_u: Tensor
-    """[outputs], the left singular vector so far."""
-    weight_v: Tensor
-    """[inputs * kernel height * kernel width], the right one."""
-
-    def __init__(self, inputs: int, outputs: int, kernel: int, stride: int = 1, padding: int = 0) -> None:
-        super().__init__(inputs, outputs, kernel, stride, padding)
-        weight = self.weight
-        del self.weight
-        self.weight_orig = weight
-        for name, size in (("weight_u", outputs), ("weight_v", weight[0].numel())):
-            self.register_buffer(name, functional.normalize(torch.randn(size), dim=0, eps=_SPECTRAL_EPS))
-
-    @torch.no_grad()
-    def iterate(self) -> None:
-        """One step of the power iteration."""
-        matrix = self.weight_orig.flatten(1)
-        self.weight_v.copy_(functional.normalize(matrix.T @ self.weight_u, dim=0, eps=_SPECTRAL_EPS))
-        self.weight_u.copy_(functional.normalize(matrix @ self.weight_v, dim=0, eps=_SPECTRAL_EPS))
-
-    def forward(self, x: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):
-            sigma = torch.dot(self.weight_u, self.weight_orig.flatten(1) @ self.weight_v)
-            weight = self.weight_orig / sigma
-        return self._conv_forward(x, weight, self.bias)
 
 
 class Discriminator(nn.Module):

@@ -79,6 +79,7 @@ class Trainer:
         ruler: measures the networks as they are shown, in epochs that `measure_at` says; None measures nothing.
         codec: decodes the grids; None draws none.
         state: networks and optimisers; fresh ones from `training.seed` by default.
+        first_epoch: the epoch that `state` is to be trained in next.
         checkpoint: continues after this checkpoint's epoch, bitwise as if never stopped.
         source: where the checkpoint comes from, for errors.
         name: shown in the terminal.
@@ -95,6 +96,7 @@ class Trainer:
         codec: Codec | None = None,
         state: TrainState | None = None,
         *,
+        first_epoch: int = 1,
         checkpoint: Mapping[str, Any] | None = None,
         source: str = "checkpoint",
         name: str = "",
@@ -118,7 +120,7 @@ class Trainer:
         self.codec = codec if first else None
         self.measure_at = measure_at
         self._grid_set: grid.GridSet | None = None
-        self.first_epoch = 1
+        self.first_epoch = first_epoch
         if checkpoint is not None:
             self.first_epoch = restore(self.state, checkpoint, source) + 1
         self.display = Display(config, name, self.data.steps)

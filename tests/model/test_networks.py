@@ -21,6 +21,7 @@ from raystar.exported import model as model_module
 from raystar.exported import onnx as graphs
 from raystar.model import checkpoint as checkpoints
 from raystar.model import networks
+from raystar.model.layers import SpectralConv
 from raystar.model.native import kernels, library
 from raystar.model.networks import NAMES, Discriminator, Generator, Nets
 from raystar.search import space
@@ -391,7 +392,7 @@ def test_spectral_norm_bounds_every_layer(config: Config) -> None:
     for step in range(1, 9):
         train_step(state, floats(config), epoch=1, step=step)
     for layer in state.nets.D.main:
-        if isinstance(layer, networks.SpectralConv):
+        if isinstance(layer, SpectralConv):
             for _ in range(2000):
                 layer.iterate()
             sigma = torch.linalg.matrix_norm(layer.weight_orig.detach().flatten(1), 2)

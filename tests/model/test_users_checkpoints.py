@@ -16,7 +16,8 @@ from raystar.config.load import override
 from raystar.config.schema import Config
 from raystar.data.batches import Batch
 from raystar.model import checkpoint as checkpoints
-from raystar.model.networks import NAMES, SpectralConv
+from raystar.model.layers import SpectralConv
+from raystar.model.networks import NAMES
 from raystar.model.users import as_theirs, config_of
 from raystar.training.resume import initial_state, restore, snapshot
 from raystar.training.schedule import set_rates
