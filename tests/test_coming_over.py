@@ -25,7 +25,13 @@ from tests.kit import theirs
 from tests.kit.support import write_latents
 from tests.model.test_users_checkpoints import batch, outputs, trained
 
-SMALL = ["training.epoch_size=16", "training.batch_size=8", "training.device=cpu", "ruler.sources=3", "data.holdout=0.25"]
+SMALL = [
+    "training.epoch_size=16",
+    "training.batch_size=8",
+    "training.device=cpu",
+    "ruler.sources=3",
+    "data.holdout=0.25",
+]
 
 
 @pytest.fixture
@@ -159,9 +165,7 @@ def test_going_back(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "written to back/latest.pt: epoch 2" in capsys.readouterr().out
     trainer = theirs.Trainer("AdaGN_with_SN")
     trainer.load(folder / "back/latest.pt")
-    state = state_of(
-        load_config("theirs.yaml"), "cpu", checkpoints.load("outputs/tiny/ckpt/latest.pt"), "latest.pt"
-    )
+    state = state_of(load_config("theirs.yaml"), "cpu", checkpoints.load("outputs/tiny/ckpt/latest.pt"), "latest.pt")
     for one, other in zip(outputs(trainer, batch(3)), outputs(state.nets, batch(3)), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
     content = torch.load(folder / "back/latest.pt", weights_only=True)
