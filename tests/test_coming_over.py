@@ -1,4 +1,4 @@
-"""Somebody who trains with latent_cyclegan comes over with a folder of theirs, and goes back; commands as they type them."""
+"""Somebody who trains with latent_cyclegan comes over with a folder of theirs, and goes back; as commands."""
 
 from __future__ import annotations
 
