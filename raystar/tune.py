@@ -35,7 +35,9 @@ def parser() -> argparse.ArgumentParser:
         help="configuration keys that replace those of --config, for example a speed sweep's fastest.yaml; repeatable",
     )  # fmt: skip
     p.add_argument("--name", metavar="NAME", help="the sweep's name (the space file's with the time)")
-    p.add_argument("--trials", metavar="N", type=int, help="number of trials, the baseline among them")
+    p.add_argument(
+        "--trials", metavar="N", type=int, help="trials to draw, the baseline among them; experiments come on top"
+    )
     p.add_argument("--epochs", metavar="N", type=int, help="epochs of a trial that is not stopped early")
     p.add_argument("--max-concurrent", metavar="N", type=int, help="trials at a time (as many as fit)")
     p.add_argument("--time-budget", metavar="TIME", help="stop after 90s, 30m, 4h or 2d")
@@ -79,7 +81,8 @@ def note_schedules(plan: Plan) -> None:
     """Says on stderr if `lambda_ds` does not come to 0 within a trial: what the first such trial has, and how many."""
     swept = {key: plan.space.space[key].values for key in _SCHEDULE if key in plan.space.space}
     drawn = [dict(zip(swept, values, strict=True)) for values in itertools.product(*swept.values())]
-    points = drawn if plan.points is None else plan.points  # a search that draws as it goes may draw any of these
+    # A search that draws as it goes may draw any of these.
+    points = [*plan.known.values(), *drawn] if plan.points is None else plan.points
     notes = [note for point in points if (note := outlasting(override(plan.config, point)))]
     if notes and plan.purpose.models:
         many = f" ({len(notes)} of {len(points)} trials)" if plan.points is not None else ""
@@ -97,21 +100,22 @@ def print_plan(plan: Plan) -> None:
     takes = f"{plan.cpus} cpu and {plan.gpu_share:g} gpu" + (f" for each of {workers} workers" if workers > 1 else "")
     print(f"  a trial takes {takes}; records go to {redact(plan.tracking_uri)}")
     if plan.seeds:
-        whom = f"the best {space.finalists.top}{' and the baseline' if space.baseline else ''}"
+        whom = f"the best {space.finalists.top}{' and the baseline' if plan.baseline else ''}"
         seeds = f"seed{'s' if len(plan.seeds) > 1 else ''} {', '.join(map(str, plan.seeds))}"
         print(f"  then {whom} again at full length, from {seeds}: up to {plan.repeats} trials more")
-    if plan.points is None:
-        print(f"  {space.search} chooses the trials as it goes, from {', '.join(space.space)}")
-        return
-    for number, point in enumerate(plan.points):
+    baseline = plan.known.get(plan.baseline or "")
+    for name, point in plan.known.items():
         # Of many switches, few differ from the baseline: those are what a reader looks for.
         settings = (
             point
-            if number == 0 or not (plan.purpose.table and space.baseline)
-            else {k: v for k, v in point.items() if v != plan.points[0][k]}
+            if name == plan.baseline or baseline is None or not plan.purpose.table
+            else {key: value for key, value in point.items() if value != baseline[key]}
         )
         values = "  ".join(f"{key}={value}" for key, value in settings.items())
-        print(f"  {plan.trial_name(number)}{' (baseline)' if number == 0 and space.baseline else ''}: {values}")
+        print(f"  {name}{' (baseline)' if name == plan.baseline else ''}: {values}")
+    if plan.points is None:
+        more = "the other" if space.experiments else "the"
+        print(f"  {space.search} chooses {more} trials as it goes, from {', '.join(space.space)}")
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ from raystar.base import torch_file as pt
 from raystar.base.errors import RaystarError
 from raystar.config import load as configs
 from raystar.config import schema, strict_yaml
-from raystar.config.load import from_mapping, load_config, override, signature, to_mapping, to_yaml
+from raystar.config.load import from_mapping, get_value, load_config, override, signature, to_mapping, to_yaml
 from raystar.config.schema import Config, known_keys
 from raystar.data import bank as dataset
 from raystar.data.bank import open_bank, reopen_bank
@@ -354,13 +354,17 @@ def assert_usable(space: Space, trials: int = 300) -> None:
     points = accepted(lambda: space.points(BASE, CPU))
     if points is None:
         return
-    assert 1 <= len(points) <= max(space.trials, 1)
-    assert len({tuple(point.values()) for point in points}) == len(points)
+    known = len(space.known(BASE, CPU))
+    assert 1 <= len(points) <= max(space.trials, 1) + len(space.experiments)
+    assert len({tuple(point.values()) for point in points[known:]}) == len(points[known:])
     for number, point in enumerate(points[:trials]):
         config = override(BASE, point)
         assert from_mapping(to_mapping(config), "again") == config
-        if number or not space.baseline:
+        if number >= known:
             for key, drawn in point.items():
+                if key not in space.space:
+                    assert drawn == get_value(BASE, key)
+                    continue
                 low, high = space.space[key].values[0], space.space[key].values[-1]
                 if space.space[key].kind == "choice":
                     assert drawn in space.space[key].values or not space.purpose.models
@@ -395,6 +399,11 @@ good_ranges = st.fixed_dictionaries({}, optional={
 speed_ranges = st.dictionaries(
     st.sampled_from(SPEED_KEYS), st.just({"choice": [False, True]}) | st.just({"choice": ["bf16", "fp16"]}), max_size=3
 )
+experiments = st.dictionaries(
+    st.sampled_from(["a", "b.c", "baseline", "t00"]) | texts,
+    st.dictionaries(searched | texts, numbers | st.booleans() | nested, max_size=3) | nested,
+    max_size=3,
+)
 a_space = st.fixed_dictionaries(
     {"space": good_ranges | st.dictionaries(searched | texts, ranges | nested, max_size=3) | speed_ranges},
     optional={
@@ -413,6 +422,8 @@ a_space = st.fixed_dictionaries(
         ),
         "resources": nested
         | st.dictionaries(st.sampled_from(["gpus", "cpus", "workers"]), st.sampled_from(["auto", 1, 0, 0.5]) | numbers),
+        "experiments": experiments
+        | st.lists(st.fixed_dictionaries({"name": texts | numbers}, optional={"overrides": nested}) | nested),
         "spase": nested,
     },
 )

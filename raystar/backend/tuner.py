@@ -29,8 +29,6 @@ class Assignment:
     """Trials whose values are known, in their order."""
     fresh: Sequence[str]
     """Trials whose values the searcher proposes."""
-    first: Sequence[Mapping[str, Any]] = ()
-    """What it proposes first."""
     scores: Sequence[tuple[Mapping[str, Any], float]] = ()
     """Values and scores of earlier trials, which it learns from."""
     at_a_time: int
@@ -83,7 +81,7 @@ def _param_space(space: Space, assignment: Assignment) -> dict[str, Any]:
         return {}
     known = list(assignment.known.values())
     # What was chosen before need not lie in a range: a baseline's null cannot even be compared with one.
-    values = {key: tune.choice([params[key] for params in known]) for key in space.space}
+    values = {key: tune.choice([params[key] for params in known]) for key in space.keys}
     if SEED not in values and (seeds := sorted({params[SEED] for params in known if SEED in params})):
         values[SEED] = tune.choice(seeds)
     return values
@@ -111,7 +109,6 @@ def _searcher(space: Space, assignment: Assignment) -> Any:
     from ray.tune.search import ConcurrencyLimiter
     from ray.tune.search.search_generator import SearchGenerator
 
-    points += [dict(params) for params in assignment.first]
     searcher = ADAPTIVE[space.search](space, assignment, points)
     # A search that learns learns little if all its trials begin at once.
     return SearchGenerator(ConcurrencyLimiter(searcher, max_concurrent=assignment.at_a_time or _LEARNING))

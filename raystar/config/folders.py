@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from raystar.base.errors import RaystarError
+from raystar.base.errors import RaystarError, show
 from raystar.config.schema import Config
 
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
@@ -22,11 +22,16 @@ def run_name(text: str) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "-", text)[:64]
 
 
-def check_name(name: str, flag: str = "--name") -> None:
-    """Raises `RaystarError` for a name that is no plain file name, or one that raystar itself uses."""
+def check_plain(name: str, flag: str) -> None:
+    """Raises `RaystarError` for a name that is no plain file name."""
     if not _NAME.fullmatch(name) or set(name) == {"."}:
         raise RaystarError(
-            f"{flag} {name!r}: expected up to 64 letters, digits, dots, dashes and underscores, and no path"
+            f"{flag} {show(name)}: expected up to 64 letters, digits, dots, dashes and underscores, and no path"
         )
+
+
+def check_name(name: str, flag: str = "--name") -> None:
+    """Raises `RaystarError` for a name that is no plain file name, or one that raystar itself uses."""
+    check_plain(name, flag)
     if name in _RESERVED:
         raise RaystarError(f"{flag} {name}: raystar keeps its own files under that name; choose another")

@@ -121,8 +121,9 @@ def slices(results: Results) -> dict[str, go.Figure]:
     figures = {}
     for key, (kind, _) in results.drawn.items():
         figure = _figure(results, short(key), label(summary.metric))
-        values = [record.params[key] for record in ranked]
-        if kind.listed:
+        values: list[Any] = [record.params.get(key) for record in ranked]
+        numbers = all(isinstance(value, int | float) for value in values)  # an experiment may set what no range holds
+        if kind.listed or not numbers:
             order = sorted(set(values), key=lambda v: (isinstance(v, str), str(v) if isinstance(v, str) else v or 0))
             figure.update_xaxes(type="category", categoryorder="array", categoryarray=[text(v) for v in order])
             values = [text(value) for value in values]

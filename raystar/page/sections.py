@@ -313,7 +313,7 @@ def reproduce(results: Results, folder: Path) -> dict[str, Any]:
             ("signature of the configuration", record.get("signature")),
             ("seed of training", config["training"]["seed"]),
             ("seed of the search", record["space"].get("seed", 0)),
-            ("search", record["space"].get("search", "random")),
+            ("search", record["space"].get("search", "random") if record["space"].get("space") else "experiments"),
             ("latents", f"{data['latents']} in {', '.join(config['data']['domains'])}"),
             ("digest of the latents", data["digest"]),
         ],

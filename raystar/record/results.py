@@ -18,9 +18,9 @@ from raystar.record.summary import Summary, TrialRecord
 from raystar.record.sweep_file import JOURNAL, RECORD, as_meant, of_0_1
 from raystar.ruler.ruler import UNMOVED
 from raystar.search.asha import Rungs
-from raystar.search.distributions import KINDS, Distribution
+from raystar.search.distributions import KINDS, Choice, Distribution
 from raystar.search.purpose import PURPOSES, QUALITY, Purpose
-from raystar.search.space import Scheduler, ranking, read_scheduler
+from raystar.search.scheduling import Scheduler, ranking, read_scheduler
 
 _FEW = 4  # runs below which nothing is said of a rung
 _WARNED, _DOUBTFUL = 5, 0.5  # runs from which on a rung is doubted, below that correlation
@@ -90,9 +90,14 @@ class Results:
 
     @property
     def drawn(self) -> Mapping[str, tuple[type[Distribution], Any]]:
-        """How each swept key was drawn, and its range or choices."""
-        spelt = {key: next(iter(how.items())) for key, how in self.record["space"]["space"].items()}
-        return {key: (KINDS[kind], values) for key, (kind, values) in spelt.items()}
+        """How each swept key was drawn, and its range or choices; of one that experiments alone set, what they set."""
+        spelt = {key: next(iter(how.items())) for key, how in (self.record["space"].get("space") or {}).items()}
+        drawn = {key: (KINDS[kind], values) for key, (kind, values) in spelt.items()}
+        for key in self.record.get("keys", ()):
+            if key not in drawn:
+                tried = dict.fromkeys(r.params.get(key) for r in self.summary.trials.values() if r.parent is None)
+                drawn[key] = (Choice, list(tried))
+        return drawn
 
     @property
     def rungs(self) -> list[int]:
@@ -110,7 +115,7 @@ class Results:
     @property
     def _scheduler(self) -> Scheduler:
         space = as_meant(self.record["space"], self.record)
-        return read_scheduler(space.get("scheduler", {}), self.purpose.metrics, RECORD)
+        return read_scheduler(space, self.purpose.metrics, RECORD)
 
     def curve(self, trial: str, metric: str | None = None) -> dict[int, float]:
         """One metric of a trial by epoch, by default the sweep's, where it is finite."""

@@ -36,6 +36,8 @@ class Ledger:
     collapse: Collapse
     ranking: str | None = None
     """The metric that ranks trials at rungs; by default the sweep's."""
+    settled: Mapping[str, Any] = field(default_factory=dict)
+    """The configuration's values of all swept keys, for trials that set some of these alone."""
     alone: set[str] = field(default_factory=set)
     """Trials that were out of memory beside others, and get one more try by themselves."""
     broken_in_a_row: list[str] = field(default_factory=list)
@@ -94,8 +96,9 @@ class Ledger:
         return verdict
 
     def unfinished(self) -> list[str]:
-        """Trials that are known and can continue, in order of their names."""
-        return sorted(name for name, record in self.summary.trials.items() if record.status in UNFINISHED)
+        """Trials that are known and can continue: the search's in the order of the summary, then repeats by name."""
+        names = [name for name, record in self.summary.trials.items() if record.status in UNFINISHED]
+        return sorted(names, key=lambda name: name if self.summary.trials[name].parent is not None else "")
 
     def _begin_finals(self, finalists: list[str], seeds: list[int]) -> None:
         """Plans the finals' trials. Those that an earlier choice has run stay; of what it has not, nothing is left."""
@@ -138,6 +141,7 @@ class Ledger:
                 self.summary.settle(record.trial, INTERRUPTED, "its sweep ended")
 
     def _start(self, name: str, params: dict[str, Any], at: float) -> None:
+        params = {**self.settled, **params}
         self.summary.add(name, params).params = params
         self.summary.settle(name, RUNNING)
         self._since[name] = at

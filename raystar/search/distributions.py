@@ -12,14 +12,11 @@ import numpy as np
 
 from raystar.base.errors import RaystarError, misspelt, show
 from raystar.config.load import check_value
-from raystar.config.schema import MAX_WHOLE, key_field
+from raystar.config.schema import MAX_WHOLE
+from raystar.search.comparable import why_alike
 from raystar.search.fields import whole
 
 _SIGNIFICANT = 4  # digits of a drawn number: enough to search with, short enough to read
-
-# What must stay as it is for trials to be compared, or to be trials at all.
-_FIXED_SECTIONS = ("ruler", "data", "visualization", "checkpoint")
-_FIXED_KEYS = ("training.epochs", "training.device", "model.num_domains", "model.latent_channels")
 
 
 @dataclass(frozen=True)
@@ -50,6 +47,10 @@ class Distribution(ABC):
     def draw(self, rng: np.random.Generator) -> Any:
         """One value."""
 
+    @abstractmethod
+    def holds(self, value: Any) -> bool:
+        """Whether `value` could be drawn."""
+
     @property
     @abstractmethod
     def size(self) -> float:
@@ -76,6 +77,10 @@ class Choice(Distribution):
         """See `Distribution`."""
         return self.values[int(rng.integers(len(self.values)))]
 
+    def holds(self, value: Any) -> bool:
+        """See `Distribution`."""
+        return value in self.values
+
     @property
     def size(self) -> float:
         """See `Distribution`."""
@@ -89,6 +94,12 @@ class Choice(Distribution):
 
 class _Range(Distribution):
     """Between two ends."""
+
+    def holds(self, value: Any) -> bool:
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            return False
+        low, high = self.values
+        return bool(low <= value < high if self.whole else low <= value <= high)
 
     @property
     def size(self) -> float:
@@ -181,9 +192,8 @@ def read_distribution(key: str, value: Any, source: str) -> Distribution:
         RaystarError: it cannot be searched, or its kind or values are wrong.
     """
     where = f"{source}: space: {key}"
-    spec = key_field(key, f"{source}: space")
-    if key.partition(".")[0] in _FIXED_SECTIONS or key in _FIXED_KEYS or not spec.metadata["result"]:
-        raise RaystarError(f"{where}: cannot be searched: trials could not be compared, or would not differ")
+    if (reason := why_alike(key, f"{source}: space")) is not None:
+        raise RaystarError(f"{where}: cannot be searched: {reason}")
     if not isinstance(value, Mapping) or len(value) != 1:
         raise RaystarError(
             f"{where}: expected one of {', '.join(KINDS)}, as in {{uniform: [0.5, 2.0]}}; found {show(value)}"

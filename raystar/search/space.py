@@ -12,13 +12,14 @@ from typing import Any
 import torch
 
 from raystar.base.errors import RaystarError, key_text, misspelt, show
-from raystar.base.metrics import RULER, higher_is_better
 from raystar.config.load import get_value, override
 from raystar.config.schema import MAX_WHOLE, Config
 from raystar.config.strict_yaml import read_mapping
 from raystar.search.distributions import Distribution, read_distribution
+from raystar.search.experiments import Experiment, read_experiments
 from raystar.search.fields import boolean, number, one_of, section, whole
 from raystar.search.purpose import PURPOSES, QUALITY, Purpose
+from raystar.search.scheduling import Scheduler, alone, full_name, ranking, read_scheduler
 from raystar.search.searchers import SEARCHERS
 from raystar.training.compile import canonical
 
@@ -26,31 +27,9 @@ SEED = "training.seed"
 """The key that differs between the runs of a finalist."""
 _KNOWN = (
     "description", "purpose", "metric", "mode", "trials", "baseline", "search", "seed", "scheduler", "resources",
-    "space", "collapse", "keep", "finalists", "abort_after",
+    "space", "experiments", "collapse", "keep", "finalists", "abort_after",
 )  # fmt: skip
-_SCORE, _OUTLOOK = "eval/score", "eval/outlook"
 _MOST = 10_000  # trials, or combinations of a grid: more would never be run, and hardly be listed
-
-
-@dataclass(frozen=True)
-class Scheduler:
-    """When trials are stopped: ASHA on epochs, or never (`none`)."""
-
-    type: str = "asha"
-    max_epochs: int | None = None
-    """Epochs of a trial that is never stopped; by default `training.epochs`."""
-    grace_epochs: int | None = None
-    """The first rung; see `grace`."""
-    reduction_factor: float = 2
-    metric: str | None = None
-    """What ranks trials at rungs, in full; None where the file leaves that open (`ranking`)."""
-
-    def grace(self, epochs: int) -> int:
-        """Epochs before a trial may be stopped: by default a fifth of its run.
-
-        By then the outlook's rank correlation with the final score is above 0.8 (benchmarks/RESULTS.md).
-        """
-        return self.grace_epochs if self.grace_epochs is not None else -(-epochs // 5)
 
 
 @dataclass(frozen=True)
@@ -86,6 +65,18 @@ class Collapse:
 
 
 @dataclass(frozen=True)
+class Known:
+    """A trial whose values are known before the search begins."""
+
+    name: str | None
+    """Of an experiment."""
+    values: dict[str, Any]
+    """Of every swept key."""
+    baseline: bool = False
+    """Whether it is the configuration as it stands, with which the others are compared."""
+
+
+@dataclass(frozen=True)
 class Space:
     """A checked space file."""
 
@@ -94,7 +85,10 @@ class Space:
     """One of the purpose's."""
     mode: str
     trials: int
+    """Those that are drawn and the baseline, apart from experiments."""
     space: Mapping[str, Distribution]
+    """How keys are drawn; empty where the file holds experiments alone."""
+    experiments: tuple[Experiment, ...] = ()
     description: str = ""
     purpose: Purpose = QUALITY
     baseline: bool = True
@@ -114,51 +108,98 @@ class Space:
         """What ranks trials at rungs, and its mode."""
         return ranking(self.scheduler, self.metric, self.mode, self.source)
 
-    def points(self, config: Config, device: torch.device) -> list[dict[str, Any]] | None:
-        """The swept keys' values of every trial, the baseline first; None where the search decides as it goes.
+    @property
+    def keys(self) -> list[str]:
+        """Every swept key: those that are drawn, then those that experiments set."""
+        return list(dict.fromkeys([*self.space, *(key for e in self.experiments for key in e.overrides)]))
 
-        No combination comes twice; where only the step is timed, neither do two that run the same code on `device`.
+    @property
+    def learns(self) -> bool:
+        """Whether the search decides as it goes."""
+        return bool(self.space) and SEARCHERS[self.search].draw is None
+
+    @property
+    def searched_by(self) -> str:
+        """The search in a word."""
+        return self.search if self.space else "experiments"
+
+    def known(self, config: Config, device: torch.device) -> list[Known]:
+        """The trials that are known before the search: the baseline, then the experiments in their order.
+
+        An experiment that changes nothing is the baseline itself. `device` is as in `points`.
+
+        Raises:
+            RaystarError: a baseline that the search cannot begin with.
+        """
+        base = self._point({}, config, device)
+        named = [(e.name, self._point(e.overrides, config, device)) for e in self.experiments]
+        stands = next((name for name, values in named if values == base), None)
+        known = [Known(name, values, name == stands) for name, values in named]
+        if self.baseline and stands is None:
+            if self.learns and not named:
+                self._check_beginning(base)
+            known.insert(0, Known(None, base, True))
+        return known
+
+    def points(self, config: Config, device: torch.device) -> list[dict[str, Any]] | None:
+        """The swept keys' values of every trial, those that are known first; None where the search decides as it goes.
+
+        No combination is drawn twice, and none that is known; where only the step is timed, neither are two that run
+        the same code on `device`.
 
         Raises:
             RaystarError: a drawn combination that no configuration may have.
         """
-        base = [{key: get_value(config, key) for key in self.space}] if self.baseline else []
-        searcher = SEARCHERS[self.search]
-        if searcher.draw is None:
-            for key, value in base[0].items() if base else ():
-                if self.space[key].listed and value not in self.space[key].values:
-                    raise RaystarError(
-                        f"{self.source}: space: {key}: search {self.search} begins with the baseline, whose value "
-                        f"{value} is not among the choices; add it, or set baseline: false"
-                    )
-                if not self.space[key].listed and value is None:
-                    raise RaystarError(
-                        f"{self.source}: space: {key}: search {self.search} begins with the baseline, whose value "
-                        "null is not a number; set it, or baseline: false"
-                    )
+        known = [trial.values for trial in self.known(config, device)]
+        if self.learns:
             return None
-        combinations = searcher.draw(self.space, self.seed, self.trials)
-        points: dict[tuple[Any, ...], dict[str, Any]] = {}
-        for values in (tuple(point.values()) for point in base):
-            self._add(points, values, config, device)
+        if not self.space:
+            return known
+        searcher, points = SEARCHERS[self.search], known
+        taken = {tuple(point.values()) for point in known}
         seen: set[tuple[Any, ...]] = set()
         there_are = math.prod(d.size for d in self.space.values())
-        for values in combinations:
-            if not searcher.exhaustive and (len(points) == self.trials or len(seen) == there_are):
+        for values in searcher.draw(self.space, self.seed, self.trials) if searcher.draw is not None else ():
+            if not searcher.exhaustive and (
+                len(points) == self.trials + len(self.experiments) or len(seen) == there_are
+            ):
                 break
-            if values not in seen:
-                seen.add(values)
-                self._add(points, values, config, device)
-        return list(points.values())
+            if values in seen:
+                continue
+            seen.add(values)
+            point = self._point(dict(zip(self.space, values, strict=True)), config, device)
+            if tuple(point.values()) not in taken:
+                taken.add(tuple(point.values()))
+                points.append(point)
+        return points
 
-    def _add(
-        self, points: dict[tuple[Any, ...], Any], values: tuple[Any, ...], config: Config, device: torch.device
-    ) -> None:
-        drawn = override(config, dict(zip(self.space, values, strict=True)), self.source)
+    def holds(self, values: Mapping[str, Any], config: Config) -> bool:
+        """Whether the search could have drawn `values`, of every swept key."""
+        return all(
+            self.space[key].holds(value) if key in self.space else value == get_value(config, key)
+            for key, value in values.items()
+        )
+
+    def _point(self, values: Mapping[str, Any], config: Config, device: torch.device) -> dict[str, Any]:
+        """Every swept key's value; of those that run the same code, the same."""
+        config = override(config, values, self.source)
         if not self.purpose.models:
-            drawn = canonical(drawn, device)
-        point = {key: get_value(drawn, key) for key in self.space}
-        points.setdefault(tuple(point.values()), point)
+            config = canonical(config, device)
+        return {key: get_value(config, key) for key in self.keys}
+
+    def _check_beginning(self, base: Mapping[str, Any]) -> None:
+        """A search that learns takes the baseline's values for its own first ones."""
+        for key, value in base.items():
+            if self.space[key].listed and value not in self.space[key].values:
+                raise RaystarError(
+                    f"{self.source}: space: {key}: search {self.search} begins with the baseline, whose value "
+                    f"{value} is not among the choices; add it, or set baseline: false"
+                )
+            if not self.space[key].listed and value is None:
+                raise RaystarError(
+                    f"{self.source}: space: {key}: search {self.search} begins with the baseline, whose value "
+                    "null is not a number; set it, or baseline: false"
+                )
 
 
 def load_space(path: str | Path, config: Config) -> Space:
@@ -175,12 +216,14 @@ def from_mapping(content: Mapping[str, Any], config: Config, source: str) -> Spa
     for key in content:
         if key not in _KNOWN:
             raise RaystarError(f"{source}: unknown key {misspelt(key, _KNOWN)}; known: {', '.join(_KNOWN)}")
-    ranges = content.get("space")
-    if not isinstance(ranges, Mapping) or not ranges:
+    ranges, only_named = content.get("space"), alone(content)
+    if not only_named and (not isinstance(ranges, Mapping) or not ranges):
         raise RaystarError(
-            f"{source}: space: expected the keys to search, for example loss.w_cyc: {{uniform: [0.5, 2]}}"
+            f"{source}: space: expected the keys to search, for example loss.w_cyc: {{uniform: [0.5, 2]}}, or "
+            "experiments"
         )
-    space = {key_text(key): read_distribution(key_text(key), value, source) for key, value in ranges.items()}
+    space = {key_text(key): read_distribution(key_text(key), value, source) for key, value in (ranges or {}).items()}
+    experiments = read_experiments(content["experiments"], config, source) if "experiments" in content else ()
     search = one_of(content.get("search", "random"), tuple(SEARCHERS), f"{source}: search")
     if SEARCHERS[search].exhaustive and (ranged := [key for key, d in space.items() if not d.listed]):
         raise RaystarError(f"{source}: search {search} needs choices, but {', '.join(ranged)} has a range")
@@ -190,10 +233,13 @@ def from_mapping(content: Mapping[str, Any], config: Config, source: str) -> Spa
     purpose = PURPOSES[one_of(content.get("purpose", QUALITY.name), tuple(PURPOSES), f"{source}: purpose")]
     resources = _resources(content.get("resources", {}), source)
     _check_purpose(purpose, space, search, resources, source)
+    _check_named(purpose, experiments, source)
     description = content.get("description", "")
-    baseline = boolean(content.get("baseline", True), f"{source}: baseline")
+    baseline = boolean(content.get("baseline", not only_named), f"{source}: baseline")
     trials = whole(content.get("trials", 12), f"{source}: trials", 1, _MOST)
-    if SEARCHERS[search].exhaustive:
+    if only_named:
+        trials = 1 if baseline else 0
+    elif SEARCHERS[search].exhaustive:
         combinations = math.prod(len(d.values) for d in space.values())
         if combinations > _MOST:
             raise RaystarError(
@@ -203,24 +249,35 @@ def from_mapping(content: Mapping[str, Any], config: Config, source: str) -> Spa
         trials = combinations + (1 if baseline else 0)
     space_file = Space(
         source=source,
-        metric=_metric(content.get("metric", purpose.metric), purpose.metrics, f"{source}: metric"),
+        metric=full_name(content.get("metric", purpose.metric), purpose.metrics, f"{source}: metric"),
         mode=one_of(content.get("mode", purpose.mode), ("min", "max"), f"{source}: mode"),
         trials=trials,
         space=space,
+        experiments=experiments,
         description=description if isinstance(description, str) else show(description),
         purpose=purpose,
         baseline=baseline,
         search=search,
         seed=whole(content.get("seed", 0), f"{source}: seed", 0, MAX_WHOLE),
-        scheduler=read_scheduler(content.get("scheduler", {}), purpose.metrics, source),
+        scheduler=read_scheduler(content, purpose.metrics, source),
         resources=resources,
         collapse=_collapse(content.get("collapse", {}), source),
         keep=whole(content.get("keep", Space.keep), f"{source}: keep", 1, _MOST),
-        finalists=_finalists(content.get("finalists"), purpose, space, source),
+        finalists=_finalists(content.get("finalists"), purpose, space, experiments, source),
         abort_after=whole(content.get("abort_after", Space.abort_after), f"{source}: abort_after", 0, _MOST),
     )
     _ = space_file.ranking  # refuses what has no known direction
     return space_file
+
+
+def _check_named(purpose: Purpose, experiments: Sequence[Experiment], source: str) -> None:
+    for experiment in experiments:
+        for key in experiment.overrides:
+            if purpose.keys is not None and key not in purpose.keys:
+                raise RaystarError(
+                    f"{source}: experiments: {experiment.name}: {key}: purpose {purpose.name} compares only what "
+                    f"leaves the results as they are: {', '.join(purpose.keys)}"
+                )
 
 
 def _check_purpose(
@@ -244,50 +301,15 @@ def _check_purpose(
         )
 
 
-def ranking(scheduler: Scheduler, metric: str, mode: str, source: str) -> tuple[str, str]:
-    """What ranks trials at rungs, and which way, in a sweep for `metric`.
-
-    The score is for the end: whatever begins to move looks worse before it gets better, and the ruler's outlook allows
-    for that.
-
-    Raises:
-        RaystarError: a metric of which nobody knows which way is better.
-    """
-    rung_metric = scheduler.metric or (_OUTLOOK if metric == _SCORE else metric)
-    if rung_metric == metric:
-        return rung_metric, mode
-    group, _, name = rung_metric.partition("/")
-    if group != "eval":
-        raise RaystarError(
-            f"{source}: scheduler.metric: {rung_metric}: whether more of it is better is not known; expected a metric "
-            f"of the ruler's ({', '.join(RULER)}) or the sweep's own, {metric}"
-        )
-    return rung_metric, "max" if higher_is_better(f"eval/{name}") else "min"
-
-
-def read_scheduler(content: Any, metrics: Sequence[str], source: str) -> Scheduler:
-    """The scheduler of a space file, whose sweep can report `metrics`."""
-    where = f"{source}: scheduler"
-    section(content, ("type", "max_epochs", "grace_epochs", "reduction_factor", "metric"), where)
-    most, grace, metric = (content.get(key) for key in ("max_epochs", "grace_epochs", "metric"))
-    scheduler = Scheduler(
-        type=one_of(content.get("type", "asha"), ("asha", "none"), f"{where}.type"),
-        max_epochs=None if most is None else whole(most, f"{where}.max_epochs", 1),
-        grace_epochs=None if grace is None else whole(grace, f"{where}.grace_epochs", 1),
-        reduction_factor=number(content.get("reduction_factor", 2), f"{where}.reduction_factor"),
-        metric=None if metric is None else _metric(metric, metrics, f"{where}.metric"),
-    )
-    if scheduler.reduction_factor <= 1:
-        raise RaystarError(f"{where}.reduction_factor: expected more than 1, found {scheduler.reduction_factor:g}")
-    if scheduler.max_epochs is not None and (scheduler.grace_epochs or 0) > scheduler.max_epochs:
-        raise RaystarError(
-            f"{where}.grace_epochs: expected at most max_epochs {scheduler.max_epochs}, found {scheduler.grace_epochs}"
-        )
-    return scheduler
-
-
-def _finalists(content: Any, purpose: Purpose, space: Mapping[str, Distribution], source: str) -> Finalists:
+def _finalists(
+    content: Any,
+    purpose: Purpose,
+    space: Mapping[str, Distribution],
+    experiments: Sequence[Experiment],
+    source: str,
+) -> Finalists:
     where = f"{source}: finalists"
+    seeded = SEED in space or any(SEED in experiment.overrides for experiment in experiments)
     if not purpose.models:
         if content is not None:
             raise RaystarError(
@@ -295,7 +317,7 @@ def _finalists(content: Any, purpose: Purpose, space: Mapping[str, Distribution]
             )
         return Finalists(0, 0)
     if content is None:  # where seeds are searched, there is no other seed to train from
-        return Finalists(seeds=0) if SEED in space else Finalists()
+        return Finalists(seeds=0) if seeded or not space else Finalists()
     if not isinstance(content, Mapping):
         return Finalists(whole(content, where, 0, _MOST), 0)
     section(content, ("top", "seeds"), where)
@@ -303,10 +325,11 @@ def _finalists(content: Any, purpose: Purpose, space: Mapping[str, Distribution]
         whole(content.get("top", Finalists.top), f"{where}.top", 0, _MOST),
         whole(content.get("seeds", Finalists.seeds), f"{where}.seeds", 0, _MOST),
     )
-    if finalists.seeds and SEED in space:
+    if finalists.seeds and seeded:
+        who = "the space searches" if SEED in space else "an experiment sets"
         raise RaystarError(
-            f"{where}.seeds: the best are trained again from other seeds, but the space searches {SEED} itself; "
-            "leave that out, or set seeds: 0"
+            f"{where}.seeds: the best are trained again from other seeds, but {who} {SEED} itself; leave that out, or "
+            "set seeds: 0"
         )
     return finalists
 
@@ -337,12 +360,3 @@ def _resources(content: Any, source: str) -> Resources:
     cpus = content.get("cpus", 1)
     cpus = cpus if cpus == "auto" else whole(cpus, f"{where}.cpus", 1)
     return Resources(gpus=gpus, cpus=cpus, workers=workers)
-
-
-def _metric(name: Any, metrics: Sequence[str], where: str) -> str:
-    """The full name of a metric given in full or by its last part."""
-    for metric in metrics:
-        if name in (metric, metric.partition("/")[2]):
-            return metric
-    tails = [metric.partition("/")[2] for metric in metrics]
-    raise RaystarError(f"{where}: unknown {misspelt(name, tails)}; known: {', '.join(tails)}")

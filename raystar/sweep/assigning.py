@@ -7,7 +7,7 @@ import math
 from raystar.backend.placing import Placed
 from raystar.backend.reporting import Request
 from raystar.backend.tuner import Assignment
-from raystar.config.load import get_value, to_mapping
+from raystar.config.load import to_mapping
 from raystar.record.state import Ledger
 from raystar.record.summary import Summary
 from raystar.sweep.plan import Plan
@@ -41,16 +41,18 @@ def request(plan: Plan, ledger: Ledger, placed: Placed | None, alone: bool) -> R
 def assignment(plan: Plan, summary: Summary, names: list[str], fresh: list[str], alone: bool) -> Assignment:
     """The trials `names`, whose values are known, and `fresh` ones, whose values the search proposes."""
     space, records = plan.space, summary.trials
-    baseline = {key: get_value(plan.config, key) for key in space.space}
     scores = [
-        (record.params, record.score)
+        ({key: record.params[key] for key in space.space}, record.score)
         for record in records.values()
-        if record.trial not in names and record.score is not None and record.parent is None
+        if record.trial not in names
+        and record.score is not None
+        and record.parent is None
+        # What an experiment has tried elsewhere says nothing of the space.
+        and space.holds({key: record.params[key] for key in space.keys}, plan.config)
     ]
     return Assignment(
         known={name: records[name].params for name in names},
         fresh=fresh,
-        first=[baseline] if space.baseline and plan.trial_name(0) in fresh else [],
         scores=scores,
         # On a cluster all trials are handed to Ray, which gives each to the first node that has room, also a new one.
         at_a_time=1 if alone else plan.max_concurrent or 0 if plan.address else plan.at_a_time,

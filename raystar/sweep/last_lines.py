@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from raystar.base.console import duration
+from raystar.config.load import get_value
 from raystar.record import finals, results
 from raystar.record.results import REPORT
 from raystar.record.statuses import BROKEN, FINISHED, UNFINISHED
@@ -64,6 +65,8 @@ def _best(plan: Plan, summary: Summary, output: Path, registered: str | None) ->
     yield _in_a_line(summary, best, best.score)
     # What was searched, not the seed of the winner's best run.
     searched = {key: value for key, value in summary.changed(best).items() if key != SEED or best.parent is None}
+    if summary.baseline is None and plan.space.experiments:  # few of their keys are set by one of them
+        searched = {key: value for key, value in searched.items() if value != get_value(plan.config, key)}
     yield "  " + "  ".join(f"{key}={value}" for key, value in searched.items())
     yield from _finalists(plan, summary)
     yield from reference_lines(summary)
@@ -115,12 +118,13 @@ def _finalists(plan: Plan, summary: Summary) -> list[str]:
         ended = sum(status in (FINISHED, *BROKEN) for status in statuses)
         return [f"  the finals are not decided: {ended} of their {len(statuses)} trials have ended"]
     lines = []
+    wide = max(6, *map(len, summary.finalists))
     for finalist in summary.finals.ranked:
         scores = "  ".join(f"{score:.4f}" for score in finalist.scores)
-        lines.append(f"  {finalist.trial:6}{finals.around(finalist):>18}  of {scores}")
+        lines.append(f"  {finalist.trial:{wide}}{finals.around(finalist):>18}  of {scores}")
     for name in summary.finalists:
         if summary.finals.of(name) is None:
-            lines.append(f"  {name:6} is out of the finals: none of its repeats ran to the end")
+            lines.append(f"  {name:{wide}} is out of the finals: none of its repeats ran to the end")
     return lines
 
 

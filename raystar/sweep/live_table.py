@@ -153,11 +153,13 @@ def reference_lines(summary: Summary) -> list[str]:
 def ranking(summary: Summary, columns: Sequence[Column]) -> list[str]:
     """All trials with a score, best first: `columns`, and how each differs from the baseline."""
     titles = "".join(f"{c.title:>{len(format(0.0, c.form) + c.unit)}}" for c in columns)
-    lines = [f"  {'trial':6}{titles}  changed"]
-    for record in summary.ranked():
+    ranked = summary.ranked()
+    wide = max([6, *(len(record.trial) for record in ranked)])
+    lines = [f"  {'trial':{wide}}{titles}  changed"]
+    for record in ranked:
         values = "".join(format(record.metrics[c.metric], c.form) + c.unit for c in columns)
         changed = "baseline" if record is summary.baseline else _values(summary.changed(record))
-        lines.append(f"  {record.trial:6}{values}  {changed}")
+        lines.append(f"  {record.trial:{wide}}{values}  {changed}")
     return lines
 
 

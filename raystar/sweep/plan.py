@@ -45,6 +45,7 @@ from raystar.search.searchers import SEARCHERS
 from raystar.search.space import SEED, Space
 from raystar.search.space import from_mapping as space_from_mapping
 from raystar.sweep.disk import check_space, checkpoint_bytes, needed_bytes
+from raystar.sweep.naming import check_kept, name_trials
 from raystar.sweep.request import DEFAULT_CONFIG, SweepRequest
 from raystar.sweep.resources import trial_resources
 from raystar.tracking.mlflow.address import default_uri
@@ -63,11 +64,12 @@ class Plan:
     out: Path
     config: Config
     space: Space
-    points: list[dict[str, Any]] | None
-    """The swept values of every trial; None where the search chooses as it goes."""
-    trials: int
-    width: int
-    """Digits of a trial's number."""
+    known: Mapping[str, Mapping[str, Any]]
+    """The swept values of trials, by their names in order: of all of them, unless the search chooses as it goes."""
+    baseline: str | None
+    """The trial that runs the configuration as it stands."""
+    names: list[str]
+    """Of all trials: an experiment's own, `t00`, `t01`, ... of the others; a longer sweep keeps those it has."""
     gpu_share: float
     """GPUs of each of a trial's workers."""
     cpus: int
@@ -83,6 +85,16 @@ class Plan:
     """Of a running Ray cluster."""
     storage: Storage = dataclasses.field(kw_only=True)
     """The sweep's folder for what trials save."""
+
+    @property
+    def trials(self) -> int:
+        """How many trials the search has."""
+        return len(self.names)
+
+    @property
+    def points(self) -> list[Mapping[str, Any]] | None:
+        """The swept values of every trial; None where the search chooses as it goes."""
+        return None if self.space.learns else list(self.known.values())
 
     @property
     def folder(self) -> Path:
@@ -114,16 +126,12 @@ class Plan:
     @property
     def repeats(self) -> int:
         """How many trials the finals will have, at most."""
-        return len(self.seeds) * min(self.space.finalists.top + (1 if self.space.baseline else 0), self.trials)
+        return len(self.seeds) * min(self.space.finalists.top + (1 if self.baseline else 0), self.trials)
 
     @property
     def cache_dir(self) -> Path:
         """Packed latents, the ruler and compiled code, shared by all sweeps below `out`."""
         return cache_dir(self.config, self.out)
-
-    def trial_name(self, number: int) -> str:
-        """`t00`, `t01`, ...; a sweep that is made longer keeps the names it has."""
-        return f"t{number:0{self.width}d}"
 
 
 def make_plan(request: SweepRequest) -> Plan:
@@ -174,6 +182,11 @@ def _settle(asked: Mapping[str, Any], config: Config, content: Mapping[str, Any]
     """What the command's flags make of a configuration and a space."""
     space = space_from_mapping(content, config, str(asked["space"]))
     if asked["trials"] is not None:
+        if not space.space:
+            raise RaystarError(
+                f"--trials: {space.source} holds experiments alone, and every one of them is a trial; add experiments, "
+                "or a space to draw from"
+            )
         if SEARCHERS[space.search].exhaustive:
             raise RaystarError("--trials: a grid search runs every combination; use search: random to choose a number")
         space = dataclasses.replace(space, trials=asked["trials"])
@@ -202,10 +215,10 @@ def _check(
 ) -> Plan:
     """Everything that must hold before Ray starts. `before`: the record of the sweep that is resumed."""
     gpu_share, cpus = trial_resources(config, space, request.address)
-    points = space.points(config, resolve_device(config) if request.address is None else torch.device("cpu"))
-    if points is not None and before is not None and content == as_meant(before["space"], before):
-        points = _lengthened(before["points"], points, space.trials)
-    trials = len(points) if points is not None else space.trials
+    device = resolve_device(config) if request.address is None else torch.device("cpu")
+    known, baseline, names = name_trials(space, config, device, content, before)
+    if before is None:
+        _note_idle(space, content, config, known)
     uri = _tracking_uri(request, before)
     check_uri(uri)
     storage = Storage(request.storage or (before or {}).get("storage") or str(request.out)).child(name)
@@ -217,7 +230,7 @@ def _check(
         check_codec(config)
         at_a_time = max(1, usable_cpus() // (cpus * space.resources.workers))
         top, seeds = space.finalists.top, space.finalists.seeds
-        final = top + 1 if top and seeds else 0  # with the baseline
+        trials, final = len(names), top + 1 if top and seeds else 0  # with the baseline
         if final:
             override(config, {SEED: config.training.seed + seeds}, f"{space.source}: finalists")
         needed = needed_bytes(checkpoint_bytes(config), at_a_time, space.keep + final, trials + final * seeds)
@@ -227,8 +240,11 @@ def _check(
         "request": dict(asked),
         "config": to_mapping(config),
         "space": dict(content),
-        "trials": trials,
-        "points": points,
+        "trials": len(names),
+        "points": None if space.learns else list(known.values()),
+        "names": names,
+        "baseline": baseline,
+        "keys": space.keys,
         "signature": signature(config),
         "data": {"root": bank.root, "digest": bank.digest, "latents": len(bank.names)},
         **(_rulers(measured_by(bank, config), before) if space.purpose.models else {}),
@@ -239,17 +255,28 @@ def _check(
         "command": (before or {}).get("command") or redact(shlex.join(["python", *sys.orig_argv[1:]])),
         "git_commit": (before or {}).get("git_commit") or provenance().get("mlflow.source.git.commit"),
     }
-    width = max(2, len(str((before or record)["trials"] - 1)))
     return Plan(
-        name, request.out, config, space, points, trials, width, gpu_share, cpus, request.max_concurrent, budget, uri,
+        name, request.out, config, space, known, baseline, names, gpu_share, cpus, request.max_concurrent, budget, uri,
         bank, record, before is not None, request.address, storage=storage,
     )  # fmt: skip
 
 
-def _lengthened(before: list[dict[str, Any]], points: list[dict[str, Any]], trials: int) -> list[dict[str, Any]]:
-    """The points that a sweep began with, on another machine maybe, and as many further ones as it is to have."""
-    further = [point for point in points if point not in before]
-    return [*before, *further[: max(0, trials - len(before))]]
+def _note_idle(
+    space: Space, content: Mapping[str, Any], config: Config, known: Mapping[str, Mapping[str, Any]]
+) -> None:
+    """Says what has no effect in this sweep, and which experiments are the same."""
+    idle = [key for key in ("trials", "search", "seed") if key in content]
+    if not space.space and idle:
+        verb = "has" if len(idle) == 1 else "have"
+        logger.warning(f"{space.source}: {', '.join(idle)} {verb} no effect: the file draws no trials")
+    alike: dict[tuple[Any, ...], list[str]] = {}
+    for experiment in space.experiments:
+        alike.setdefault(tuple(known[experiment.name].values()), []).append(experiment.name)
+    for names in alike.values():
+        if len(names) > 1:
+            logger.warning(f"{space.source}: experiments {', '.join(names)} are the same; each of them runs")
+    if config.checkpoint.init_from is not None:
+        logger.warning("checkpoint.init_from has no effect in a sweep: its trials start from fresh networks")
 
 
 def _rulers(ruler: str, before: Mapping[str, Any] | None) -> dict[str, str | None]:
@@ -306,10 +333,15 @@ def _resumed(request: SweepRequest, name: str, budget: float | None) -> Plan:
         if request.force:
             config, content = config_now, content_now
     config, space = _settle(asked, config, content)
+    named = check_kept(space, before, name)
     plan = _check(request, budget, name, asked, config, content, space, before=before)
     changed += differences(before["data"], plan.record["data"], "data")
-    if min(plan.trials, request.trials or plan.trials) < before["trials"]:
-        raise RaystarError(f"--trials: sweep {name} has {before['trials']} trials; expected at least as many")
+    wanted = request.trials + len(space.experiments) if request.trials is not None else plan.trials
+    if min(plan.trials, wanted) < before["trials"]:
+        beside = f" beside its {len(named)} experiments" if named else ""
+        raise RaystarError(
+            f"--trials: sweep {name} has {before['trials'] - len(named)} trials{beside}; expected at least as many"
+        )
     listed = "".join(f"\n  {line}" for line in changed)
     if plan.record.get("ruler") != before.get("ruler") and not request.force:
         raise RaystarError(

@@ -59,6 +59,7 @@ def _check_shares(config: Config, space: Space) -> None:
     workers = space.resources.workers
     swept = space.space.get("training.batch_size")
     sizes = [config.training.batch_size] if swept is None or space.baseline else []
+    sizes += [e.overrides.get("training.batch_size", config.training.batch_size) for e in space.experiments]
     smallest = min([*sizes, *(swept.values if swept is not None else ())])
     if smallest < workers:
         raise RaystarError(

@@ -16,11 +16,11 @@ from typing import Any
 from raystar.backend import nodes as cluster
 from raystar.backend import placing, ray_start
 from raystar.backend.ray_start import RAY_ENVIRONMENT
-from raystar.base.errors import RaystarError
+from raystar.base.errors import RaystarError, show
 from raystar.base.files import locked
 from raystar.base.journal import Journal
 from raystar.base.machine import usable_cpus
-from raystar.config.load import override, to_mapping
+from raystar.config.load import get_value, override, to_mapping
 from raystar.config.schema import Config
 from raystar.pictures.codec import open_codec
 from raystar.record import finals
@@ -104,7 +104,7 @@ def _tracked(plan: Plan, ledger: Ledger, placed: placing.Placed | None, ruler_re
         tags={**provenance(), "raystar.sweep": plan.name},
         metric=plan.space.metric,
         lower_is_better=plan.space.mode == "min",
-        columns=list(plan.space.space),
+        columns=plan.space.keys,
     )
     try:
         return Session(plan, tracker, ledger, placed, ruler_ready).run()
@@ -116,22 +116,39 @@ def _tracked(plan: Plan, ledger: Ledger, placed: placing.Placed | None, ruler_re
 def _ledger(plan: Plan) -> Ledger:
     """What is known of the sweep: the trials that are planned, and what its journal says of them."""
     space, epochs = plan.space, plan.config.training.epochs
-    baseline = plan.trial_name(0) if space.baseline else None
-    summary = Summary(plan.name, space.metric, space.mode, plan.trials, baseline)
+    summary = Summary(plan.name, space.metric, space.mode, plan.trials, plan.baseline)
     rungs = None
     if space.scheduler.type == "asha":
         scheduler, (_, mode) = space.scheduler, space.ranking
-        rungs = Rungs(mode, scheduler.grace(epochs), scheduler.reduction_factor, epochs, baseline)
-    ledger = Ledger(summary, rungs, epochs, space.collapse, space.ranking[0])
-    for number, point in enumerate(plan.points or []):
-        summary.add(plan.trial_name(number), dict(point))
+        rungs = Rungs(mode, scheduler.grace(epochs), scheduler.reduction_factor, epochs, plan.baseline)
+    settled = {key: get_value(plan.config, key) for key in space.keys}
+    ledger = Ledger(summary, rungs, epochs, space.collapse, space.ranking[0], settled)
+    for name, values in plan.known.items():
+        summary.add(name, dict(values))
     if plan.resumed:
         journal = Journal(plan.folder / JOURNAL)
         ledger.replay(read_events(journal))
+        _check_experiments(plan, summary)
         if plan.purpose.models and (ledger.ruler or plan.record["first_ruler"]) != plan.record["ruler"]:
             _change_ruler(plan, ledger, journal)
         journal.close()
     return ledger
+
+
+def _check_experiments(plan: Plan, summary: Summary) -> None:
+    """An experiment that has begun keeps its values: what it was trained with stands in its record.
+
+    Raises:
+        RaystarError: the space file gives it others now.
+    """
+    for experiment in plan.space.experiments:
+        began, planned = summary.trials[experiment.name].params, plan.known[experiment.name]
+        for key in experiment.overrides:
+            if (value := planned[key]) != began[key]:
+                raise RaystarError(
+                    f"--resume {plan.name}: {plan.space.source}: experiments: {experiment.name}: {key}: it has begun "
+                    f"with {show(began[key])}, found {show(value)}; put that back, or give the new one another name"
+                )
 
 
 def _change_ruler(plan: Plan, ledger: Ledger, journal: Journal) -> None:

@@ -15,7 +15,7 @@ def open_parent(tracker: Tracker, plan: Plan, epochs: int) -> None:
     tracker.start(
         PARENT,
         name=plan.name,
-        params={"trials": plan.record["trials"], "epochs": epochs, "search": plan.space.search},
+        params={"trials": plan.record["trials"], "epochs": epochs, "search": plan.space.searched_by},
         tags={
             "raystar.signature": signature(plan.config),
             "raystar.seed": str(plan.config.training.seed),

@@ -145,8 +145,7 @@ class Session:
 
     def _run_trials(self) -> None:
         """Runs the search, then its finals."""
-        records = self.summary.trials
-        fresh = [name for name in map(self.plan.trial_name, range(self.plan.trials)) if name not in records]
+        fresh = [name for name in self.plan.names if name not in self.summary.trials]
         names = self._to_run(repeats=False)
         if names or fresh:
             n = self.plan.at_a_time
@@ -165,9 +164,11 @@ class Session:
     def _fit_all(self, names: list[str], fresh: list[str]) -> None:
         """Runs trials, then those alone that were out of memory beside others."""
         beside = [name for name in names if name not in self.ledger.alone]
-        if beside or fresh:
-            self._fit(beside, fresh)
-        for name in sorted({*names, *fresh} & self.ledger.alone):
+        # What proposes values hands out those of its own keys alone, and experiments may set others.
+        for go in [(beside, []), ([], fresh)] if self.plan.space.experiments else [(beside, fresh)]:
+            if any(go) and not self.stopping:
+                self._fit(*go)
+        for name in [name for name in (*names, *fresh) if name in self.ledger.alone]:
             if not self.stopping:
                 logger.info(f"{name} was out of memory beside others and is tried again by itself")
                 self._fit([name], [])
