@@ -7,7 +7,6 @@ import os
 import re
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +17,7 @@ _CROP = re.compile(r"_\d+$")
 
 
 def picture_of(stems: Sequence[str]) -> list[str]:
-    """The picture that each latent of one domain belongs to: crops `name_0`, `name_1` share one.
+    """The picture that each latent of one domain belongs to: crops `name_0`, `name_1` in one folder share one.
 
     Numbered files (`photo_001`, `photo_002`, ...) look like crops of one picture too. So where dropping the
     number would put more than a fifth of the domain into one group, the number is taken to count pictures.
@@ -30,7 +29,8 @@ def picture_of(stems: Sequence[str]) -> list[str]:
 
 def turns(part: Part) -> list[int]:
     """The turn in which each latent's picture would be held out: depends on names alone, never on a seed."""
-    groups = picture_of([Path(name).stem for name in part.names])
+    prefix = len(part.domain_name) + 1
+    groups = picture_of([os.path.splitext(name[prefix:])[0] for name in part.names])
     # Hashing spreads the choice evenly over any naming scheme, and adding files moves few others.
     digests = {g: hashlib.sha256(os.fsencode(f"{part.domain_name}/{g}")).digest() for g in set(groups)}
     turn = {group: number for number, group in enumerate(sorted(digests, key=digests.__getitem__))}

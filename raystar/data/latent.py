@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from raystar.base import torch_file as pt
+from raystar.base.errors import show
+
+_NAMES = ("latent", "x")
+"""Keys of a dictionary that are taken first."""
+_MOST_NAMED = 6  # of a dictionary's other keys
 
 
 def check_row(row: Tensor, channels: int) -> NDArray[Any]:
@@ -25,14 +31,50 @@ def read_latent(path: str, channels: int) -> NDArray[Any]:
     Raises:
         ValueError: why the file cannot be used.
     """
-    value = _read_npy(path) if path.endswith(".npy") else pt.read(path)
-    if isinstance(value, dict):
-        value = next((value[k] for k in ("latent", "x") if k in value), None)
-        if value is None:
-            raise ValueError("expected a tensor, or a dictionary with 'latent' or 'x'; found neither key")
-    if isinstance(value, Tensor):
-        value = _as_array(value)
-    return check_latent(value, channels)
+    value = _read_npy(path) if path.lower().endswith(".npy") else _only_tensor(pt.read(path))
+    return check_latent(_as_array(value) if isinstance(value, Tensor) else value, channels)
+
+
+def _only_tensor(value: Any) -> Any:
+    """The latent of what a `.pt` file holds: a tensor alone, or beside plain values in a dictionary or a list.
+
+    Of several tensors in a dictionary it is the one under `latent`, else under `x`. A list without tensors is taken for
+    the numbers themselves. What is none of these is given back for `check_latent` to refuse.
+    """
+    if isinstance(value, Mapping):
+        held = {key: item for key, item in value.items() if isinstance(item, Tensor | list | tuple)}
+        for key in _NAMES:
+            if key in held:
+                return _only_tensor(held[key])
+        tensors = {key: item for key, item in held.items() if isinstance(item, Tensor)}
+        if len(tensors) != 1:
+            found = ", ".join(map(show, list(tensors or value)[:_MOST_NAMED]))
+            raise ValueError(
+                "expected one tensor, or 'latent' or 'x' among several; "
+                f"found {f'tensors {found}' if tensors else f'none under the keys {found}' if found else 'no keys'}"
+            )
+        (value,) = tensors.values()
+    elif isinstance(value, list | tuple):
+        listed = [item for item in value if isinstance(item, Tensor)]
+        if len(listed) > 1:
+            raise ValueError(f"expected one tensor, found a list of {len(listed)}")
+        value = listed[0] if listed else _numbers(value)
+    return value
+
+
+def _numbers(value: list[Any] | tuple[Any, ...]) -> NDArray[Any]:
+    """Lists of numbers within lists as an array; ValueError for anything else."""
+    pending: list[Any] = [value]
+    while pending:
+        item = pending.pop()
+        if isinstance(item, list | tuple):
+            pending += item
+        elif type(item) not in (int, float):
+            raise ValueError(f"expected a tensor or lists of numbers, found a list that holds {type(item).__name__}")
+    try:
+        return np.array(value)
+    except ValueError:
+        raise ValueError("expected lists of numbers that make an array, found rows of different lengths") from None
 
 
 def _read_npy(path: str) -> Any:
@@ -63,9 +105,9 @@ def _as_array(tensor: Tensor) -> NDArray[Any]:
 
 def check_latent(value: Any, channels: int) -> NDArray[Any]:
     """`value` as a [C,H,W] fp16 or fp32 array; ValueError if its type, shape or numbers are wrong."""
-    if not isinstance(value, np.ndarray) or value.dtype.kind != "f":
+    if not isinstance(value, np.ndarray) or value.dtype.kind not in "fiu":
         kind = value.dtype if isinstance(value, np.ndarray) else type(value).__name__
-        raise ValueError(f"expected an array of floating-point numbers, found {kind}")
+        raise ValueError(f"expected an array of numbers, found {kind}")
     if value.ndim == 4 and value.shape[0] == 1:
         value = value[0]
     if value.ndim != 3 or value.shape[0] != channels or min(value.shape) < 1:

@@ -5,9 +5,13 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
+import heapq
 import json
+import logging
 import os
+import re
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from itertools import repeat
 from pathlib import Path
@@ -20,8 +24,12 @@ from raystar.base import torch_file as pt
 from raystar.base.errors import RaystarError, nearest
 from raystar.base.files import looked_for
 
+logger = logging.getLogger(__name__)
+
 _SUFFIXES = (b".npy", b".pt")
 _DOT = ord(".")
+_PLAIN_SUFFIX = re.compile(rb"\.[a-z0-9_]{1,12}")
+_MOST_KINDS = 6  # suffixes that the note on other files tells apart
 DEMO_ROOT = "raystar:demo"
 """`data.data_root` of the painted demo latents that ship with the package."""
 
@@ -33,12 +41,12 @@ class Part(NamedTuple):
     domain_name: str
     held: bool  # from data.eval_data_root
     place: Path  # folder of the files, or the packed file
-    files: list[bytes]  # sorted; empty for a packed file. Bytes, as the system has them: cheaper by the thousand
+    files: list[bytes]  # paths below `place`, sorted; none of a packed file. Bytes: cheaper by the thousand
     size: int  # latents
 
     @property
     def names(self) -> list[str]:
-        """`<domain>/<file>`, or `<domain>/<row>` of a packed file."""
+        """`<domain>/<path below its folder>`, or `<domain>/<row>` of a packed file."""
         prefix = f"{self.domain_name}/"
         if not self.files:
             return [f"{prefix}{row:03d}" for row in range(self.size)]
@@ -57,24 +65,25 @@ def data_root(root: str) -> Path:
         raise RaystarError(f"{root}: no home folder of that user is known; write the whole path") from None
 
 
-def list_parts(root: str, domains: Sequence[str], key: str, held: bool) -> list[Part]:
-    """The latents of each domain below `root`, in order.
+def list_parts(root: str, domains: Sequence[str], key: str, held: bool, verbose: bool = True) -> list[Part]:
+    """The latents of each domain below `root`, in order; `.pt` and `.npy` files at any depth below its folder.
 
     Args:
         key: where `root` was written, for messages.
         held: whether they are to be held out.
+        verbose: log how many files of each domain are no latents and are passed over.
 
     Raises:
         RaystarError: the root or a domain is not there, holds no latents, or cannot be read.
     """
     path = data_root(root)
     try:
-        return _list_files(path, domains, key, held)
+        return _list_files(path, domains, key, held, verbose)
     except (OSError, UnicodeEncodeError) as error:  # a name that is too long, a folder that may not be read
         raise RaystarError(f"{key}: {path}: cannot be read: {pt.reason(error)}") from None
 
 
-def _list_files(path: Path, domains: Sequence[str], key: str, held: bool) -> list[Part]:
+def _list_files(path: Path, domains: Sequence[str], key: str, held: bool, verbose: bool) -> list[Part]:
     if path.is_file():
         return _list_packed(path, domains, key, held)
     if not path.is_dir():
@@ -91,17 +100,70 @@ def _list_files(path: Path, domains: Sequence[str], key: str, held: bool) -> lis
                 f"{key}: {path}: no folder for domain '{domain}'{nearest(domain, present)}; "
                 f"folders there: {', '.join(present) or 'none'}; choose with --set data.domains=[...]"
             )
-        files = sorted([f for f in os.listdir(os.fsencode(folder)) if f.endswith(_SUFFIXES) and f[0] != _DOT])
+        files, others = _walk(os.fsencode(folder))
+        passed_over = _counted(others)
         if not files:
-            raise RaystarError(f"{key}: {folder}: expected latents (*.pt or *.npy), found none")
+            raise RaystarError(
+                f"{key}: {folder}: expected latents (*.pt or *.npy), found none{f'; {passed_over}' if others else ''}"
+            )
+        if others and verbose:
+            logger.warning(f"{folder}: {passed_over}")
         parts.append(Part(number, domain, held, folder, files, len(files)))
     return parts
+
+
+def _walk(top: bytes) -> tuple[list[bytes], Counter[str]]:
+    """Latents at any depth below a folder, as sorted paths from there, and how many other files of each suffix.
+
+    What is hidden is left out. A folder that several links lead to is entered once, by its own path where it has one
+    here: a latent under two names could be on both sides of the split.
+    """
+    files: list[bytes] = []
+    others: Counter[str] = Counter()
+    entered: set[tuple[int, int]] = set()
+    waiting = [(False, b"")]  # those behind links come last
+    while waiting:
+        linked, below = heapq.heappop(waiting)
+        folder = os.path.join(top, below)
+        status = os.stat(folder)
+        if (status.st_dev, status.st_ino) in entered:
+            continue
+        entered.add((status.st_dev, status.st_ino))
+        names = os.listdir(folder)
+        latents = [name for name in names if name.endswith(_SUFFIXES) and name[0] != _DOT]
+        if len(latents) < len(names):  # only then is it asked what each of them is
+            with os.scandir(folder) as entries:
+                for entry in entries:
+                    if entry.name[0] == _DOT or entry.name.endswith(_SUFFIXES):
+                        continue
+                    if entry.name.lower().endswith(_SUFFIXES):
+                        latents.append(entry.name)
+                    elif entry.is_dir(follow_symlinks=False) or (entry.is_symlink() and os.path.isdir(entry.path)):
+                        heapq.heappush(waiting, (linked or entry.is_symlink(), below + entry.name + b"/"))
+                    else:
+                        others[_suffix(entry.name)] += 1
+        files += [below + name for name in latents] if below else latents
+    return sorted(files), others
+
+
+def _suffix(name: bytes) -> str:
+    suffix = os.path.splitext(name)[1].lower()
+    return suffix.decode() if _PLAIN_SUFFIX.fullmatch(suffix) else "others" if suffix else "without suffix"
+
+
+def _counted(others: Counter[str]) -> str:
+    """What was passed over: `passed over 12 files that are no latents: .png 10, .txt 2`."""
+    total = others.total()
+    ranked = sorted(others.items(), key=lambda kind: (-kind[1], kind[0]))
+    kinds = ", ".join(f"{suffix} {count}" for suffix, count in ranked[:_MOST_KINDS])
+    more = ", ..." if len(others) > _MOST_KINDS else ""
+    return f"passed over {total} file{'s that are no latents' if total != 1 else ' that is no latent'}: {kinds}{more}"
 
 
 def _list_packed(path: Path, domains: Sequence[str], key: str, held: bool) -> list[Part]:
     import safetensors
 
-    if path.suffix != ".safetensors":
+    if path.suffix.lower() != ".safetensors":
         raise RaystarError(f"{key}: {path}: expected a folder of domains or a packed .safetensors file")
     try:
         with safetensors.safe_open(path, framework="np") as file:
