@@ -163,8 +163,15 @@ def labelled(
 
 
 def _picture(pixels: NDArray[np.uint8], cell: int) -> Image.Image:
+    """A picture in the middle of a square cell, in its own proportions."""
     picture = Image.fromarray(pixels)
-    return picture if picture.size == (cell, cell) else picture.resize((cell, cell), _LANCZOS)
+    if picture.width == picture.height:
+        return picture if picture.width == cell else picture.resize((cell, cell), _LANCZOS)
+    shrunk = cell / max(picture.size)
+    width, height = (max(1, round(side * shrunk)) for side in picture.size)
+    framed = Image.new("RGB", (cell, cell), PAPER)
+    framed.paste(picture.resize((width, height), _LANCZOS), ((cell - width) // 2, (cell - height) // 2))
+    return framed
 
 
 def _centred(

@@ -33,15 +33,24 @@ TINY: dict[str, Any] = {
 
 
 def write_latents(
-    root: Path, domains: tuple[str, ...] = ("a", "b", "c"), count: int = 20, size: int = 16, seed: int = 3
+    root: Path,
+    domains: tuple[str, ...] = ("a", "b", "c"),
+    count: int = 20,
+    size: int | tuple[int, int] = 16,
+    seed: int = 3,
 ) -> Path:
-    """Folders of random latents that differ by domain in mean and grain, so that a ruler can tell them apart."""
+    """Folders of random latents that differ by domain in mean and grain, so that a ruler can tell them apart.
+
+    Args:
+        size: of both sides, or height and width.
+    """
+    sides = size if isinstance(size, tuple) else (size, size)
     rng = np.random.default_rng(seed)
     for number, domain in enumerate(domains):
         folder = root / domain
         folder.mkdir(parents=True)
         for i in range(count):
-            latent = rng.standard_normal((4, size, size)) * (3 + number) + 2 * number
+            latent = rng.standard_normal((4, *sides)) * (3 + number) + 2 * number
             np.save(folder / f"picture{i:02d}x.npy", latent.astype(np.float16))
     return root
 

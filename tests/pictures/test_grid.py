@@ -101,6 +101,21 @@ def test_without_held_out_pictures_training_ones_are_shown(root: Path, config: C
     assert not any(torch.equal(s, r) for s, r in zip(chosen.sources, chosen.references, strict=True))
 
 
+@pytest.mark.parametrize("size", [(8, 8), (8, 12), (12, 8), (36, 20)], ids=str)
+def test_pictures_that_are_not_square_keep_their_proportions(tmp_path: Path, size: tuple[int, int]) -> None:
+    config = tiny_config(write_latents(tmp_path / "data", count=8, size=size))
+    bank = open_bank(config, tmp_path / "cache")
+    chosen = grid.choose(bank, config, PreviewCodec())
+    images = drawn(Nets.create(config.model, config.num_domains, seed=1), config, chosen)
+    for key, image in images.items():
+        assert image.size == (LEFT + 3 * PITCH, TOP[key] + 3 * PITCH)
+        shown = cell(image, key, 0, 1)
+        rows, columns = (np.flatnonzero((shown != 255).any(axis=(2, axis))) for axis in (1, 0))
+        height, width = (round(CELL * side / max(size)) for side in size)
+        assert (len(rows), len(columns)) == (height, width)
+        assert (rows[0], columns[0]) == ((CELL - height) // 2, (CELL - width) // 2)
+
+
 def test_both_grids_and_their_sizes(config: Config, bank: Bank, nets: Nets) -> None:
     images = drawn(nets, config, grid.choose(bank, config, PreviewCodec()))
     assert set(images) == {"grid_ref", "grid_noise"}
