@@ -96,7 +96,7 @@ def _losses(state: TrainState, config: Config, bank: Bank, epoch: int) -> tuple[
         config,
         {
             "training.epoch_size": size, "training.batch_size": min(config.training.batch_size, size),
-            "training.drop_last": False, "training.seed": 0,
+            "training.drop_last": False, "training.seed": 0, "data.max_samples": None,
         },
     )  # fmt: skip
     data = LatentDataset(dataclasses.replace(bank, train=held), config, state.device)

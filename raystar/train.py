@@ -19,12 +19,14 @@ from raystar.config.folders import cache_dir, check_name, run_name
 from raystar.config.load import override, request_config, signature, to_yaml
 from raystar.config.schema import Config
 from raystar.data.bank import Bank, open_bank
+from raystar.data.batches import drawn
 from raystar.model import checkpoint as checkpoints
 from raystar.model.device import resolve_device
 from raystar.model.users import config_of
 from raystar.pictures.codec import Codec, check_codec, open_codec
 from raystar.record.statuses import DIVERGED, FAILED, FINISHED, INTERRUPTED
 from raystar.ruler.ruler import NOTHING, TRANSFER, Ruler
+from raystar.ruler.samples import caution, labels
 from raystar.ruler.samples import check as check_ruler
 from raystar.tracking.mlflow.address import default_uri
 from raystar.tracking.relay import Relay
@@ -94,7 +96,7 @@ def _train(args: argparse.Namespace, transcript: Transcript) -> int:
     cache = cache_dir(config, args.out)
     bank = open_bank(config, cache)
     check_ruler(bank, config)
-    if note := outlasting(config):
+    for note in filter(None, (outlasting(config), caution(config))):
         print(f"note: {note}", file=sys.stderr)
     checkpoint, source = checkpoints.load_latest(begun) if begun else (None, folder)
     state, first_epoch = initial_state(config, device), 1
@@ -105,7 +107,7 @@ def _train(args: argparse.Namespace, transcript: Transcript) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     print(
         f"run {name}: {config.training.epochs} epochs on {device}, {len(bank.domains)} domains, "
-        f"{sum(map(len, bank.train))} latents; opening the codec, the ruler and MLflow",
+        f"{sum(map(len, drawn(bank, config)))} latents; opening the codec, the ruler and MLflow",
         flush=True,
     )
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache / "inductor"))
@@ -251,7 +253,11 @@ def _open_run(
     tracker.start(
         PARENT,
         params={},
-        tags={"raystar.signature": signature(config), "raystar.seed": str(config.training.seed)},
+        tags={
+            "raystar.signature": signature(config),
+            "raystar.seed": str(config.training.seed),
+            **labels(config),
+        },
         text={"config.yaml": to_yaml(config)},
         name=name,
     )

@@ -10,6 +10,7 @@ from pathlib import Path
 from raystar.base.console import run_cli
 from raystar.base.secrets import redact
 from raystar.config.load import override
+from raystar.data.batches import drawn
 from raystar.sweep.plan import Plan, make_plan
 from raystar.sweep.request import DEFAULT_CONFIG, SweepRequest
 from raystar.training.losses import outlasting
@@ -94,8 +95,8 @@ def print_plan(plan: Plan) -> None:
     space, bank = plan.space, plan.bank
     epochs = plan.config.training.epochs
     print(f"sweep {plan.name}: {plan.trials} trials of up to {epochs} epochs; {space.metric} ({space.mode})")
-    for domain, train, held in zip(bank.domains, bank.train, bank.held, strict=True):
-        print(f"  {domain}: {len(train)} latents to train on, {len(held)} held out")
+    for domain, rows, held in zip(bank.domains, drawn(bank, plan.config), bank.held, strict=True):
+        print(f"  {domain}: {len(rows)} latents to train on, {len(held)} held out")
     workers = space.resources.workers
     takes = f"{plan.cpus} cpu and {plan.gpu_share:g} gpu" + (f" for each of {workers} workers" if workers > 1 else "")
     print(f"  a trial takes {takes}; records go to {redact(plan.tracking_uri)}")

@@ -18,7 +18,7 @@ from raystar.backend.reporting import Reporter, Request
 from raystar.base.console import show
 from raystar.base.errors import RaystarError, TrialDiverged, TrialOutOfMemory
 from raystar.config.load import from_mapping, override, to_yaml
-from raystar.config.schema import Config
+from raystar.config.schema import Config, DataConfig
 from raystar.data.bank import Bank, reopen_bank
 from raystar.model.device import resolve_device
 from raystar.pictures.codec import Codec, open_codec
@@ -114,16 +114,21 @@ def train(settings: dict[str, Any], report: Reporter, group: Group) -> None:
 
 
 # A reused process opens these once, not once a trial. Configurations that differ only in what a sweep may
-# search give the same bank; the ruler also depends on the noise's length and the latents' scale.
+# search give the same bank; the ruler also depends on the noise's length and the latents' scale. Of the latents of
+# `data.max_samples` both know nothing.
 
 
 def _bank(config: Config, request: Request) -> Bank:
-    return _open_bank(Config(data=config.data), request.cache_dir, request.bank_key)
+    return _open_bank(Config(data=_all(config)), request.cache_dir, request.bank_key)
 
 
 def _ruler(config: Config, request: Request) -> Ruler:
-    kept = Config(data=config.data, model=_plain(config), ruler=config.ruler)
+    kept = Config(data=_all(config), model=_plain(config), ruler=config.ruler)
     return _build_ruler(kept, config.training.latent_scale, request.cache_dir, request.bank_key)
+
+
+def _all(config: Config) -> DataConfig:
+    return dataclasses.replace(config.data, max_samples=None)
 
 
 def _codec(config: Config) -> Codec:

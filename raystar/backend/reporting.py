@@ -53,6 +53,19 @@ class Request:
     purpose: Purpose
 
 
+def for_tune(params: Mapping[str, Any]) -> dict[str, Any]:
+    """Swept values as Tune takes them: within a list it would look for further values to search, so lists are text."""
+    return {key: json.dumps(value) if isinstance(value, list | tuple) else value for key, value in params.items()}
+
+
+def from_tune(params: Mapping[str, Any]) -> dict[str, Any]:
+    """What `for_tune` was given, with lists for tuples."""
+    return {
+        key: json.loads(value) if isinstance(value, str) and value.startswith("[") else value
+        for key, value in params.items()
+    }
+
+
 class Reporter:
     """The seam between a trial and Ray: saves epochs and reports them to Tune, from the trial's own process."""
 

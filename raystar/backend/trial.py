@@ -14,7 +14,7 @@ from ray.train.torch import TorchTrainer
 from ray.tune.integration.ray_train import TuneReportCallback
 
 from raystar.backend.loop import train, train_loop, what_ended
-from raystar.backend.reporting import GroupReporter, Request, ended
+from raystar.backend.reporting import GroupReporter, Request, ended, from_tune
 from raystar.base.errors import RaystarError, WorkerLost
 from raystar.base.storage import Storage
 from raystar.record.trial_files import TrialFiles
@@ -23,7 +23,7 @@ from raystar.training.workers import Group
 
 def run_trial(params: dict[str, Any], request: Request) -> None:
     """The Tune function. Local mode runs the loop in this process, which Tune reuses for the next trial."""
-    settings = {"params": params, "request": request, "trial": tune.get_context().get_trial_name()}
+    settings = {"params": from_tune(params), "request": request, "trial": tune.get_context().get_trial_name()}
     if request.workers > 1:
         _run_group(settings)
         return

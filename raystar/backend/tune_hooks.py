@@ -16,6 +16,7 @@ from ray.tune.progress_reporter import TrialProgressCallback
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 
+from raystar.backend.reporting import from_tune
 from raystar.record.events import TrialReport
 
 MAX_DEATHS = 3
@@ -164,7 +165,7 @@ class Recorder(tune.Callback):  # type: ignore[misc]
 
     def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         """See `ray.tune.Callback`."""
-        self.listener.trial_started(str(trial), dict(trial.config))
+        self.listener.trial_started(str(trial), from_tune(trial.config))
 
     def on_trial_result(
         self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **info: Any

@@ -11,7 +11,7 @@ from typing import Any
 
 from ray import tune
 
-from raystar.backend.reporting import Request
+from raystar.backend.reporting import Request, for_tune
 from raystar.backend.trial import run_trial
 from raystar.backend.tune_hooks import Listener, Recorder, Release, Silent, Stop, TrialNames, Warden
 from raystar.base.errors import RaystarError
@@ -79,7 +79,7 @@ def fit(listener: Listener, request: Request, space: Space, assignment: Assignme
 def _param_space(space: Space, assignment: Assignment) -> dict[str, Any]:
     if assignment.fresh:  # the searcher has the space, and Tune wants it in one place
         return {}
-    known = list(assignment.known.values())
+    known = list(map(for_tune, assignment.known.values()))
     # What was chosen before need not lie in a range: a baseline's null cannot even be compared with one.
     values = {key: tune.choice([params[key] for params in known]) for key in space.keys}
     if SEED not in values and (seeds := sorted({params[SEED] for params in known if SEED in params})):
@@ -90,7 +90,7 @@ def _param_space(space: Space, assignment: Assignment) -> dict[str, Any]:
 def _domain(distribution: Distribution) -> Any:
     """A distribution as Ray Tune's."""
     if distribution.listed:
-        return tune.choice(list(distribution.values))
+        return tune.choice([for_tune({"": value})[""] for value in distribution.values])
     low, high = distribution.values
     if distribution.whole:
         return tune.lograndint(low, high) if distribution.logarithmic else tune.randint(low, high)
@@ -98,7 +98,7 @@ def _domain(distribution: Distribution) -> Any:
 
 
 def _searcher(space: Space, assignment: Assignment) -> Any:
-    points = [dict(params) for params in assignment.known.values()]
+    points = list(map(for_tune, assignment.known.values()))
     if not assignment.fresh:
         from ray.tune.search.basic_variant import BasicVariantGenerator
 
@@ -130,7 +130,7 @@ def _optuna(space: Space, assignment: Assignment, points: list[dict[str, Any]]) 
         seed=space.seed + len(assignment.scores) + len(assignment.known),
     )
     for params, score in assignment.scores:
-        search.add_evaluated_point(dict(params), score)
+        search.add_evaluated_point(for_tune(params), score)
     return search
 
 

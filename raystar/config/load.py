@@ -167,6 +167,12 @@ def _check_whole(config: Config, source: str) -> None:
                 f"{source}: model.{key} {groups} does not divide model.base_dim {model.base_dim}, as model.norm adagn "
                 "needs; change one of them"
             )
+    samples = config.data.max_samples
+    if isinstance(samples, tuple) and len(samples) != config.num_domains:
+        raise RaystarError(
+            f"{source}: data.max_samples: expected one number, or one for each of the {config.num_domains} domains "
+            f"({', '.join(config.data.domains)}), found {len(samples)}"
+        )
     training = config.training
     if training.amp_dtype == "fp16" and training.use_amp and training.device == "cpu":
         raise RaystarError(f"{source}: training.amp_dtype: fp16 needs a GPU; take bf16 on a CPU")
@@ -225,9 +231,15 @@ def _check_domains(domains: tuple[str, ...]) -> None:
 
 def to_mapping(config: Config) -> dict[str, dict[str, Any]]:
     """Nested plain dictionaries, lists and scalars: what `from_mapping` reads."""
-    mapping = dataclasses.asdict(config)
-    mapping["data"]["domains"] = list(config.data.domains)
-    return mapping
+    return {
+        section: {key: plain(value) for key, value in content.items()}
+        for section, content in dataclasses.asdict(config).items()
+    }
+
+
+def plain(value: Any) -> Any:
+    """A key's value as files have it: a list where the configuration, which never changes, has a tuple."""
+    return list(value) if isinstance(value, tuple) else value
 
 
 def to_yaml(config: Config) -> str:

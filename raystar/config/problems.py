@@ -23,6 +23,8 @@ def convert(hint: Any, value: Any) -> Any:
         if inner == [int, float]:  # whole numbers stay what they are where nothing else was possible
             number = _number(value)
             return convert(int if number is not None and number.is_integer() else float, value)
+        if isinstance(value, list | tuple):  # as a list, where that is possible
+            inner = list(filter(_is_list, inner)) or inner
         return None if value is None else convert(inner[0], value)
     if origin is Literal:
         choices = typing.get_args(hint)
@@ -32,10 +34,11 @@ def convert(hint: Any, value: Any) -> Any:
         if not isinstance(value, str) or value not in choices:
             raise ValueError(f"expected one of {', '.join(choices)}")
         return value
-    if origin is tuple:
-        if not isinstance(value, list | tuple) or not all(_is_text(v) for v in value):
-            raise ValueError("expected a list of names")
-        return tuple(value)
+    if _is_list(hint):
+        names = typing.get_args(hint)[0] is str
+        if not isinstance(value, list | tuple) or (names and not all(_is_text(v) for v in value)):
+            raise ValueError(f"expected a list of {'names' if names else 'numbers'}")
+        return tuple(value) if names else tuple(convert(typing.get_args(hint)[0], v) for v in value)
     if hint is bool:
         if not isinstance(value, bool):
             raise ValueError("expected true or false")
@@ -54,6 +57,11 @@ def convert(hint: Any, value: Any) -> Any:
     if number is None:
         raise ValueError("expected a number")
     return number
+
+
+def _is_list(hint: Any) -> bool:
+    origin: Any = typing.get_origin(hint)
+    return origin is tuple
 
 
 def _is_text(value: Any) -> bool:
@@ -76,7 +84,10 @@ def _number(value: Any) -> float | None:
 
 
 def check_limits(value: Any, limits: Mapping[str, float | None]) -> None:
-    """Raises ValueError, saying what was expected, for a number beyond a key's limits."""
+    """Raises ValueError, saying what was expected, for a number beyond a key's limits, or a list with such a number."""
+    if isinstance(value, tuple):
+        for item in value:
+            check_limits(item, limits)
     if value is None or isinstance(value, bool) or not isinstance(value, int | float):
         return
     if limits["at_least"] is not None and value < limits["at_least"]:

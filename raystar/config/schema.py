@@ -179,10 +179,21 @@ class DataConfig:
     domains: tuple[str, ...] = _key(
         ("photo", "Hayao", "monet", "cezanne", "vangogh"), "names of the domains, in the order of their ids"
     )
+    max_samples: int | tuple[int, ...] | None = _key(
+        None, "training latents of a domain that are drawn from, one number or one a domain; null for all", at_least=1
+    )
     preload_to_gpu: bool = _key(True, "keep all latents in GPU memory when they fit", result=False)
-    holdout: float = _key(0.1, "share of each domain's pictures that training never sees", at_least=0, at_most=0.5)
+    holdout: float = _key(
+        0.1, "share of each domain's pictures that training never sees; at 0 its own are measured",
+        at_least=0, at_most=0.5,
+    )  # fmt: skip
     eval_data_root: str | None = _key(None, "held-out latents from here instead of a share", result=False)
     cache_dir: str | None = _key(None, "packed latents and the ruler; by default cache/ under --out", result=False)
+
+    @property
+    def holds_out(self) -> bool:
+        """Whether any latents are kept from training; where none are, the ruler measures on those of training."""
+        return self.holdout > 0 or self.eval_data_root is not None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -34,9 +34,11 @@ class Bank:
     latents: Tensor
     domains: tuple[str, ...]
     names: tuple[str, ...]
-    """Name of each row, `<domain>/<file>`."""
+    """Name of each row, `<domain>/<path of its file below the domain's folder>`."""
     train: tuple[NDArray[np.int64], ...]
-    """Rows of each domain that training draws from."""
+    """Rows of each domain that training may draw from."""
+    train_turns: tuple[NDArray[np.int64], ...]
+    """Of each row of `train` the place of its picture in the order in which `data.max_samples` takes them."""
     held: tuple[NDArray[np.int64], ...]
     """Rows of each domain that only the ruler and the grids see."""
     digest: str
@@ -66,11 +68,10 @@ def open_bank(config: Config, cache_dir: str | Path, *, verbose: bool = True) ->
         RaystarError: a missing or empty folder, or all bad files with their reasons.
     """
     data = config.data
-    parts = list_parts(data.data_root, data.domains, "data.data_root", held=False)
+    parts = list_parts(data.data_root, data.domains, "data.data_root", held=False, verbose=verbose)
     if data.eval_data_root is not None:
-        if data_root(data.eval_data_root).resolve() == data_root(data.data_root).resolve():
-            raise RaystarError("data.eval_data_root: is data.data_root itself; held-out latents must be others")
-        parts += list_parts(data.eval_data_root, data.domains, "data.eval_data_root", held=True)
+        _check_apart(data)
+        parts += list_parts(data.eval_data_root, data.domains, "data.eval_data_root", held=True, verbose=verbose)
     key = stat_digest(parts, data.domains, config.model.latent_channels)
     cache = Path(cache_dir)
     array_path, index_path = cache / f"latents-{key}.npy", cache / f"latents-{key}.json"
@@ -82,6 +83,19 @@ def open_bank(config: Config, cache_dir: str | Path, *, verbose: bool = True) ->
     if packed is None:
         raise RaystarError(f"{array_path}: cannot be read back after it was written; is the disk sound?")
     return _split(packed, key, data)
+
+
+def _check_apart(data: DataConfig) -> None:
+    """Refuses held-out latents that are found among those to train on as well."""
+    root, held = (data_root(str(place)).resolve() for place in (data.data_root, data.eval_data_root))
+    if held == root:
+        raise RaystarError("data.eval_data_root: is data.data_root itself; held-out latents must be others")
+    for domain in data.domains:
+        if (root / domain).resolve() in (held, *held.parents):
+            raise RaystarError(
+                f"data.eval_data_root: {held} lies in the folder of domain '{domain}' below data.data_root, where all "
+                "latents are trained on; move it elsewhere"
+            )
 
 
 def reopen_bank(config: Config, cache_dir: str | Path, key: str) -> Bank:
@@ -102,6 +116,7 @@ def reopen_bank(config: Config, cache_dir: str | Path, key: str) -> Bank:
 
 def _split(packed: Packed, key: str, data: DataConfig) -> Bank:
     train: list[NDArray[np.int64]] = []
+    train_turns: list[NDArray[np.int64]] = []
     held: list[NDArray[np.int64]] = []
     names: list[str] = []
     for part in packed.parts:
@@ -113,10 +128,19 @@ def _split(packed: Packed, key: str, data: DataConfig) -> Bank:
         turns = np.array(part.turns, np.int64)
         kept = turns < (0 if data.eval_data_root is not None else pictures_held(turns, data.holdout))
         train.append(rows[~kept])
+        train_turns.append(turns[~kept])
         if data.eval_data_root is None:
             held.append(rows[kept])
         if not len(train[-1]):
             domain = data.domains[part.domain]
             raise RaystarError(f"data: domain '{domain}' has {len(rows)} latents, none left for training")
-    digest = hashlib.sha256(json.dumps([packed.digest, [h.tolist() for h in held]]).encode()).hexdigest()[:16]
-    return Bank(packed.latents, data.domains, tuple(names), tuple(train), tuple(held), digest, data.data_root, key)
+    # The packed digest is of numbers alone, and latents of 8x12 may have those of 12x8. Square ones keep the digest
+    # that they always had.
+    H, W = packed.latents.shape[2:]
+    shape = [] if H == W else [[H, W]]
+    facts = [packed.digest, [h.tolist() for h in held], *shape]
+    digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+    return Bank(
+        packed.latents, data.domains, tuple(names), tuple(train), tuple(train_turns), tuple(held), digest,
+        data.data_root, key,
+    )  # fmt: skip

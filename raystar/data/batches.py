@@ -9,8 +9,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from raystar.base.errors import RaystarError
 from raystar.config.schema import Config
 from raystar.data.bank import Bank
 
@@ -54,6 +56,41 @@ def share(rows: int, rank: int, workers: int) -> slice:
     return slice(rank * rows // workers, (rank + 1) * rows // workers)
 
 
+def drawn(bank: Bank, config: Config) -> tuple[NDArray[np.int64], ...]:
+    """Rows of each domain that training draws from: all training rows, or `data.max_samples` of them.
+
+    Which ones depends on names alone, as the split does: picture by picture in the order in which pictures would be
+    held out. So crops of a picture go together, but for those of the last, and ten are among fifty.
+    """
+    limits = config.data.max_samples
+    if limits is None:
+        return bank.train
+    each = limits if isinstance(limits, tuple) else (limits,) * len(bank.train)
+    return tuple(
+        np.sort(rows[np.lexsort((rows, turns))[:limit]])
+        for rows, turns, limit in zip(bank.train, bank.train_turns, each, strict=True)
+    )
+
+
+def epoch_samples(bank: Bank, config: Config) -> int:
+    """Contents of one epoch: `training.epoch_size`, by default the largest domain that is drawn from, times domains."""
+    limits = config.data.max_samples
+    each = limits if isinstance(limits, tuple) else (limits,) * len(bank.train)
+    pairs = zip(map(len, bank.train), each, strict=True)
+    most = max(count if limit is None else min(limit, count) for count, limit in pairs)
+    return config.training.epoch_size or most * len(bank.domains)
+
+
+def check_epoch(bank: Bank, config: Config) -> None:
+    """Raises `RaystarError` if an epoch would have no step: it has less than a batch, and such a rest is left out."""
+    samples, batch = epoch_samples(bank, config), config.training.batch_size
+    if config.training.drop_last and samples < batch:
+        raise RaystarError(
+            f"training.batch_size {batch} is more than an epoch's {samples} samples; "
+            "lower it or set training.drop_last=false"
+        )
+
+
 class LatentDataset(torch.utils.data.Dataset[dict[str, Any]]):
     """Two uniform stages (source domain, another target domain, then a latent in each), batched by index.
 
@@ -67,10 +104,11 @@ class LatentDataset(torch.utils.data.Dataset[dict[str, Any]]):
         self.training = config.training
         self.latent_dim = config.model.latent_dim
         self.rank, self.workers = rank, workers
-        self.size = config.training.epoch_size or max(map(len, bank.train)) * len(bank.domains)
+        self.size = epoch_samples(bank, config)
         self.storage = _place(bank, config.data.preload_to_gpu, device)
-        self._starts = np.cumsum([0, *map(len, bank.train)])
-        self._rows = np.concatenate(bank.train)
+        rows = drawn(bank, config)
+        self._starts = np.cumsum([0, *map(len, rows)])
+        self._rows = np.concatenate(rows)
         self._plan: dict[str, Tensor] = {}
         self.epoch = 0
         self.set_epoch(1)

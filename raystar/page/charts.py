@@ -124,8 +124,9 @@ def slices(results: Results) -> dict[str, go.Figure]:
         values: list[Any] = [record.params.get(key) for record in ranked]
         numbers = all(isinstance(value, int | float) for value in values)  # an experiment may set what no range holds
         if kind.listed or not numbers:
-            order = sorted(set(values), key=lambda v: (isinstance(v, str), str(v) if isinstance(v, str) else v or 0))
-            figure.update_xaxes(type="category", categoryorder="array", categoryarray=[text(v) for v in order])
+            different = {text(value): value for value in values}
+            order = sorted(different, key=lambda t: _place(different[t]))
+            figure.update_xaxes(type="category", categoryorder="array", categoryarray=order)
             values = [text(value) for value in values]
         elif kind.logarithmic and all(value > 0 for value in values):
             ticks = _ticks(min(values), max(values))
@@ -157,6 +158,12 @@ def slices(results: Results) -> dict[str, go.Figure]:
         figure.update_yaxes(range=_frame([r.score for r in ranked if r.score is not None], summary.mode))
         figures[key] = figure
     return figures
+
+
+def _place(value: Any) -> tuple[int, float, str]:
+    """Where a choice stands among others: numbers first, in their order, then what is text, then lists."""
+    number = value if isinstance(value, int | float) else 0.0
+    return 2 * isinstance(value, list) + isinstance(value, str), number, text(value)
 
 
 def _shown(results: Results) -> list[TrialRecord]:

@@ -81,6 +81,9 @@ def facts(results: Results) -> list[tuple[str, str, str]]:
     for name, words in REFERENCES.items():
         if (value := summary.reference(name)) is not None:
             facts.append((words, as_number(value), repr(value)))
+    data = results.record["config"]["data"]
+    if results.purpose.models and data.get("holdout") == 0 and data.get("eval_data_root") is None:
+        facts.append(("measured on", "training latents", "data.holdout is 0: no score is of pictures new to training"))
     if gain is not None:
         facts.append(("gain over the baseline", f"{gain:.1%}", repr(gain)))
     planned = (

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from raystar.base.errors import RaystarError
@@ -27,8 +28,8 @@ def check(bank: Bank, config: Config) -> None:
     """Refuses data and settings that the ruler cannot measure with.
 
     Raises:
-        RaystarError: a domain with too few held-out latents, latents that are not of four channels, or a feature file
-            that is none.
+        RaystarError: a domain with too few latents to measure on, latents that are not of four channels, or a feature
+            file that is none.
     """
     if config.ruler.features is not None:
         load_features(config.ruler.features)
@@ -37,12 +38,37 @@ def check(bank: Bank, config: Config) -> None:
             f"{bank.root}: the ruler looks at decoded pictures, and SD1.5's decoder takes latents [4,H,W] of 4 cells "
             f"or more; found {list(bank.shape)}"
         )
-    for domain, rows in zip(bank.domains, bank.held, strict=True):
-        if len(rows) < MIN_HELD_OUT:
+    for domain, rows in zip(bank.domains, measured(bank, config), strict=True):
+        if len(rows) >= MIN_HELD_OUT:
+            continue
+        if not config.data.holds_out:
             raise RaystarError(
-                f"data.holdout: the ruler needs {MIN_HELD_OUT} held-out latents of every domain, '{domain}' has "
-                f"{len(rows)}; raise data.holdout or name data.eval_data_root"
+                f"{bank.root}: the ruler needs {MIN_HELD_OUT} latents of every domain, '{domain}' has {len(rows)}"
             )
+        raise RaystarError(
+            f"data.holdout: the ruler needs {MIN_HELD_OUT} held-out latents of every domain, '{domain}' has "
+            f"{len(rows)}; raise data.holdout, name data.eval_data_root, or set data.holdout=0 to measure on training's"
+        )
+
+
+def measured(bank: Bank, config: Config) -> tuple[NDArray[np.int64], ...]:
+    """Rows of each domain that the ruler looks at: what is held out; with `data.holdout` 0, what training may see."""
+    return bank.held if config.data.holds_out else bank.train
+
+
+def caution(config: Config) -> str | None:
+    """What to say of scores that nothing was held out for; None of others."""
+    if config.data.holds_out:
+        return None
+    return (
+        "data.holdout is 0: the ruler measures on training latents, so the score is of pictures that training saw and "
+        "says nothing about new ones"
+    )
+
+
+def labels(config: Config) -> dict[str, str]:
+    """Tags of a run whose score is of training latents; none of others."""
+    return {} if config.data.holds_out else {"raystar.measured_on": "training latents"}
 
 
 def measured_by(bank: Bank, config: Config) -> str:
@@ -50,6 +76,7 @@ def measured_by(bank: Bank, config: Config) -> str:
     facts = [_VERSION, _decoder_digest(), bank.digest, list(bank.domains), config.training.latent_scale]
     facts += [config.model.latent_dim, config.ruler.sources, config.ruler.targets, config.ruler.styles]
     facts += [] if config.ruler.features is None else [file_digest(config.ruler.features)]
+    facts += [] if config.data.holds_out else ["training latents"]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
 
@@ -60,7 +87,7 @@ def _decoder_digest() -> str:
 
 @dataclass
 class Chosen:
-    """What is drawn of the held-out latents: the same in every process."""
+    """What is drawn of the latents that are measured: the same in every process."""
 
     targets: list[Tensor]
     sources: Tensor
@@ -69,11 +96,11 @@ class Chosen:
 
 
 def choose(bank: Bank, config: Config) -> Chosen:
-    """Draws what is measured of a bank's held-out latents."""
+    """Draws what is measured of a bank's latents."""
     settings, scale = config.ruler, config.training.latent_scale
     rng = np.random.default_rng(SEED)
     N = len(bank.domains)
-    targets = [bank.rows(rng.permutation(rows)[: settings.targets]) * scale for rows in bank.held]
+    targets = [bank.rows(rng.permutation(rows)[: settings.targets]) * scale for rows in measured(bank, config)]
     n = min(settings.sources, *map(len, targets))
     sources = torch.stack([t[:n] for t in targets])
     drawn = [rng.permutation(len(targets[j]))[:n] for i in range(N) for j in range(N) if i != j]

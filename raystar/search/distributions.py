@@ -79,7 +79,7 @@ class Choice(Distribution):
 
     def holds(self, value: Any) -> bool:
         """See `Distribution`."""
-        return value in self.values
+        return (tuple(value) if isinstance(value, list) else value) in self.values
 
     @property
     def size(self) -> float:
@@ -89,7 +89,7 @@ class Choice(Distribution):
     @classmethod
     def describe(cls, values: Sequence[Any]) -> str:
         """See `Distribution`."""
-        return ", ".join(map(_text, dict.fromkeys(values)))
+        return ", ".join(dict.fromkeys(map(_text, values)))
 
 
 class _Range(Distribution):

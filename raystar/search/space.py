@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from raystar.base.errors import RaystarError, key_text, misspelt, show
-from raystar.config.load import get_value, override
+from raystar.config.load import get_value, override, plain
 from raystar.config.schema import MAX_WHOLE, Config
 from raystar.config.strict_yaml import read_mapping
 from raystar.search.distributions import Distribution, read_distribution
@@ -156,7 +156,7 @@ class Space:
         if not self.space:
             return known
         searcher, points = SEARCHERS[self.search], known
-        taken = {tuple(point.values()) for point in known}
+        taken = set(map(signed, known))
         seen: set[tuple[Any, ...]] = set()
         there_are = math.prod(d.size for d in self.space.values())
         for values in searcher.draw(self.space, self.seed, self.trials) if searcher.draw is not None else ():
@@ -168,15 +168,15 @@ class Space:
                 continue
             seen.add(values)
             point = self._point(dict(zip(self.space, values, strict=True)), config, device)
-            if tuple(point.values()) not in taken:
-                taken.add(tuple(point.values()))
+            if signed(point) not in taken:
+                taken.add(signed(point))
                 points.append(point)
         return points
 
     def holds(self, values: Mapping[str, Any], config: Config) -> bool:
         """Whether the search could have drawn `values`, of every swept key."""
         return all(
-            self.space[key].holds(value) if key in self.space else value == get_value(config, key)
+            self.space[key].holds(value) if key in self.space else value == plain(get_value(config, key))
             for key, value in values.items()
         )
 
@@ -185,12 +185,12 @@ class Space:
         config = override(config, values, self.source)
         if not self.purpose.models:
             config = canonical(config, device)
-        return {key: get_value(config, key) for key in self.keys}
+        return {key: plain(get_value(config, key)) for key in self.keys}
 
     def _check_beginning(self, base: Mapping[str, Any]) -> None:
         """A search that learns takes the baseline's values for its own first ones."""
         for key, value in base.items():
-            if self.space[key].listed and value not in self.space[key].values:
+            if self.space[key].listed and not self.space[key].holds(value):
                 raise RaystarError(
                     f"{self.source}: space: {key}: search {self.search} begins with the baseline, whose value "
                     f"{value} is not among the choices; add it, or set baseline: false"
@@ -200,6 +200,11 @@ class Space:
                     f"{self.source}: space: {key}: search {self.search} begins with the baseline, whose value "
                     "null is not a number; set it, or baseline: false"
                 )
+
+
+def signed(point: Mapping[str, Any]) -> tuple[Any, ...]:
+    """A point's values as something that sets hold."""
+    return tuple(tuple(value) if isinstance(value, list) else value for value in point.values())
 
 
 def load_space(path: str | Path, config: Config) -> Space:

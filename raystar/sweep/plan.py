@@ -8,7 +8,7 @@ import re
 import shlex
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from raystar.config.load import override, request_config, signature, to_mapping
 from raystar.config.schema import Config
 from raystar.config.strict_yaml import find_shipped, read_mapping
 from raystar.data.bank import Bank, open_bank
+from raystar.data.batches import check_epoch
 from raystar.model.device import resolve_device
 from raystar.pictures.codec import check_codec
 from raystar.record.sweep_file import (
@@ -38,11 +39,11 @@ from raystar.record.sweep_file import (
     of_0_1,
     read_record,
 )
+from raystar.ruler.samples import caution, measured_by
 from raystar.ruler.samples import check as check_ruler
-from raystar.ruler.samples import measured_by
 from raystar.search.purpose import Purpose
 from raystar.search.searchers import SEARCHERS
-from raystar.search.space import SEED, Space
+from raystar.search.space import SEED, Space, signed
 from raystar.search.space import from_mapping as space_from_mapping
 from raystar.sweep.disk import check_space, checkpoint_bytes, needed_bytes
 from raystar.sweep.naming import check_kept, name_trials
@@ -223,6 +224,7 @@ def _check(
     check_uri(uri)
     storage = Storage(request.storage or (before or {}).get("storage") or str(request.out)).child(name)
     bank = open_bank(config, cache_dir(config, request.out))
+    _check_latents(config, space, known.values(), bank, resumed=before is not None)
     if not space.purpose.models:
         check_steps(config, bank)
     else:
@@ -271,12 +273,27 @@ def _note_idle(
         logger.warning(f"{space.source}: {', '.join(idle)} {verb} no effect: the file draws no trials")
     alike: dict[tuple[Any, ...], list[str]] = {}
     for experiment in space.experiments:
-        alike.setdefault(tuple(known[experiment.name].values()), []).append(experiment.name)
+        alike.setdefault(signed(known[experiment.name]), []).append(experiment.name)
     for names in alike.values():
         if len(names) > 1:
             logger.warning(f"{space.source}: experiments {', '.join(names)} are the same; each of them runs")
     if config.checkpoint.init_from is not None:
         logger.warning("checkpoint.init_from has no effect in a sweep: its trials start from fresh networks")
+
+
+def _check_latents(
+    config: Config, space: Space, points: Iterable[Mapping[str, Any]], bank: Bank, *, resumed: bool
+) -> None:
+    """Refuses trials whose epochs would have no step; says what their latents do to scores."""
+    for point in (*points, {}):
+        check_epoch(bank, override(config, point, space.source))
+    if space.purpose.models and (note := caution(config)):
+        logger.warning(note)
+    if not resumed and "data.max_samples" in space.keys and config.training.epoch_size is None:
+        logger.warning(
+            f"{space.source}: space: data.max_samples: without training.epoch_size an epoch of fewer latents has fewer "
+            "steps; set it, so that trials differ in their latents alone"
+        )
 
 
 def _rulers(ruler: str, before: Mapping[str, Any] | None) -> dict[str, str | None]:

@@ -6,6 +6,7 @@ from raystar.base.errors import RaystarError
 from raystar.config.load import override, signature, to_yaml
 from raystar.record.summary import Summary, TrialRecord
 from raystar.record.sweep_file import RECORD
+from raystar.ruler.samples import labels
 from raystar.sweep.plan import Plan
 from raystar.tracking.tracker import PARENT, Tracker
 
@@ -19,6 +20,7 @@ def open_parent(tracker: Tracker, plan: Plan, epochs: int) -> None:
         tags={
             "raystar.signature": signature(plan.config),
             "raystar.seed": str(plan.config.training.seed),
+            **(labels(plan.config) if plan.purpose.models else {}),
             **({"mlflow.note.content": plan.space.description} if plan.space.description else {}),
         },
         text={"config.yaml": to_yaml(plan.config), RECORD: (plan.folder / RECORD).read_text(encoding="utf-8")},
@@ -38,6 +40,7 @@ def open_trial(tracker: Tracker, plan: Plan, summary: Summary, record: TrialReco
             "raystar.trial": record.trial,
             "raystar.signature": signature(config),
             "raystar.seed": str(config.training.seed),
+            **(labels(config) if plan.purpose.models else {}),
             "raystar.baseline": str(record.trial == summary.baseline_trial).lower(),
             **({"raystar.parent": record.parent} if record.parent is not None else {}),
         },

@@ -17,10 +17,10 @@ from PIL import Image
 from torch import Tensor
 
 from raystar.base.console import PROGRESS
-from raystar.base.errors import RaystarError, TrialDiverged, TrialOutOfMemory
+from raystar.base.errors import TrialDiverged, TrialOutOfMemory
 from raystar.config.schema import Config
 from raystar.data.bank import Bank
-from raystar.data.batches import Batch, LatentDataset
+from raystar.data.batches import Batch, LatentDataset, check_epoch
 from raystar.model.device import native, resolve_device, set_backends
 from raystar.model.networks import Nets
 from raystar.pictures import grid
@@ -110,12 +110,8 @@ class Trainer:
         first = self.group.rank == 0
         set_backends(config, self.device)
         _note_kernels(config, bank.shape, self.device)
+        check_epoch(bank, config)
         self.data = LatentDataset(bank, config, self.device, self.group.rank, self.group.size)
-        if self.data.steps < 1:
-            raise RaystarError(
-                f"training.batch_size {config.training.batch_size} is more than an epoch's {len(self.data)} samples; "
-                "lower it or set training.drop_last=false"
-            )
         self.ruler = ruler.to(self.device) if ruler is not None and first else None
         self.codec = codec if first else None
         self.measure_at = measure_at

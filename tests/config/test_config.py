@@ -54,6 +54,10 @@ def test_yaml_and_json_round_trip(tmp_path: Path) -> None:
         ("training.progress_style", "off", "off"),  # and this as false
         ("loss.ds_margin", "null", None),
         ("data.domains", "[photo, monet]", ("photo", "monet")),
+        ("data.max_samples", "50", 50),
+        ("data.max_samples", "1e1", 10),
+        ("data.max_samples", "[10, 20, '30', 4e1, 50.0]", (10, 20, 30, 40, 50)),
+        ("data.max_samples", "null", None),
         ("training.use_amp", "no", False),
     ],
 )
@@ -79,6 +83,17 @@ def test_a_schedule_is_in_epochs_or_a_share_of_the_run(written: str, found: floa
 @pytest.mark.parametrize(("share", "epochs", "resolved"), [(20, 8, 20), (1, 8, 1), (0.5, 8, 4.0), (0.5, 5, 2.5)])
 def test_a_share_follows_the_length_of_the_run(share: float, epochs: int, resolved: float) -> None:
     assert override(Config(), {"loss.ds_decay_epochs": share, "training.epochs": epochs}).ds_decay == resolved
+
+
+@pytest.mark.parametrize("limits", [7, [7, 8], None])
+def test_few_latents_are_part_of_the_result_and_are_written_as_they_were_read(limits: object, tmp_path: Path) -> None:
+    config = override(Config(), {"data.domains": ["x", "y"], "data.max_samples": limits})
+    (tmp_path / "c.yaml").write_text(to_yaml(config))
+    assert load_config(tmp_path / "c.yaml") == config
+    assert to_mapping(config)["data"]["max_samples"] == limits
+    assert from_mapping(json.loads(json.dumps(to_mapping(config))), "again") == config
+    assert hash(config) == hash(load_config(tmp_path / "c.yaml"))
+    assert (signature(config) == signature(override(config, {"data.max_samples": None}))) == (limits is None)
 
 
 def test_legacy_keys() -> None:
@@ -114,6 +129,19 @@ def test_legacy_keys() -> None:
         ({"data.domains": ["photo", "../monet"]}, ["folders directly below"]),
         ({"data.domains": "photo"}, ["a list of names"]),
         ({"data.holdout": 0.9}, ["at most 0.5"]),
+        ({"data.max_samples": 0}, ["data.max_samples", "at least 1", "found 0"]),
+        ({"data.max_samples": [1, 2, 0, 4, 5]}, ["data.max_samples", "at least 1", "[1, 2, 0, 4, 5]"]),
+        ({"data.max_samples": [1, 2.5, 3, 4, 5]}, ["data.max_samples", "whole number"]),
+        ({"data.max_samples": "few"}, ["data.max_samples", "whole number", "'few'"]),
+        ({"data.max_samples": [1, True, 3, 4, 5]}, ["data.max_samples", "whole number"]),
+        (
+            {"data.max_samples": [10, 20]},
+            ["data.max_samples", "one number, or one for each of the 5 domains", "found 2"],
+        ),
+        ({"data.max_samples": []}, ["data.max_samples", "one for each of the 5 domains", "found 0"]),
+        ({"training.batch_size": [1]}, ["training.batch_size", "whole number", "[1]"]),
+        ({"model.discriminator_dim": [1]}, ["model.discriminator_dim", "whole number", "[1]"]),
+        ({"data.domains": "photo"}, ["data.domains", "a list of names"]),
         ({"model.num_domains": 3}, ["model.num_domains is 3", "names 5"]),
         ({"training.epoch_size": 4}, ["epoch_size 4", "batch_size", "drop_last"]),
         ({"training.amp_dtype": "fp16", "training.device": "cpu"}, ["fp16 needs a GPU"]),

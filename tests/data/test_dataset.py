@@ -28,7 +28,7 @@ from raystar.config.load import override
 from raystar.config.schema import Config
 from raystar.data import listing
 from raystar.data.bank import Bank, open_bank, reopen_bank
-from raystar.data.batches import LatentDataset
+from raystar.data.batches import LatentDataset, check_epoch, drawn, epoch_samples
 from raystar.data.listing import DEMO_ROOT
 from raystar.demo import DOMAINS as DEMO_DOMAINS
 from tests.kit.support import ROOT, SHARED, tiny_config, write_latents
@@ -81,6 +81,25 @@ FORMS: dict[str, tuple[str, Any]] = {
     "latent": (".pt", {"latent": torch.from_numpy(X), "path": "a.png"}),
     "x": (".pt", {"x": torch.from_numpy(X)[None]}),
     "latent before x": (".pt", {"x": torch.zeros(4, 16, 16), "latent": torch.from_numpy(X)}),
+    "x among others": (".pt", {"z": torch.zeros(4, 16, 16), "x": torch.from_numpy(X), "mean": torch.zeros(4)}),
+    "any key": (
+        ".pt",
+        {"image_path": "a.png", "size": [128, 128], "moments": torch.from_numpy(X), "seed": 3, "ok": True},
+    ),
+    "a key that is no text": (".pt", {0: torch.from_numpy(X)}),
+    "a number under x": (".pt", {"x": 16, "y": 32, "crop": torch.from_numpy(X)}),
+    "list": (".pt", [torch.from_numpy(X)]),
+    "tuple beside plain values": (".pt", (torch.from_numpy(X)[None], "a.png", 3)),
+    "list under a key": (".pt", {"latent": [torch.from_numpy(X)]}),
+    "lists of numbers": (".pt", X.tolist()),
+    "lists of numbers under a key": (".pt", {"latent": X[None].tolist()}),
+}
+WHOLE = np.random.default_rng(2).integers(-20, 21, (4, 16, 16))
+FORMS_OF_WHOLE_NUMBERS: dict[str, tuple[str, Any]] = {
+    "int64": (".pt", torch.from_numpy(WHOLE)),
+    "int8": (".pt", {"codes": torch.from_numpy(WHOLE).to(torch.int8)}),
+    "int32 array": (".npy", WHOLE.astype(np.int32)),
+    "lists": (".pt", WHOLE.tolist()),
 }
 
 
@@ -96,15 +115,93 @@ def test_every_form_is_the_same_latent(tmp_path: Path, form: str) -> None:
     assert torch.equal(stored(bank, f"a/it{suffix}"), torch.from_numpy(X))
     assert bank.shape == (4, 16, 16)
     assert len(bank.names) == 9
-    narrow = value.dtype in (np.float16, torch.float16) if not isinstance(value, dict) else False
+    narrow = getattr(value, "dtype", None) in (np.float16, torch.float16)
     assert bank.latents.dtype == (torch.float16 if narrow and form != "big-endian" else torch.float32)
 
 
-def test_other_files_are_left_alone(tmp_path: Path) -> None:
+@pytest.mark.parametrize("form", FORMS_OF_WHOLE_NUMBERS)
+def test_whole_numbers_are_the_same_numbers_in_float32(tmp_path: Path, form: str) -> None:
     root = write_latents(tmp_path / "data", AB, count=4)
-    for name in ("notes.txt", ".hidden.npy", "preview.png"):
+    suffix, value = FORMS_OF_WHOLE_NUMBERS[form]
+    if suffix == ".npy":
+        np.save(root / "a" / "it.npy", value)
+    else:
+        torch.save(value, root / "a" / "it.pt")
+    bank = open_bank(tiny_config(root, AB), tmp_path / "cache")
+    assert bank.latents.dtype == torch.float32
+    assert torch.equal(stored(bank, f"a/it{suffix}"), torch.from_numpy(WHOLE).float())
+
+
+def test_other_files_are_left_alone_and_counted_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    root = write_latents(tmp_path / "data", AB, count=4)
+    (root / "a" / "previews").mkdir()
+    (root / "a" / ".trash").mkdir()
+    for name in (
+        "notes.txt",
+        ".hidden.npy",
+        "previews/1.png",
+        "previews/2.PNG",
+        ".trash/old.npy",
+        "LICENSE",
+        "x.\udcff",
+    ):
         (root / "a" / name).write_bytes(b"no latent")
-    assert len(open_bank(tiny_config(root, AB), tmp_path / "cache").names) == 8
+    (root / "b" / "only.json").write_bytes(b"{}")
+    config = tiny_config(root, AB)
+    caplog.set_level("INFO", "raystar")
+    assert len(open_bank(config, tmp_path / "cache").names) == 8
+    said = [record.getMessage() for record in caplog.records]
+    assert said == [
+        f"{root / 'a'}: passed over 5 files that are no latents: .png 2, .txt 1, others 1, without suffix 1",
+        f"{root / 'b'}: passed over 1 file that is no latent: .json 1",
+    ]
+    caplog.clear()
+    open_bank(config, tmp_path / "cache", verbose=False)
+    assert not caplog.records
+
+
+def test_latents_lie_in_folders_at_any_depth_and_suffixes_in_any_case(tmp_path: Path) -> None:
+    root = write_latents(tmp_path / "data", AB, count=4)
+    places = ["B.NPY", "m.PT", "set one/x.npy", "set one/deeper/y.pt", "set two/x.npy", "set two/old/er/still/z.Npy"]
+    for number, place in enumerate(places):
+        path = root / "a" / place
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("wb") as file:
+            if place.lower().endswith("npy"):
+                np.save(file, latent(number))
+            else:
+                torch.save(torch.from_numpy(latent(number)), file)
+    bank = open_bank(tiny_config(root, AB), tmp_path / "cache")
+    assert list(bank.names[:10]) == sorted([*(f"a/picture{i:02d}x.npy" for i in range(4)), *(f"a/{p}" for p in places)])
+    for number, place in enumerate(places):
+        assert torch.equal(stored(bank, f"a/{place}"), torch.from_numpy(latent(number)))
+    assert sorted(np.concatenate([bank.train[0], bank.held[0]])) == list(range(10))
+
+
+def test_links_are_followed_and_no_folder_is_entered_twice(tmp_path: Path) -> None:
+    root, elsewhere = write_latents(tmp_path / "data", AB, count=4), tmp_path / "elsewhere"
+    for place in (root / "a" / "z", elsewhere):
+        write_named(place, ["one", "two"], 16)
+    (root / "a" / "again").symlink_to(root / "a" / "z")  # by its own path, though that comes later
+    (root / "a" / "z" / "up").symlink_to(root / "a")
+    (root / "a" / "z" / "self").symlink_to(root / "a" / "z" / "self")
+    (root / "b" / "linked").symlink_to(elsewhere)
+    (elsewhere / "back").symlink_to(root / "b")
+    bank = open_bank(tiny_config(root, AB), tmp_path / "cache")
+    assert [n for n in bank.names if "picture" not in n] == [
+        "a/z/one.npy", "a/z/two.npy", "b/linked/one.npy", "b/linked/two.npy"
+    ]  # fmt: skip
+
+
+def test_crops_are_of_one_picture_within_a_folder_alone(tmp_path: Path) -> None:
+    for folder in range(12):
+        write_named(tmp_path / "data/a" / f"film{folder}", [f"{scene}_{crop}" for scene in "xy" for crop in range(3)])
+    write_named(tmp_path / "data/b", [f"x{i}" for i in range(20)])
+    bank = open_bank(tiny_config(tmp_path / "data", AB, data__holdout=0.25), tmp_path / "cache")
+    pictures = [{bank.names[row].rsplit("_", 1)[0] for row in rows} for rows in (bank.train[0], bank.held[0])]
+    assert not pictures[0] & pictures[1]
+    assert [len(found) for found in pictures] == [18, 6]
+    assert [len(rows) for rows in (bank.train[0], bank.held[0])] == [54, 18]
 
 
 def test_scaled_latents_are_noticed_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -284,10 +381,16 @@ def _relinked(path: Path, stat: os.stat_result) -> None:
     path.symlink_to(path.with_name("elsewhere.npy"))
 
 
+def _moved(path: Path, stat: os.stat_result) -> None:
+    (path.parent / "further").mkdir()
+    path.rename(path.parent / "further" / path.name)
+
+
 CHANGES: dict[str, Callable[[Path, os.stat_result], object]] = {
     "added": lambda path, stat: shutil.copy2(path, path.with_name("added.npy")),
     "removed": lambda path, stat: path.unlink(),
     "renamed": lambda path, stat: path.rename(path.with_name("renamed.npy")),
+    "moved into another folder": _moved,
     "rewritten": _rewritten,
     "resized, with its old time": _resized,
     "replaced by a link": _relinked,
@@ -295,22 +398,24 @@ CHANGES: dict[str, Callable[[Path, os.stat_result], object]] = {
 
 
 @pytest.mark.parametrize("system", ["statx", "other"])
+@pytest.mark.parametrize("place", ["picture02x.npy", "sub/deeper/nested.npy"])
 @pytest.mark.parametrize("change", CHANGES)
 def test_every_change_of_a_file_is_noticed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str, system: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str, place: str, system: str
 ) -> None:
     if system == "other":
         monkeypatch.setattr(listing, "_statx", lambda: None)
     elif listing._statx() is None:
         pytest.skip("this system has no statx")
     root, cache = write_latents(tmp_path / "data", AB, count=4), tmp_path / "cache"
+    write_named(root / "b/sub/deeper", ["nested", "other"], 16)
     config = tiny_config(root, AB)
     before = open_bank(config, cache)
-    path = root / "b" / "picture02x.npy"
+    path = root / "b" / place
     CHANGES[change](path, path.stat())
     after = open_bank(config, cache)
     assert_whole(cache, 2)
-    now = {f"{p.parent.name}/{p.name}": torch.from_numpy(np.load(p)).float() for p in root.glob("*/*.npy")}
+    now = {str(p.relative_to(root)): torch.from_numpy(np.load(p)).float() for p in root.rglob("*.npy")}
     assert set(after.names) == set(now)
     assert all(torch.equal(stored(after, name), latent) for name, latent in now.items())
     assert open_bank(config, cache).digest == after.digest
@@ -357,6 +462,30 @@ def test_writing_to_a_bank_never_reaches_the_cache(tmp_path: Path) -> None:
     before = bank.latents.clone()
     bank.latents.zero_()
     assert torch.equal(open_bank(tiny_config(root, AB), cache).latents, before)
+
+
+def test_a_folder_of_files_alone_keeps_its_name_in_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What earlier versions have packed is found again: the key of flat folders is of the same bytes."""
+    monkeypatch.chdir(tmp_path)
+    for domain in AB:
+        write_named(Path("data") / domain, ["one", "two", "three"])
+        for path in Path("data").rglob("*.npy"):
+            os.utime(path, ns=(0, 1_700_000_000_123_456_789))
+    assert listing.stat_digest(listing.list_parts("data", AB, "key", held=False), AB, 4) == "8827a8227c5dc59c"
+
+
+def test_latents_of_the_same_numbers_and_another_shape_are_others(tmp_path: Path) -> None:
+    """The ruler's file is named by the digest: one of 8x12 must not measure 12x8."""
+    digests = set()
+    for name, shape in (("wide", (4, 8, 12)), ("high", (4, 12, 8))):
+        for domain in AB:
+            (tmp_path / name / domain).mkdir(parents=True)
+            for i in range(8):
+                np.save(tmp_path / name / domain / f"{i}x.npy", np.random.default_rng(i).standard_normal(shape) * 5)
+        bank = open_bank(tiny_config(tmp_path / name, AB), tmp_path / "cache")
+        assert bank.shape == shape
+        digests.add(bank.digest)
+    assert len(digests) == 2
 
 
 def test_the_digest_is_that_of_content_and_split(tmp_path: Path) -> None:
@@ -424,14 +553,27 @@ BAD: dict[str, tuple[str, Callable[[Path, Path], None], str]] = {
     "objects": (".npy", _npy_trap, "pickled objects.*not opened"),
     "code": (".pt", _pt_trap, "could run code"),
     "plain pickle": (".pt", _pickle_trap, "could run code"),
-    "integers": (".npy", _npy(X.astype(np.int32)), "floating-point numbers, found int32"),
-    "integer tensor": (".pt", _pt(T.long()), "floating-point numbers, found int64"),
-    "complex": (".npy", _npy(X.astype(np.complex64)), "floating-point numbers, found complex64"),
+    "true and false": (".npy", _npy(X > 0), "an array of numbers, found bool"),
+    "tensor of true and false": (".pt", _pt(T > 0), "an array of numbers, found bool"),
+    "complex": (".npy", _npy(X.astype(np.complex64)), "an array of numbers, found complex64"),
+    "text": (".pt", _pt("a latent"), "an array of numbers, found str"),
     "empty": (".npy", _raw(b""), "truncated or damaged"),
     "empty tensor file": (".pt", _raw(b""), "truncated or damaged"),
     "no latents": (".npy", _npy(np.zeros((4, 0, 16), np.float32)), r"found \[4, 0, 16\]"),
-    "no keys": (".pt", _pt({"z": T}), "'latent' or 'x'; found neither"),
-    "list": (".pt", _pt([T]), "found list"),
+    "no tensor": (
+        ".pt",
+        _pt({"path": "a.png", "size": 3}),
+        "'latent' or 'x'.*found none under the keys 'path', 'size'",
+    ),
+    "no keys": (".pt", _pt({}), "expected one tensor.*found no keys"),
+    "two tensors": (".pt", _pt({"a": T, "n": 1, "b": T}), "'latent' or 'x' among several; found tensors 'a', 'b'$"),
+    "list of two": (".pt", _pt([T, T]), "expected one tensor, found a list of 2"),
+    "empty list": (".pt", _pt([]), r"found \[0\]"),
+    "list of text": (".pt", _pt([[1.0, "2"]]), "found a list that holds str"),
+    "list of true and false": (".pt", _pt((X > 0).tolist()), "found a list that holds bool"),
+    "list of dictionaries": (".pt", _pt([{"latent": T}]), "found a list that holds dict"),
+    "ragged lists": (".pt", _pt([[[1.0, 2.0], [3.0]]]), "rows of different lengths"),
+    "whole numbers beyond measure": (".pt", _pt([[[10**30]]]), "an array of numbers, found object"),
     "sparse": (".pt", _pt(T.to_sparse()), "dense tensor"),
     "beyond float32": (".npy", _npy(X.astype(np.float64) * 1e300), "beyond float32"),
 }
@@ -509,7 +651,7 @@ def _write_bad(root: Path, kinds: list[str], marker: Path) -> list[Path]:
 def test_all_bad_files_are_named_together(tmp_path: Path) -> None:
     root = write_latents(tmp_path / "data", AB, count=6)
     kinds = ["channels", "other size", "nan", "inf", "truncated", "truncated tensor", "objects", "code", "empty"]
-    kinds += ["no keys"]
+    kinds += ["no tensor"]
     paths = _write_bad(root, kinds, tmp_path / "code ran")
     with pytest.raises(RaystarError) as caught:
         open_bank(tiny_config(root, AB), tmp_path / "cache")
@@ -547,7 +689,7 @@ def test_an_empty_folder_and_a_missing_root(tmp_path: Path, monkeypatch: pytest.
     root = write_latents(tmp_path / "data", AB, count=3)
     (root / "c").mkdir()
     (root / "c" / "notes.txt").write_text("no latents")
-    with pytest.raises(RaystarError, match=rf"{re.escape(str(root / 'c'))}: expected latents .*found none"):
+    with pytest.raises(RaystarError, match=r"/c: expected latents .*found none; passed over 1 file .*: \.txt 1$"):
         open_bank(tiny_config(root), tmp_path / "cache")
     with pytest.raises(RaystarError, match=r"data\.data_root: .*nowhere: expected a folder.*a, b.*found nothing"):
         open_bank(tiny_config(tmp_path / "nowhere", AB), tmp_path / "cache")
@@ -598,6 +740,13 @@ def test_a_packed_file_without_the_domain_and_damaged_ones(tmp_path: Path) -> No
         with pytest.raises(RaystarError, match=rf"{damaged.name}: not a readable packed file"):
             open_bank(tiny_config(damaged, AB), tmp_path / "cache")
     assert cached(tmp_path / "cache") == []
+
+
+def test_a_packed_file_of_whole_numbers_with_a_suffix_in_capitals(tmp_path: Path) -> None:
+    rows = np.random.default_rng(1).integers(-9, 10, (6, 4, 8, 8))
+    save_file({"a": rows, "b": -rows}, tmp_path / "DATA.SAFETENSORS")
+    bank = open_bank(tiny_config(tmp_path / "DATA.SAFETENSORS", AB), tmp_path / "cache")
+    assert torch.equal(stored(bank, "b/005"), -torch.from_numpy(rows[5]).float())
 
 
 def test_bad_rows_of_a_packed_file_are_named(tmp_path: Path) -> None:
@@ -699,6 +848,19 @@ def test_eval_data_root_is_held_out_whole(tmp_path: Path) -> None:
     assert [names_of(bank, held) for held in bank.held] == [{"one", "two"}, {"three"}]
     assert [len(train) for train in bank.train] == [6, 6]
     assert torch.equal(bank.rows(bank.held[0])[1], torch.from_numpy(latent(1)))
+
+
+def test_held_out_latents_must_not_lie_among_those_to_train_on(tmp_path: Path) -> None:
+    root = write_latents(tmp_path / "data", AB, count=6)
+    write_latents(root / "a" / "kept", AB, count=4)
+    config = tiny_config(root, AB, data__eval_data_root=str(root / "a" / "kept"))
+    with pytest.raises(RaystarError, match=r"data\.eval_data_root: .*kept lies in the folder of domain 'a'"):
+        open_bank(config, tmp_path / "cache")
+    with pytest.raises(RaystarError, match=r"data\.eval_data_root: is data\.data_root itself"):
+        open_bank(override(config, {"data.eval_data_root": str(root / "a" / "..")}), tmp_path / "cache")
+    (root / "a" / "kept").rename(root / "kept")
+    bank = open_bank(override(config, {"data.eval_data_root": str(root / "kept")}), tmp_path / "cache")
+    assert [len(rows) for rows in bank.held] == [4, 4]
 
 
 def write_paintings(root: Path) -> Path:
@@ -856,6 +1018,66 @@ def test_an_epoch_is_the_largest_domain_times_the_domains(config: Config, bank: 
     data = LatentDataset(bank, override(config, {"training.epoch_size": None}), CPU)
     assert [len(rows) for rows in bank.train] == [6, 15, 10]
     assert len(data) == 45
+
+
+def seen_by(data: LatentDataset, bank: Bank) -> list[set[int]]:
+    """Rows of each domain that an epoch shows, as contents or as references."""
+    rows = [(batch.y_src, batch.content) for batch in data.batches()]
+    rows += [(batch.y_trg, batch.x_ref) for batch in data.batches()]
+    domains = np.concatenate([y.numpy() for y, _ in rows])
+    found = np.concatenate([rows_of(bank, latents) for _, latents in rows])
+    return [set(found[domains == y].tolist()) for y in range(len(bank.domains))]
+
+
+def test_few_latents_are_drawn_from_and_the_fewer_are_among_the_more(config: Config, bank: Bank) -> None:
+    before: list[set[int]] = [set(), set(), set()]
+    for limit in (1, 2, 5, 9, 10_000):
+        few = override(config, {"data.max_samples": limit})
+        found = seen_by(LatentDataset(bank, few, CPU), bank)
+        assert [len(rows) for rows in found] == [min(limit, count) for count in (6, 15, 10)]
+        assert found == [set(rows.tolist()) for rows in drawn(bank, few)]
+        assert all(less < more or less == set(all_) for less, more, all_ in zip(before, found, bank.train, strict=True))
+        assert found == seen_by(LatentDataset(bank, override(few, {"training.seed": 9}), CPU), bank)
+        before = found
+    each = override(config, {"data.max_samples": [3, 15, 4]})
+    assert [len(rows) for rows in seen_by(LatentDataset(bank, each, CPU), bank)] == [3, 15, 4]
+    whole, same = LatentDataset(bank, config, CPU), LatentDataset(bank, override(each, {"data.max_samples": 15}), CPU)
+    assert_equal(whole.batch(3), same.batch(3))
+
+
+def test_an_epoch_of_few_is_the_largest_number_times_the_domains(config: Config, bank: Bank) -> None:
+    config = override(config, {"training.epoch_size": None, "training.batch_size": 10})
+    for limit, size in ((2, 6), (8, 24), (10_000, 45), ([2, 3, 9], 27)):
+        few = override(config, {"data.max_samples": limit})
+        assert len(LatentDataset(bank, few, CPU)) == epoch_samples(bank, few) == size
+        if size < 10:
+            with pytest.raises(RaystarError, match=r"batch_size 10 is more than an epoch's 6 samples"):
+                check_epoch(bank, few)
+            few = override(few, {"training.drop_last": False})
+        check_epoch(bank, few)
+        assert len(LatentDataset(bank, override(few, {"training.epoch_size": 100}), CPU)) == 100
+
+
+def test_few_latents_are_chosen_picture_by_picture_and_leave_the_bank_as_it_is(tmp_path: Path) -> None:
+    write_named(tmp_path / "data/a", [f"scene{i:02d}_{k}" for i in range(30) for k in range(3)])
+    write_named(tmp_path / "data/b", [f"x{i}" for i in range(40)])
+    config = tiny_config(tmp_path / "data", AB, data__holdout=0.2)
+    bank = open_bank(config, tmp_path / "cache")
+    few = override(config, {"data.max_samples": 14})
+    again = open_bank(few, tmp_path / "cache")
+    assert (again.digest, again.key) == (bank.digest, bank.key)
+    assert all(
+        np.array_equal(a, b) for a, b in zip((*bank.train, *bank.held), (*again.train, *again.held), strict=True)
+    )
+    rows = drawn(bank, few)[0]
+    assert set(rows) < set(bank.train[0])
+    counts = Counter(bank.names[row].rsplit("_", 1)[0] for row in rows)
+    assert sorted(counts.values()) == [2, 3, 3, 3, 3]
+    # One more file moves few: the others keep their places in the order of names' hashes.
+    np.save(tmp_path / "data/b/another.npy", latent(3, 8))
+    more = open_bank(few, tmp_path / "cache")
+    names = [{bank_.names[row] for row in drawn(bank_, few)[1]} for bank_ in (bank, more)]
+    assert len(names[0] ^ names[1]) <= 4
 
 
 def test_single_samples_are_the_rows_of_the_batches(config: Config, bank: Bank) -> None:

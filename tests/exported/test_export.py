@@ -17,7 +17,9 @@ from safetensors.torch import load_file, save_file
 from raystar import export
 from raystar.base.errors import RaystarError
 from raystar.config.load import load_config, override, to_mapping, to_yaml
+from raystar.config.schema import Config
 from raystar.exported import model as model_module
+from raystar.exported.model_card import card
 from raystar.model import checkpoint as checkpoints
 from raystar.model import networks
 from raystar.model.networks import NAMES, Nets
@@ -84,6 +86,16 @@ def test_an_export_is_plain_files(folder: Path) -> None:
     readme = (folder / "README.md").read_text()
     for words in ("loss: trial_0007", "photo, monet, vangogh", "8 epochs", "| score | 1.5312 |", "`loss.w_cyc`: 2.5"):
         assert words in readme
+
+
+@pytest.mark.parametrize(
+    ("share", "words"), [(0, "pictures that training saw, since"), (0.1, "that training never saw")]
+)
+def test_the_card_says_of_what_its_score_is(share: float, words: str) -> None:
+    config = override(Config(), {"data.holdout": share})
+    text = card(config, {"metrics": {"eval/score": 0.5, "eval/movement": 0.5}}, [])
+    assert words in text
+    assert ("never saw" in text) == (share > 0)
 
 
 def test_the_weights_keep_their_names_and_bits(folder: Path, nets: Nets) -> None:

@@ -25,6 +25,7 @@ from raystar import report
 from raystar.base.errors import RaystarError
 from raystar.base.journal import Journal
 from raystar.base.storage import Storage
+from raystar.page import charts, sections
 from raystar.page import contact_sheet as contact
 from raystar.page import page as page_module
 from raystar.page.importance import FEWEST, importance
@@ -407,6 +408,14 @@ def test_a_rung_in_words(runs: int, correlation: float, said: str) -> None:
     rung = results.Foresight(2, "eval/outlook", runs, correlation)
     assert said in rung.words
     assert rung.doubtful == ("says little" in said)
+
+
+def test_choices_of_numbers_and_lists_stand_in_their_order(tmp_path: Path) -> None:
+    space = {"data.max_samples": {"choice": [50, [9, 20, 3], None, 7]}}
+    found = results.read(make_sweep(tmp_path, 30, space=space))
+    figure = charts.slices(found)["data.max_samples"]
+    assert list(figure.layout.xaxis.categoryarray) == ["null", "7", "50", "[9, 20, 3]"]
+    assert sections.changes(found)[0][3] == "50, [9, 20, 3], \N{EN DASH}, 7"
 
 
 def test_a_speed_sweep(tmp_path: Path) -> None:

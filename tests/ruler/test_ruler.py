@@ -24,7 +24,7 @@ from raystar.model.networks import Nets
 from raystar.ruler.distances import channel_transfer, energy_distance
 from raystar.ruler.picture_stats import content_lost, sketch, statistics
 from raystar.ruler.ruler import NOTHING, TRANSFER, UNMOVED, Ruler, ruler_file
-from raystar.ruler.samples import measured_by
+from raystar.ruler.samples import caution, labels, measured, measured_by
 from raystar.training.state import TrainState
 from tests.kit.repainted import open_small_demo, source_numbers
 from tests.kit.repainted import read as read_repainted
@@ -603,8 +603,120 @@ def test_a_feature_file_that_is_missing_or_damaged(painted: Built, tmp_path: Pat
             Ruler.build(bank, override(config, {"ruler.features": str(file)}))
 
 
+# -- every size that the dataset accepts -------------------------------------------------------------
+
+SIZES = [(8, 8), (8, 12), (12, 8), (12, 12), (36, 20), (20, 36), (28, 28), (8, 64)]
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_the_fixed_points_at_every_size(tmp_path: Path, size: tuple[int, int]) -> None:
+    domains = ("a", "b")
+    config = tiny_config(write_latents(tmp_path / "data", domains, 56, size), domains, ruler__sources=14)
+    bank = open_bank(config, tmp_path / "cache")
+    ruler = Ruler.build(bank, config, tmp_path / "cache")
+    nothing = ruler.measure_subject(Nothing())
+    assert nothing["score"] == pytest.approx(1.1, abs=1e-4)
+    assert nothing["content"] == pytest.approx(0, abs=1e-5)
+    assert nothing["movement"] == nothing["diversity"] == 0
+    copied = ruler.measure_subject(Copycat(bank, config))
+    assert copied["style"] < 0.3  # real pictures of the target, of which there are few
+    assert copied["content"] > 0.6
+    assert copied["score"] > 1.1
+    assert copied["accuracy"] > 0.9
+    assert 0.1 <= ruler.references[TRANSFER]["eval/score"] < 1.1
+    assert all(np.isfinite(list(found.values())).all() for found in (nothing, copied, *ruler.references.values()))
+    again = Ruler.build(bank, config, tmp_path / "cache")  # from its file
+    assert again.measure_subject(Nothing()) == nothing
+    assert len(list((tmp_path / "cache").glob("ruler-*.safetensors"))) == 1
+
+
+def test_latents_that_lie_and_stand_have_rulers_of_their_own(tmp_path: Path) -> None:
+    """Of the same numbers, in one cache: once, the second was measured with what was seen of the first."""
+    rulers = []
+    for name, size in (("lying", (8, 12)), ("standing", (12, 8))):
+        config = tiny_config(write_latents(tmp_path / name, size=size))
+        bank = open_bank(config, tmp_path / "cache")
+        kept = Ruler.build(bank, config, tmp_path / "cache")
+        assert torch.equal(kept.source_features, Ruler.build(bank, config).source_features)
+        rulers.append(kept)
+    assert not torch.equal(rulers[0].source_features, rulers[1].source_features)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_pictures_of_any_size_have_finite_statistics_and_a_layout(seed: int) -> None:
+    """Noise, flat colours, stripes and black and white, of random sides; what lies and what stands are seen alike."""
+    rng = np.random.default_rng(seed)
+    h, w = (16 * int(side) for side in rng.integers(2, 18, size=2))
+    rgb = torch.from_numpy(rng.random((6, 3, h, w), dtype=np.float32))
+    rgb[1], rgb[2], rgb[3], rgb[4] = 0.0, 1.0, rgb[3].round(), rgb[4, :, :1, :1]
+    rgb[5] = (torch.arange(w) // 4 % 2).float()
+    raw, turned = statistics(rgb), statistics(rgb.mT.contiguous())
+    assert raw.shape == turned.shape
+    assert raw.shape[1] == 19 * min(5, min(h, w).bit_length() - 3) + 14  # the shorter side says how many bands
+    assert raw.isfinite().all()
+    assert turned.isfinite().all()
+    assert sketch(rgb).shape == (6, 16, 16)
+    other = rgb.roll(1, 0)
+    lost, lost_turned = (content_lost(sketch(b), sketch(a)) for a, b in ((rgb, other), (rgb.mT, other.mT)))
+    torch.testing.assert_close(lost, lost_turned, atol=5e-3, rtol=0)  # flat pictures' variances are rounding
+    assert content_lost(sketch(rgb), sketch(rgb)).item() == pytest.approx(0, abs=5e-3)
+    assert lost > 0.1
+
+
+# -- what nothing was held out for -------------------------------------------------------------------
+
+
+def test_a_holdout_of_nothing_measures_on_training_latents(tmp_path: Path) -> None:
+    config = tiny_config(write_latents(tmp_path / "data", count=12), data__holdout=0)
+    bank = open_bank(config, tmp_path / "cache")
+    assert [len(rows) for rows in bank.held] == [0, 0, 0]
+    ruler = Ruler.build(bank, config, tmp_path / "cache")
+    assert ruler.measure_subject(Nothing())["score"] == pytest.approx(1.1, abs=1e-4)
+    for rows, targets in zip(bank.train, ruler.targets, strict=True):
+        there = {row.numpy().tobytes() for row in bank.rows(rows) * config.training.latent_scale}
+        assert {row.numpy().tobytes() for row in targets} == there
+    found = caution(config)
+    assert found is not None
+    assert "the score is of pictures that training saw" in found
+    assert labels(config) == {"raystar.measured_on": "training latents"}
+    few = override(config, {"data.max_samples": 5})
+    assert measured_by(open_bank(few, tmp_path / "cache"), few) == measured_by(bank, config)
+
+
+def test_nothing_is_said_where_something_is_held_out(tmp_path: Path) -> None:
+    root = write_latents(tmp_path / "data", count=12)
+    config = tiny_config(root, data__holdout=0, data__eval_data_root=str(write_latents(tmp_path / "eval", count=6)))
+    for settings in (config, tiny_config(root)):
+        assert caution(settings) is None
+        assert labels(settings) == {}
+    bank = open_bank(config, tmp_path / "cache")
+    assert [rows.tolist() for rows in measured(bank, config)] == [rows.tolist() for rows in bank.held]
+    # Were the same rows held out by chance, the key would still tell what they are.
+    unheld = override(config, {"data.eval_data_root": None})
+    assert measured_by(bank, config) != measured_by(bank, unheld)
+
+
+def test_too_few_training_latents_to_measure_on(tmp_path: Path) -> None:
+    root = write_latents(tmp_path / "data", ("a", "b"), count=4)
+    config = tiny_config(root, ("a", "b"), data__holdout=0)
+    Ruler.build(open_bank(config, tmp_path / "cache"), config)
+    (root / "b" / "picture00x.npy").unlink()
+    with pytest.raises(RaystarError, match=r"data: the ruler needs 4 latents of every domain, 'b' has 3$"):
+        Ruler.build(open_bank(config, tmp_path / "cache"), config)
+
+
+def test_the_ruler_knows_nothing_of_how_many_latents_are_drawn_from(tmp_path: Path) -> None:
+    config = tiny_config(write_latents(tmp_path / "data"))
+    few = override(config, {"data.max_samples": [1, 2, 3]})
+    banks = [open_bank(settings, tmp_path / "cache") for settings in (config, few)]
+    assert measured_by(banks[0], config) == measured_by(banks[1], few)
+    one, other = (Ruler.build(bank, settings) for bank, settings in zip(banks, (config, few), strict=True))
+    assert torch.equal(one.features.mean, other.features.mean)
+    assert torch.equal(one.source_features, other.source_features)
+
+
 def test_too_few_held_out_latents(tmp_path: Path) -> None:
     config = tiny_config(write_latents(tmp_path / "data"), data__holdout=0.05)
     bank = open_bank(config, tmp_path / "cache")
-    with pytest.raises(RaystarError, match=r"held-out latents of every domain.*'a' has 1.*raise data\.holdout"):
+    with pytest.raises(RaystarError, match=r"held-out latents.*'a' has 1; raise data\.holdout, .*data\.holdout=0"):
         Ruler.build(bank, config)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from raystar.base.errors import RaystarError
 from raystar.config.load import load_config, override
 from raystar.config.schema import Config
-from raystar.search.distributions import LogUniform
+from raystar.search.distributions import Choice, LogUniform
 from raystar.search.space import from_mapping, load_space
 from raystar.training import compile as compile_module
 from raystar.training.compile import canonical
@@ -110,6 +111,24 @@ def test_a_schedule_can_be_searched_by_shares_or_epochs(draws: dict[str, Any], p
     drawn = [point["loss.ds_decay_epochs"] for point in points[1:]]
     assert drawn
     assert all(map(possible, drawn))
+
+
+def test_few_latents_can_be_searched_by_one_number_or_one_for_each_domain() -> None:
+    how = {"data.max_samples": {"choice": [10, [10, 20, 30, 40, 50], 200, None]}}
+    space = space_of(space=how, trials=20)
+    points = space.points(Config(), CPU)
+    assert points[0] == {"data.max_samples": None}
+    assert sorted(map(str, (p["data.max_samples"] for p in points))) == ["10", "200", "None", "[10, 20, 30, 40, 50]"]
+    assert json.loads(json.dumps(points)) == points  # the record of a sweep that is resumed
+    assert Choice.describe(how["data.max_samples"]["choice"]) == "10, [10, 20, 30, 40, 50], 200, \N{EN DASH}"
+    space = space_of(space={"data.max_samples": {"randint": [5, 9]}}, baseline=False)
+    assert sorted(p["data.max_samples"] for p in space.points(Config(), CPU)) == [5, 6, 7, 8]
+    with pytest.raises(RaystarError, match=r"data\.max_samples: expected at least 1, found 0"):
+        space_of(space={"data.max_samples": {"randint": [0, 9]}})
+    with pytest.raises(RaystarError, match=r"data\.holdout: cannot be searched"):
+        space_of(space={"data.holdout": {"choice": [0, 0.1]}})
+    with pytest.raises(RaystarError, match=r"data\.max_samples: expected one number, or one for each of the 5"):
+        space_of(space={"data.max_samples": {"choice": [[1, 2]]}}).points(Config(), CPU)
 
 
 def test_no_baseline() -> None:

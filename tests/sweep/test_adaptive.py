@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -40,9 +41,10 @@ def test_it_proposes_within_the_space_and_resumes(search: str, tmp_path: Path) -
             "loss.w_ds": {"uniform": [0.5, 1.5]},
             "model.mapping_hidden_dim": {"randint": [8, 16]},
             "loss.w_id": {"choice": [0, 1.0]},
+            "data.max_samples": {"choice": [9, [3, 4, 5]]},
         },
     }
-    done = run(request(tmp_path, space, training__epochs=1))
+    done = run(request(tmp_path, space, training__epochs=1, data__max_samples=9))
     assert done.returncode == 0, done.stdout + done.stderr
     first = params_of(tmp_path / "runs")
     done = run(
@@ -51,10 +53,12 @@ def test_it_proposes_within_the_space_and_resumes(search: str, tmp_path: Path) -
     assert done.returncode == 0, done.stdout + done.stderr
     params = params_of(tmp_path / "runs")
     assert params[:3] == first
-    assert len({tuple(values.items()) for values in params}) == 5
-    assert params[0] == {"loss.w_cyc": 1.0, "loss.w_ds": 1.0, "model.mapping_hidden_dim": 12, "loss.w_id": 1.0}
+    assert len(set(map(json.dumps, params))) == 5
+    baseline = {"loss.w_cyc": 1.0, "loss.w_ds": 1.0, "model.mapping_hidden_dim": 12, "loss.w_id": 1.0}
+    assert params[0] == baseline | {"data.max_samples": 9}
     for values in params:
         assert 0.5 <= values["loss.w_cyc"] <= 2
         assert 0.5 <= values["loss.w_ds"] <= 1.5
         assert values["model.mapping_hidden_dim"] in range(8, 16)
         assert values["loss.w_id"] in (0, 1)
+        assert values["data.max_samples"] in (9, [3, 4, 5])

@@ -322,6 +322,32 @@ def test_a_new_trial_starts_stepping_soon(sweep: tuple[Path, str]) -> None:
     assert float(np.median(idle)) < 3.0
 
 
+def test_few_latents_are_searched_and_measured_on_what_training_saw(tmp_path: Path) -> None:
+    """One number or one for each domain; resumed, the sweep knows which it had; the run and the report say of what."""
+    choices = [2, [4, 5, 6], 9]
+    space = SPACE | {"trials": 4, "finalists": 0, "space": {"data.max_samples": {"choice": choices}}}
+    done = run(request(tmp_path, space, training__epochs=1, data__holdout=0))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stderr.count("note: data.holdout is 0: the ruler measures on training latents") == 1
+    runs = tmp_path / "runs"
+    found = {trial["trial"]: trial["params"]["data.max_samples"] for trial in summary_of(runs)["trials"]}
+    assert found.pop("t00") is None
+    assert sorted(map(str, found.values())) == sorted(map(str, choices))
+    assert len(list((runs / "cache").glob("ruler-*.safetensors"))) == len(list((runs / "cache").glob("*.npy"))) == 1
+    assert "measured on" in (runs / "s/report.html").read_text()
+    store = Store(runs)
+    tags = [store.tags(run_id) for (run_id,) in store.rows("select run_uuid from runs")]
+    assert len(tags) == 5
+    assert {tag["raystar.measured_on"] for tag in tags} == {"training latents"}
+    signatures = {tag["raystar.signature"] for tag in tags if "raystar.trial" in tag}
+    assert len(signatures) == 4
+    (runs / "s/summary.csv").unlink()
+    again = run([sys.executable, "-m", "raystar.tune", "--resume", "s", "--out", str(runs), "--trials", "4"])
+    assert again.returncode == 0, again.stdout + again.stderr
+    trials = {trial["trial"]: trial["params"]["data.max_samples"] for trial in summary_of(runs)["trials"]}
+    assert trials == {"t00": None, **found}
+
+
 def test_diverging_trials_are_told_apart_and_hold_up_nobody(tmp_path: Path) -> None:
     space = SPACE | {
         "search": "grid",

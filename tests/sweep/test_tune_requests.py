@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 from raystar import train, tune
+from raystar.base import console
 from raystar.base.console import run_cli
 from raystar.base.errors import RaystarError
 from raystar.config.load import to_mapping
@@ -125,6 +126,45 @@ def test_workers_are_listed_and_counted(
     assert plan.make_plan(tune.request_of(tune.parser().parse_args(files.arguments()))).at_a_time == 2
 
 
+NOTED = "note: data.holdout is 0: the ruler measures on training latents"
+
+
+@pytest.mark.parametrize(("setting", "told"), [("0", True), ("0.25", False)])
+def test_a_holdout_of_nothing_is_told_once(
+    files: Files, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, setting: str, told: bool
+) -> None:
+    def stop(config: Any, device: Any) -> None:
+        raise RaystarError("far enough")
+
+    console.show()
+    assert tune.main(files.arguments("--dry-run", "--set", f"data.holdout={setting}")) == 0
+    shown = capsys.readouterr()
+    assert shown.err.count(NOTED) == told
+    assert f"a: {20 if told else 15} latents to train on, {0 if told else 5} held out" in shown.out
+    monkeypatch.setattr(train, "initial_state", stop)
+    with pytest.raises(RaystarError, match="far enough"):
+        train_main(["--config", str(files.config), "--out", str(files.out), "--set", f"data.holdout={setting}"])
+    assert capsys.readouterr().err.count(NOTED) == told
+
+
+def test_few_latents_are_listed_and_epochs_without_a_step_refused(
+    files: Files, capsys: pytest.CaptureFixture[str]
+) -> None:
+    console.show()
+    space = {"data.max_samples": {"choice": [2, [4, 5, 6]]}}
+    files.space.write_text(yaml.safe_dump(SPACE | {"trials": 3, "space": space}))
+    assert tune.main(files.arguments("--dry-run", "--set", "data.max_samples=[7,8,9]")) == 0
+    shown = capsys.readouterr()
+    assert "a: 7 latents to train on, 5 held out\n  b: 8 latents to train on" in shown.out
+    assert "t00 (baseline): data.max_samples=[7, 8, 9]" in shown.out
+    assert "data.max_samples=[4, 5, 6]" in shown.out
+    assert "epoch_size" not in shown.err
+    assert tune.main(files.arguments("--dry-run", "--set", "training.epoch_size=null")) == 0
+    assert "data.max_samples: without training.epoch_size an epoch of fewer" in capsys.readouterr().err
+    arguments = files.arguments("--dry-run", "--set", "training.epoch_size=null", "--set", "training.batch_size=8")
+    assert "training.batch_size 8 is more than an epoch's 6 samples" in refusal(tune.main, arguments, capsys)
+
+
 CASES: list[tuple[list[str], list[str]]] = [
     (["--set", "loss.w_cycl=2"], ["--set", "loss.w_cycl", "did you mean 'loss.w_cyc'"]),
     (["--set", "loss.w_cyc"], ["expected key=value"]),
@@ -133,7 +173,8 @@ CASES: list[tuple[list[str], list[str]]] = [
     (["--set", "data.domains=[a,b,d]"], ["no folder for domain 'd'", "a, b, c"]),
     (["--set", "data.data_root=nowhere"], ["nowhere", "found nothing"]),
     (["--set", "visualization.vae_model_name_or_path=./nowhere"], ["nowhere", "hub name"]),
-    (["--set", "data.holdout=0.01"], ["held-out", "data.holdout"]),
+    (["--set", "data.holdout=0.01"], ["held-out", "data.holdout=0 to measure on training's"]),
+    (["--set", "data.max_samples=[1,2]"], ["data.max_samples", "each of the 3 domains", "found 2"]),
     (["--set", "training.device=cuda"], ["cuda"]),
     (["--name", "../escape"], ["--name '../escape'", "no path"]),
     (["--name", "a/b"], ["no path"]),

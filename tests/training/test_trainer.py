@@ -13,15 +13,17 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
-from raystar.base.errors import TrialDiverged, TrialOutOfMemory
+from raystar.base.errors import RaystarError, TrialDiverged, TrialOutOfMemory
+from raystar.base.metrics import RULER
 from raystar.config.load import override, to_mapping
 from raystar.config.schema import Config
 from raystar.data.bank import Bank, open_bank
 from raystar.model import checkpoint as checkpoints
-from raystar.pictures.codec import PreviewCodec
+from raystar.pictures.codec import PreviewCodec, open_codec
 from raystar.ruler.ruler import Ruler
 from raystar.search.purpose import QUALITY
 from raystar.training import trainer as trainer_module
@@ -258,6 +260,29 @@ def test_when_the_ruler_measures(
     found = {p.epoch: {key for key in p.metrics if key.startswith("eval/")} for p in trainer.run()}
     assert [epoch for epoch, metrics in found.items() if metrics] == measured
     assert len({frozenset(metrics) for metrics in found.values()}) == 2 - (measured == [1, 2, 3, 4, 5, 6])
+
+
+@pytest.mark.parametrize("size", [(8, 8), (36, 20), (8, 12), (12, 8)], ids=str)
+@pytest.mark.parametrize("amp", [False, True])
+def test_latents_of_every_size_are_trained_measured_and_drawn(tmp_path: Path, size: tuple[int, int], amp: bool) -> None:
+    config = tiny_config(
+        write_latents(tmp_path / "data", count=16, size=size), training__epochs=1, training__use_amp=amp,
+        data__max_samples=[2, 3, 4],
+    )  # fmt: skip
+    bank = open_bank(config, tmp_path / "cache")
+    codec, _ = open_codec(config)
+    (progress,) = Trainer(config, bank, Ruler.build(bank, config, tmp_path / "cache"), codec).run()
+    assert np.isfinite(list(progress.metrics.values())).all()
+    assert {f"eval/{name}" for name in RULER} <= progress.metrics.keys()
+    assert set(progress.images) == {"grid_ref", "grid_noise"}
+
+
+def test_an_epoch_without_a_step_is_refused(config: Config, bank: Bank) -> None:
+    few = override(config, {"training.epoch_size": None, "data.max_samples": 1})
+    with pytest.raises(RaystarError, match=r"training\.batch_size 4 is more than an epoch's 3 samples"):
+        Trainer(few, bank)
+    *_, last = Trainer(override(few, {"data.max_samples": 2}), bank).run()
+    assert last.epoch == few.training.epochs
 
 
 def test_json_lines(config: Config, bank: Bank, capsys: pytest.CaptureFixture[str]) -> None:
