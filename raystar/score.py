@@ -28,8 +28,8 @@ from raystar.model.users import config_of
 from raystar.pictures import grid
 from raystar.pictures.codec import check_codec, open_codec
 from raystar.ruler.ruler import NOTHING, TRANSFER, Ruler
+from raystar.ruler.samples import caution, measured, measured_by
 from raystar.ruler.samples import check as check_ruler
-from raystar.ruler.samples import measured_by
 from raystar.training.resume import state_of
 from raystar.training.state import TrainState
 from raystar.training.step import LOGGED, losses_of
@@ -70,13 +70,15 @@ def main(argv: list[str] | None = None) -> int:
     cache = cache_dir(config, args.runs)
     bank = open_bank(config, cache)
     check_ruler(bank, config)
+    if note := caution(config):
+        print(f"note: {note}", file=sys.stderr)
     state = state_of(config, device, checkpoint, source)
     epoch = checkpoint.get("epoch")
     epoch = epoch if isinstance(epoch, int) and epoch > 0 else 1
     ruler = Ruler.build(bank, config, cache).to(device)
     scores = {f"eval/{name}": value for name, value in ruler.measure(state.shown, config).items()}
     losses, latents = _losses(state, config, bank, epoch)
-    _print(scores, ruler, losses, latents, epoch)
+    _print(scores, ruler, losses, latents, epoch, held_out=config.data.holds_out)
     if args.out is not None:
         facts = {
             "checkpoint": source, "epoch": epoch, "ruler": measured_by(bank, config), "metrics": scores,
@@ -88,8 +90,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _losses(state: TrainState, config: Config, bank: Bank, epoch: int) -> tuple[dict[str, float], int]:
-    """Mean losses over the held-out latents, each once a source on average, and how many these are."""
-    held = bank.held if all(map(len, bank.held)) else bank.train
+    """Mean losses over the latents that the ruler looks at, each a source once on average, and how many these are."""
+    held = measured(bank, config)
     count = sum(map(len, held))
     size = max(count, 2)
     config = override(
@@ -107,7 +109,9 @@ def _losses(state: TrainState, config: Config, bank: Bank, epoch: int) -> tuple[
     return dict(zip(LOGGED, (sums / size).tolist(), strict=True)), count
 
 
-def _print(scores: dict[str, float], ruler: Ruler, losses: dict[str, float], latents: int, epoch: int) -> None:
+def _print(
+    scores: dict[str, float], ruler: Ruler, losses: dict[str, float], latents: int, epoch: int, *, held_out: bool
+) -> None:
     nothing, transfer = (ruler.references[name] for name in (NOTHING, TRANSFER))
     print(f"{'epoch ' + str(epoch):14} {'here':>8}  nothing  transfer")
     for name, value in scores.items():
