@@ -9,6 +9,7 @@ import gc
 import os
 import traceback
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from raystar.model.device import resolve_device
 from raystar.pictures.codec import Codec, open_codec
 from raystar.record.statuses import DIVERGED, FAILED, OUT_OF_MEMORY
 from raystar.ruler.ruler import Ruler
+from raystar.training.resume import initial_state
 from raystar.training.speed import measure
 from raystar.training.trainer import Trainer
 from raystar.training.workers import ALONE, Group
@@ -105,8 +107,12 @@ def train(settings: dict[str, Any], report: Reporter, group: Group) -> None:
     if first:
         report.files.save_config(to_yaml(config))
     where = report.files.storage.at(f"trials/{settings['trial']}")
+    state = None
+    if restored.checkpoint is None and config.checkpoint.init_from is not None:
+        start = Path(request.cache_dir) / request.starts[config.checkpoint.init_from]
+        state = initial_state(config, resolve_device(config), group, init_from=start)
     trainer = Trainer(
-        config, bank, ruler, codec,
+        config, bank, ruler, codec, state,
         checkpoint=restored.checkpoint, source=where, group=group, measure_at=request.measure_at,
     )  # fmt: skip
     for progress in trainer.run():

@@ -37,6 +37,8 @@ class Request:
     placed: Placed | None
     bank_key: str
     """Of the latents that the sweep began with."""
+    starts: Mapping[str, str]
+    """Files in the cache that trials start from, by `checkpoint.init_from`."""
     storage: str
     """Path or URI of the sweep's folder in the storage."""
     scratch: str

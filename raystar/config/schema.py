@@ -198,7 +198,7 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CheckpointConfig:
-    """Checkpoints of a single run (`raystar.train`); a sweep keeps its own."""
+    """Checkpoints: those that are begun from, and those of a single run (`raystar.train`); a sweep keeps its own."""
 
     save_dir: str | None = _key(None, "folder of epoch_xxxx.pt and latest.pt; by default <out>/<name>", result=False)
     init_from: str | None = _key(None, "a .pt checkpoint whose networks, not their averages, training starts from")

@@ -18,7 +18,6 @@ _ALIKE: Mapping[str, str] = {
     "data.cache_dir": "all trials share one cache; --set data.cache_dir=... sets it for the whole sweep",
     "checkpoint.save_dir": "a sweep keeps the checkpoints of each trial in a folder of its own, trials/<name>; leave "
     "it out",
-    "checkpoint.init_from": "a sweep's trials start from fresh networks; leave it out",
     "visualization.save_dir": "a sweep keeps the grids of each trial in a folder of its own, pictures/<name>; leave "
     "it out",
     "training.epochs": "trials of different lengths cannot be compared; --epochs or scheduler.max_epochs sets it for "

@@ -27,6 +27,7 @@ def request(plan: Plan, ledger: Ledger, placed: Placed | None, alone: bool) -> R
         cache_dir=str(plan.cache_dir),
         placed=placed,
         bank_key=plan.bank.key,
+        starts=plan.starts,
         storage=plan.storage.uri,
         scratch="",
         known={name: record.epochs for name, record in ledger.summary.trials.items() if record.epochs},

@@ -49,6 +49,7 @@ from raystar.sweep.disk import check_space, checkpoint_bytes, needed_bytes
 from raystar.sweep.naming import check_kept, name_trials
 from raystar.sweep.request import DEFAULT_CONFIG, SweepRequest
 from raystar.sweep.resources import trial_resources
+from raystar.sweep.starts import keep_starts
 from raystar.tracking.mlflow.address import default_uri
 from raystar.tracking.stores import check_uri
 from raystar.tracking.tracker import provenance
@@ -84,6 +85,8 @@ class Plan:
     resumed: bool = False
     address: str | None = None
     """Of a running Ray cluster."""
+    starts: Mapping[str, str] = dataclasses.field(default_factory=dict, kw_only=True)
+    """The checkpoints that trials start from: their files in the cache, by `checkpoint.init_from`."""
     storage: Storage = dataclasses.field(kw_only=True)
     """The sweep's folder for what trials save."""
 
@@ -225,9 +228,11 @@ def _check(
     storage = Storage(request.storage or (before or {}).get("storage") or str(request.out)).child(name)
     bank = open_bank(config, cache_dir(config, request.out))
     _check_latents(config, space, known.values(), bank, resumed=before is not None)
+    starts: dict[str, str] = {}
     if not space.purpose.models:
         check_steps(config, bank)
     else:
+        starts = keep_starts(space, config, known, cache_dir(config, request.out), before)
         check_ruler(bank, config)
         check_codec(config)
         at_a_time = max(1, usable_cpus() // (cpus * space.resources.workers))
@@ -249,6 +254,7 @@ def _check(
         "keys": space.keys,
         "signature": signature(config),
         "data": {"root": bank.root, "digest": bank.digest, "latents": len(bank.names)},
+        "starts": starts,
         **(_rulers(measured_by(bank, config), before) if space.purpose.models else {}),
         "storage": request.storage or (before or {}).get("storage"),
         "tracking_uri": redact(uri),
@@ -259,7 +265,7 @@ def _check(
     }
     return Plan(
         name, request.out, config, space, known, baseline, names, gpu_share, cpus, request.max_concurrent, budget, uri,
-        bank, record, before is not None, request.address, storage=storage,
+        bank, record, before is not None, request.address, starts=starts, storage=storage,
     )  # fmt: skip
 
 
@@ -277,8 +283,6 @@ def _note_idle(
     for names in alike.values():
         if len(names) > 1:
             logger.warning(f"{space.source}: experiments {', '.join(names)} are the same; each of them runs")
-    if config.checkpoint.init_from is not None:
-        logger.warning("checkpoint.init_from has no effect in a sweep: its trials start from fresh networks")
 
 
 def _check_latents(
@@ -353,6 +357,7 @@ def _resumed(request: SweepRequest, name: str, budget: float | None) -> Plan:
     named = check_kept(space, before, name)
     plan = _check(request, budget, name, asked, config, content, space, before=before)
     changed += differences(before["data"], plan.record["data"], "data")
+    changed += differences(before.get("starts", {}), plan.record["starts"], "checkpoint.init_from")
     wanted = request.trials + len(space.experiments) if request.trials is not None else plan.trials
     if min(plan.trials, wanted) < before["trials"]:
         beside = f" beside its {len(named)} experiments" if named else ""

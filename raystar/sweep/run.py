@@ -248,7 +248,10 @@ def _on_the_cluster(plan: Plan, ruler: _Background) -> tuple[Plan, placing.Place
         to_mapping(plan.config),
         plan.bank,
         plan.cache_dir,
-        [ruler_file(plan.bank, plan.config, plan.cache_dir)] if plan.purpose.models else [],
+        [
+            *([ruler_file(plan.bank, plan.config, plan.cache_dir)] if plan.purpose.models else []),
+            *(plan.cache_dir / name for name in plan.starts.values()),
+        ],
         plan.storage.child("shared"),
     )
     nodes = cluster.nodes()

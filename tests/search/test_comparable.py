@@ -30,7 +30,6 @@ from tests.kit.support import tiny_config, write_latents
         ("ruler.sources", [4], ["the ruler must be one and the same"]),
         ("ruler.features", ["x.pth"], ["the ruler must be one and the same"]),
         ("checkpoint.save_dir", ["x"], ["trials/<name>"]),
-        ("checkpoint.init_from", ["x.pt"], ["fresh networks"]),
         ("visualization.save_dir", ["x"], ["pictures/<name>"]),
         ("visualization.every_epochs", [2], ["changes no result"]),
         ("training.epochs", [9], ["different lengths", "--epochs"]),

@@ -107,8 +107,6 @@ def test_beside_a_space_drawn_trials_are_numbered_by_themselves(files: Files) ->
 def test_what_has_no_effect_and_what_runs_twice_is_said(files: Files, capsys: pytest.CaptureFixture[str]) -> None:
     plan_of(files, {"experiments": {"a": {"loss.w_cyc": 2}, "b": {"loss": {"w_cyc": 2.0}}}})
     assert "experiments a, b are the same; each of them runs" in capsys.readouterr().err
-    plan_of(files, None, "--set", "checkpoint.init_from=x.pt")
-    assert "checkpoint.init_from has no effect in a sweep" in capsys.readouterr().err
 
 
 def test_workers_share_the_smallest_batch_of_an_experiment(files: Files, monkeypatch: pytest.MonkeyPatch) -> None:
