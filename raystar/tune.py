@@ -93,8 +93,9 @@ def note_schedules(plan: Plan) -> None:
 def print_plan(plan: Plan) -> None:
     """What a sweep would do: its data and its trials."""
     space, bank = plan.space, plan.bank
+    trials = f"{plan.trials} trial{'s' if plan.trials > 1 else ''}"
     epochs = plan.config.training.epochs
-    print(f"sweep {plan.name}: {plan.trials} trials of up to {epochs} epochs; {space.metric} ({space.mode})")
+    print(f"sweep {plan.name}: {trials} of up to {epochs} epochs; {space.metric} ({space.mode})")
     for domain, rows, held in zip(bank.domains, drawn(bank, plan.config), bank.held, strict=True):
         print(f"  {domain}: {len(rows)} latents to train on, {len(held)} held out")
     workers = space.resources.workers

@@ -63,9 +63,10 @@ def _run(plan: Plan) -> int:
     ledger = _ledger(plan)
     write_record(plan.folder, plan.record)
     remaining = _left(plan, ledger)
+    trials = f"{plan.trials} trial{'s' if plan.trials > 1 else ''}"
     again = f", the best {plan.space.finalists.top} again from other seeds" if plan.seeds else ""
     logger.info(
-        f"sweep {plan.name}{' resumed' if plan.resumed else ''}: {plan.trials} trials of up to "
+        f"sweep {plan.name}{' resumed' if plan.resumed else ''}: {trials} of up to "
         f"{plan.config.training.epochs} epochs{again}{f', {remaining} to go' if plan.resumed else ''}, "
         f"{len(plan.bank.domains)} domains, {sum(map(len, plan.bank.train))} latents"
         + (f"; starting Ray, MLflow{', the ruler' if plan.purpose.models else ''}" if remaining else "")

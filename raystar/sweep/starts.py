@@ -65,9 +65,7 @@ def _keep(path: str, cache: Path, kept: str | None) -> str:
     return name
 
 
-def _check_fit(
-    space: Space, config: Config, known: Mapping[str, Mapping[str, Any]], files: Mapping[str, Path]
-) -> None:
+def _check_fit(space: Space, config: Config, known: Mapping[str, Mapping[str, Any]], files: Mapping[str, Path]) -> None:
     """Makes each trial's first networks, once for all trials that have the same."""
     trials: Iterable[tuple[str, Mapping[str, Any]]] = known.items() if known else [("the configuration", {})]
     seen: set[tuple[Any, ...]] = set()

@@ -159,7 +159,7 @@ def _restore_optimizer(state: TrainState, name: str, moments: Moments, saved: Se
             full = f"{net}.{parameter_name}"
             if full in moments:
                 _check_moments(full, moments[full], parameter)
-                kept[number] = {key: moments[full][key] for key in _MOMENTS}
+                kept[number] = {key: _like(moments[full][key], parameter) for key in _MOMENTS}
             number += 1
     optimizer.load_state_dict({"state": kept, "param_groups": optimizer.state_dict()["param_groups"]})
     notes = []
@@ -172,6 +172,13 @@ def _restore_optimizer(state: TrainState, name: str, moments: Moments, saved: Se
             if key in group and before[key] != now[key]
         ]
     return list(dict.fromkeys(notes))
+
+
+def _like(moment: Any, parameter: Tensor) -> Any:
+    """A moment laid out in memory as its parameter: the fused AdamW pairs the two number by number as they lie."""
+    if not isinstance(moment, Tensor) or moment.shape != parameter.shape:
+        return moment
+    return torch.empty_like(parameter, dtype=moment.dtype).copy_(moment)
 
 
 def _each(saved: Sequence[Mapping[str, Any]], groups: int) -> Sequence[Mapping[str, Any]]:
