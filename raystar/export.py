@@ -43,15 +43,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--tracking-uri", metavar="URI", help="MLflow store (MLFLOW_TRACKING_URI, else mlflow.db below --runs)"
     )
-    parser.add_argument("--out", metavar="DIR", type=Path, help="a folder that does not exist yet")
-    parser.add_argument(
+    target = parser.add_mutually_exclusive_group(required=True)
+    target.add_argument("--out", metavar="DIR", type=Path, help="a folder that does not exist yet")
+    target.add_argument(
         "--legacy-pt", metavar="FILE", type=Path,
         help="instead of --out, with --checkpoint: a .pt file (not there yet) for latent_cyclegan to go on from",
     )  # fmt: skip
     parser.add_argument("--onnx", action="store_true", help="also as ONNX graphs, which need neither torch nor raystar")
     args = parser.parse_args(argv)
-    if (args.out is None) == (args.legacy_pt is None):
-        raise RaystarError("--out: expected a folder for the export, or --legacy-pt and a file, and not both")
     if args.legacy_pt is not None:
         return _export_legacy(args)
     if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):

@@ -87,7 +87,7 @@ def _read(entry: Any, number: int, taken: dict[str, str], config: Config, where:
     at = f"{where}: entry {number}"
     if not isinstance(entry, Mapping):
         raise RaystarError(f"{at}: expected {_FORM}, found {show(entry)}")
-    name = entry.get("name")
+    name = entry.get("name", _inner_name(entry.get("overrides")))
     if not isinstance(name, str):
         raise RaystarError(f"{at}: name: expected text, found {show(name)}")
     check_plain(name, f"{at}: name")
@@ -110,13 +110,22 @@ def _read(entry: Any, number: int, taken: dict[str, str], config: Config, where:
     return Experiment(name, overrides)
 
 
+def _inner_name(overrides: Any) -> Any:
+    """What a set of overrides calls the experiment itself, as in the configurations that users come with."""
+    if not isinstance(overrides, Mapping):
+        return None
+    section = overrides.get("experiment")
+    return overrides.get("experiment.name", section.get("name") if isinstance(section, Mapping) else None)
+
+
 def _overrides(content: Any, config: Config, where: str) -> dict[str, Any]:
     """Overrides by dotted keys, without those that must be alike and are."""
     if content is not None and not isinstance(content, Mapping):
         raise RaystarError(f"{where}: overrides: expected keys and values, found {show(content)}")
     flat = _flat(content or {}, where)
     checked = override(config, flat, where)
-    values = {key: get_value(checked, key) for key in flat}
+    # A trial has its experiment's name, and its folder in the sweep's.
+    values = {key: get_value(checked, key) for key in flat if not key.startswith("experiment.")}
     for key, value in list(values.items()):
         if (reason := why_alike(key, where)) is None:
             continue

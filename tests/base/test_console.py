@@ -20,6 +20,7 @@ PRINTS = {  # and why
     "data/pack.py": "a line rewritten in place, where records are printed",
     "training/display.py": "a line rewritten in place, where records are printed",
     "demo/__main__.py": "a command",
+    "config/__main__.py": "a command",
 }
 
 

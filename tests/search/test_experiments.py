@@ -47,7 +47,7 @@ def names_of(space: Space, config: Config | None = None) -> list[str | None]:
             "training.tf32": False, "training.epoch_size": 640,
         }),
         ({"experiment.name": "x", "loss.w_cyc": 2}, {"loss.w_cyc": 2.0}),
-        ({"model.exp_branch": "baseline_AdaIN"}, {}),
+        ({"model.exp_branch": "baseline_AdaIN"}, {"model.norm": "adain", "model.discriminator_norm": "spectral"}),
         # What must be alike and is.
         ({"data": {"domains": list(Config().data.domains)}, "loss.w_cyc": 2}, {"loss.w_cyc": 2.0}),
         ({"ruler.sources": Config().ruler.sources}, {}),
@@ -63,6 +63,16 @@ def test_forms_of_overrides(overrides: Any, wanted: dict[str, Any]) -> None:
 def test_a_mapping_of_names_does_as_well() -> None:
     listed = space_of([{"name": "a", "overrides": {"loss.w_cyc": 2}}, {"name": "b", "overrides": {"loss.w_id": 0}}])
     assert space_of({"a": {"loss.w_cyc": 2}, "b": {"loss": {"w_id": 0}}}).experiments == listed.experiments
+
+
+def test_a_set_of_overrides_may_name_the_experiment_itself() -> None:
+    named = [
+        {"overrides": {"experiment": {"name": "a"}, "loss": {"w_cyc": 2}}},
+        {"overrides": {"experiment.name": "b", "experiment.outputs_dir": "outputs/b", "loss.w_id": 0}},
+    ]
+    space = space_of(named)
+    assert names_of(space) == ["a", "b"]
+    assert space.keys == ["loss.w_cyc", "loss.w_id"]
 
 
 def test_alone_they_are_all_the_trials_and_run_to_their_ends() -> None:
