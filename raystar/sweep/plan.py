@@ -228,11 +228,10 @@ def _check(
     storage = Storage(request.storage or (before or {}).get("storage") or str(request.out)).child(name)
     bank = open_bank(config, cache_dir(config, request.out))
     _check_latents(config, space, known.values(), bank, resumed=before is not None)
-    starts: dict[str, str] = {}
+    starts = keep_starts(space, config, known, cache_dir(config, request.out), before) if space.purpose.models else {}
     if not space.purpose.models:
         check_steps(config, bank)
     else:
-        starts = keep_starts(space, config, known, cache_dir(config, request.out), before)
         check_ruler(bank, config)
         check_codec(config)
         at_a_time = max(1, usable_cpus() // (cpus * space.resources.workers))
