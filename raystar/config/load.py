@@ -174,8 +174,6 @@ def _check_whole(config: Config, source: str) -> None:
             f"({', '.join(config.data.domains)}), found {len(samples)}"
         )
     training = config.training
-    if training.amp_dtype == "fp16" and training.use_amp and training.device == "cpu":
-        raise RaystarError(f"{source}: training.amp_dtype: fp16 needs a GPU; take bf16 on a CPU")
     if training.drop_last and training.epoch_size is not None and training.epoch_size < training.batch_size:
         raise RaystarError(
             f"{source}: training.epoch_size {training.epoch_size} is below training.batch_size "

@@ -109,7 +109,7 @@ class TrainingConfig:
     )
     latent_scale: float = _key(0.18215, "factor on latents before the networks", above=0)
     use_amp: bool = _key(True, "autocast the networks to amp_dtype")
-    amp_dtype: Literal["bf16", "fp16"] = _key("bf16", "autocast type; fp16 needs a GPU")
+    amp_dtype: Literal["bf16", "fp16"] = _key("bf16", "autocast type; fp16 is float32 on a CPU")
     device: Literal["auto", "cpu", "cuda"] = _key("auto", "where to train; auto takes a GPU when there is one")
     channels_last: bool = _key(False, "keep activations channels last in memory")
     tf32: bool = _key(True, "float32 products in TF32 on a GPU")

@@ -200,11 +200,12 @@ def _values(kept: Mapping[str, Any]) -> dict[str, Any]:
         values.pop("training.progress_bar", None)
     for key in (
         "data.eval_data_root", "checkpoint.save_dir", "checkpoint.resume_path", "visualization.save_dir",
-        "training.console_log_path",
-        "experiment.name", "experiment.outputs_dir",
+        "training.console_log_path", "experiment.name", "experiment.outputs_dir",
     ):  # fmt: skip
         if values.get(key) == "":
             values[key] = None
+    if values.get("training.epoch_size") == 0:
+        values["training.epoch_size"] = None
     return values
 
 

@@ -31,10 +31,10 @@ def resolve_device(config: Config) -> torch.device:
         raise RaystarError("training.device: cuda was asked for, but torch finds no GPU; take auto or cpu")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cpu" and config.training.use_amp and config.training.amp_dtype == "fp16":
-        raise RaystarError("training.amp_dtype: fp16 needs a GPU, and none is used here; take bf16")
     device = torch.device(name)
-    if config.training.use_amp and not fast_bf16(device):
+    if fp16_on_cpu(config, device):
+        _note_fp16()
+    elif config.training.use_amp and not fast_bf16(device):
         _note_slow_bf16()
     return device
 
@@ -44,6 +44,16 @@ def fast_bf16(device: torch.device) -> bool:
     """Whether bf16 saves time on `device`: not on an x86-64 processor that has no instructions for it."""
     flags = cpu_flags() if device.type == "cpu" and platform.machine() == "x86_64" else frozenset()
     return not flags or bool(flags & _COMPUTES_BF16)
+
+
+def fp16_on_cpu(config: Config, device: torch.device) -> bool:
+    """Whether fp16 is asked for where float32 takes its place."""
+    return config.training.use_amp and config.training.amp_dtype == "fp16" and device.type == "cpu"
+
+
+@functools.cache
+def _note_fp16() -> None:
+    logger.warning("training.amp_dtype: fp16 is for GPUs: float32 is used on this CPU (bf16 may be faster)")
 
 
 @functools.cache
@@ -62,8 +72,8 @@ def bf16_as_asked() -> Iterator[None]:
 
 
 def autocast(config: Config, device: torch.device) -> AbstractContextManager[Any]:
-    """The precision in which `training` wants the networks run on `device`, or float32 where bf16 is slow."""
-    if not config.training.use_amp or not (fast_bf16(device) or _as_asked.get()):
+    """The precision in which `training` wants the networks run on `device`, or float32 where that is none or slow."""
+    if not config.training.use_amp or fp16_on_cpu(config, device) or not (fast_bf16(device) or _as_asked.get()):
         return nullcontext()
     return torch.autocast(device.type, _AMP_DTYPES[config.training.amp_dtype])
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from raystar.config.load import get_value, override
 from raystar.config.schema import Config
 from raystar.data.batches import share
-from raystar.model.device import autocast, fast_bf16, layout
+from raystar.model.device import autocast, fast_bf16, fp16_on_cpu, layout
 from raystar.training.state import TrainState
 
 logger = logging.getLogger(__name__)
@@ -105,6 +105,8 @@ def canonical(config: Config, device: torch.device) -> Config:
 
     Two configurations that are canonically equal run the same code, so a search for speed tries only one.
     """
+    if fp16_on_cpu(config, device):
+        config = override(config, {"training.use_amp": False})
     training, same = config.training, []
     if device.type == "cpu":
         same += ["tf32", "cudnn_benchmark", "deterministic", "compile_cudagraphs"]

@@ -105,6 +105,8 @@ def test_what_it_makes_is_raystars_own(tmp_path: Path) -> None:
         ("training: {num_epochs: 7, save_interval: 3}", "visualization.every_epochs", 3),
         ("training: {num_epochs: 7, save_interval: 3, eval_interval: 2}", "visualization.every_epochs", 2),
         ("training: {num_epochs: 7, amp_dtype: BF16}", "training.amp_dtype", "bf16"),
+        ("training: {num_epochs: 7, amp_dtype: FP16}", "training.amp_dtype", "fp16"),
+        ("training: {num_epochs: 7}\ndata: {epoch_size: 0}", "training.epoch_size", None),
         ("training: {num_epochs: 7, progress_bar: false}", "training.progress_bar", False),
         ("training: {num_epochs: 7, progress_bar: false, progress_style: bar}", "training.progress_bar", True),
         ("training: {num_epochs: 7}\nloss: {ds_margin: 0, r1_interval: 0, ds_decay_epochs: 0}", "loss.ds_margin", None),

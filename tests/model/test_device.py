@@ -13,6 +13,7 @@ from raystar.config.schema import Config
 from raystar.model import device as devices
 from raystar.model.device import autocast, bf16_as_asked, fast_bf16, resolve_device
 from raystar.training.compile import canonical
+from raystar.training.state import TrainState
 
 CPU = torch.device("cpu")
 BF16 = override(Config(), {"training.device": "cpu", "training.use_amp": True, "training.amp_dtype": "bf16"})
@@ -75,3 +76,16 @@ def test_who_does_not_ask_hears_nothing(capsys: pytest.CaptureFixture[str]) -> N
 def test_a_search_for_speed_does_not_try_what_makes_no_difference() -> None:
     exact = override(BF16, {"training.use_amp": False})
     assert canonical(BF16, CPU) == canonical(exact, CPU)
+
+
+def test_fp16_without_a_gpu_is_float32(capsys: pytest.CaptureFixture[str]) -> None:
+    devices._note_fp16.cache_clear()
+    fp16 = override(BF16, {"training.amp_dtype": "fp16"})
+    for _ in range(2):
+        assert resolve_device(fp16) == CPU
+    note = "note: training.amp_dtype: fp16 is for GPUs: float32 is used on this CPU (bf16 may be faster)\n"
+    assert capsys.readouterr().err == note
+    with autocast(fp16, CPU):
+        assert not torch.is_autocast_enabled("cpu")
+    assert not TrainState.create(fp16, CPU).scaler.is_enabled()
+    assert canonical(fp16, CPU) == canonical(override(BF16, {"training.use_amp": False}), CPU)
