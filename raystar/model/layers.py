@@ -67,19 +67,22 @@ class AdaINLeaky(nn.Module):
 
 
 class GroupNormLeaky(nn.GroupNorm):
-    """Group normalisation with weight and bias, then LeakyReLU."""
+    """Group normalisation with weight and bias, then LeakyReLU; in one native kernel where it serves."""
 
     def __init__(self, groups: int, channels: int) -> None:
         super().__init__(groups, channels, eps=NORM_EPS)
 
     def forward(self, x: Tensor) -> Tensor:
+        width = self.num_channels // self.num_groups
+        if kernels.serves_width(width) and kernels.serves(x, self.num_channels):
+            return kernels.norm_leaky(x, self.weight, self.bias, self.eps, LEAK, width)
         return functional.leaky_relu(super().forward(x), LEAK)
 
 
 class AdaGNLeaky(nn.Module):
-    """AdaGN, `(1 + gamma) * group_norm(x) + beta`, then LeakyReLU; `fc` starts at zero, as AdaIN's does.
+    """AdaGN, `(1 + gamma) * group_norm(x) + beta`, then LeakyReLU; in one native kernel where it serves.
 
-    Dhariwal and Nichol, arXiv:2105.05233, without the part for time steps.
+    `fc` starts at zero, as AdaIN's does. Dhariwal and Nichol, arXiv:2105.05233, without the part for time steps.
     """
 
     def __init__(self, style_dim: int, channels: int, groups: int) -> None:
@@ -88,7 +91,11 @@ class AdaGNLeaky(nn.Module):
         self.fc = _zeroed(nn.Linear(style_dim, 2 * channels))
 
     def forward(self, x: Tensor, s: Tensor) -> Tensor:
-        gamma, beta = self.fc(s)[:, :, None, None].chunk(2, dim=1)  # [B,C,1,1]
+        gamma, beta = self.fc(s).chunk(2, dim=1)  # [B,C]
+        width = x.shape[1] // self.groups
+        if kernels.serves_width(width) and kernels.serves(x, x.shape[1]):
+            return kernels.norm_leaky(x, 1 + gamma.float(), beta, NORM_EPS, LEAK, width)
+        gamma, beta = gamma[:, :, None, None], beta[:, :, None, None]
         return functional.leaky_relu((1 + gamma) * functional.group_norm(x, self.groups, eps=NORM_EPS) + beta, LEAK)
 
 

@@ -22,6 +22,7 @@ from raystar.config.schema import Config
 from raystar.data.bank import Bank
 from raystar.data.batches import Batch, LatentDataset, check_epoch
 from raystar.model.device import native, resolve_device, set_backends
+from raystar.model.native import kernels
 from raystar.model.networks import Nets
 from raystar.pictures import grid
 from raystar.pictures.codec import Codec
@@ -297,8 +298,13 @@ class Trainer:
 
 
 def _note_kernels(config: Config, shape: tuple[int, int, int], device: torch.device) -> None:
-    if config.model.norm == "adagn" and native(config, torch.empty(1, *shape, device=device)):
-        logger.info("adagn normalises without raystar's native kernels, which have AdaIN's; convolutions use them")
+    model = config.model
+    width = model.base_dim // model.num_groups if model.norm == "adagn" else 1
+    if not kernels.serves_width(width) and native(config, torch.empty(1, *shape, device=device)):
+        logger.info(
+            f"groups of {width} channels are normalised without raystar's native kernels, which take up to "
+            f"{kernels.GROUP}, in powers of two; convolutions use them"
+        )
 
 
 def _out_of_memory(error: RuntimeError) -> bool:

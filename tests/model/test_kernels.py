@@ -92,18 +92,20 @@ def test_convolution_and_its_gradients(shape: tuple[int, ...], threads: int) -> 
 
 @needs_kernels
 @pytest.mark.parametrize("shape", [(3, 32, 6, 10), (2, 64, 32, 32), (1, 96, 1, 3), (1, 32, 1, 1)])
-def test_normalisation_and_its_gradients(shape: tuple[int, ...], threads: int) -> None:
+@pytest.mark.parametrize("width", [1, 2, 8, 32])
+def test_normalisation_and_its_gradients(shape: tuple[int, ...], width: int, threads: int) -> None:
     B, C = shape[:2]
     x, grad = activations(*shape, seed=0) * 2 + 30, activations(*shape, seed=1)
     scale, shift = 1 + 0.5 * randn(B, C, seed=2), randn(B, C, seed=3)
 
     def plain(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-        centred = x - x.mean((2, 3), keepdim=True)
-        normal = centred * (centred.square().mean((2, 3), keepdim=True) + EPS).rsqrt()
+        groups = x.unflatten(1, (-1, width))
+        centred = groups - groups.mean((2, 3, 4), keepdim=True)
+        normal = (centred * (centred.square().mean((2, 3, 4), keepdim=True) + EPS).rsqrt()).flatten(1, 2)
         return functional.leaky_relu(scale[:, :, None, None] * normal + shift[:, :, None, None], SLOPE)
 
     exact = results(plain, grad, *(t.double() for t in (x, scale, shift)))
-    found = results(lambda *inputs: kernels.norm_leaky(*inputs, EPS, SLOPE), grad, x, scale, shift)
+    found = results(lambda *inputs: kernels.norm_leaky(*inputs, EPS, SLOPE, width), grad, x, scale, shift)
     for name, mine, wanted in zip(("y", "x", "scale", "shift"), found, exact, strict=True):
         if wanted.norm() < 1e-6:  # a single pixel has no spread: its x and scale do not matter
             assert mine.abs().max() < 1e-5, name
@@ -169,11 +171,11 @@ def test_opcheck() -> None:
     grad, scale = activations(2, 64, 4, 6, seed=3), randn(2, 32, seed=4).requires_grad_()
     torch.library.opcheck(kernels._conv3x3, (x, weight, bias, None))
     torch.library.opcheck(kernels._conv3x3, (x, weight, None, grad))
-    torch.library.opcheck(kernels._norm_leaky, (x, scale, scale.detach(), EPS, SLOPE))
+    torch.library.opcheck(kernels._norm_leaky, (x, scale, scale.detach(), EPS, SLOPE, 4))
     plain = [t.detach() for t in (x, weight, scale)]
     torch.library.opcheck(kernels._conv3x3_input_grad, (grad, plain[1]))
     torch.library.opcheck(kernels._conv3x3_weight_grad, (plain[0], grad))
-    torch.library.opcheck(kernels._norm_leaky_grads, (plain[0], plain[0], *([plain[2]] * 4), SLOPE))
+    torch.library.opcheck(kernels._norm_leaky_grads, (plain[0], plain[0], *([plain[2]] * 4), SLOPE, 4))
 
 
 @needs_kernels

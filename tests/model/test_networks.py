@@ -362,23 +362,25 @@ def test_the_parity_gate_sees_the_content_missing(root: Path, bank: Bank) -> Non
 # -- norms -----------------------------------------------------------------------------------------
 
 
-def test_only_what_is_normalised_in_groups_goes_without_native_kernels(
-    root: Path, bank: Bank, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("groups", [8, 1], ids=["groups of 8 channels", "one group of 64"])
+def test_native_kernels_serve_groups_of_channels(
+    root: Path, bank: Bank, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, groups: int
 ) -> None:
-    """In bf16 the convolutions are the kernels' (where there are any), and the results those of PyTorch's own."""
+    """In bf16, where there are any: wide groups are left to PyTorch, and a note says so; the results are alike."""
     if library.unavailable() is not None:
         pytest.skip("no native kernels here")
     called: list[str] = []
     for name in ("conv3x3", "norm_leaky"):
         kernel = getattr(kernels, name)
         monkeypatch.setattr(kernels, name, lambda *a, k=kernel, n=name: called.append(n) or k(*a))
-    config = tiny_config(root, **NORMS, model__base_dim=32, training__use_amp=True)
+    sizes = {"model__base_dim": 64, "model__num_groups": groups}
+    config = tiny_config(root, **NORMS | sizes, training__use_amp=True)
     with caplog.at_level("INFO"):
         trainer = Trainer(config, bank)
-    assert "adagn normalises without raystar's native kernels" in caplog.text
+    assert ("groups of 64 channels are normalised without" in caplog.text) == (groups == 1)
     given = LatentDataset(bank, config, torch.device("cpu")).batch(1)
     found = train_step(trainer.state, given, epoch=1, step=1)
-    assert set(called) == {"conv3x3"}
+    assert set(called) == {"conv3x3", *(["norm_leaky"] if groups == 8 else [])}
     monkeypatch.setattr(kernels, "serves", lambda *_: False)
     wanted = train_step(TrainState.create(config, "cpu"), given, epoch=1, step=1)
     for name, value in wanted.items():

@@ -520,6 +520,19 @@ inline Channels leaky_backward(Channels z, Channels gradient, Channels slope) {
           _mm512_mask_mov_ps(low.odd, _mm512_cmp_ps_mask(z.odd, zero, _CMP_GT_OQ), gradient.odd)};
 }
 
+// Of every `width` channels that follow each other, their mean in the place of each; `width` divides kGroup.
+inline Channels averaged(const Shuffle& shuffle, Channels c, i64 width) {
+  if (width == 1) return c;
+  alignas(kAlign) float values[kGroup];
+  shuffle.join(c, values);
+  for (i64 first = 0; first < kGroup; first += width) {
+    float sum = 0;
+    for (i64 k = first; k < first + width; ++k) sum += values[k];
+    for (i64 k = first; k < first + width; ++k) values[k] = sum / static_cast<float>(width);
+  }
+  return shuffle.split(values);
+}
+
 inline Channels inverse_root(Channels c) {
   const __m512 one = _mm512_set1_ps(1.0f);
   return {one / _mm512_maskz_sqrt_ps(0xffff, c.even), one / _mm512_maskz_sqrt_ps(0xffff, c.odd)};
@@ -664,9 +677,9 @@ void raystar_conv3x3_weight_grad(const bf16* x, const bf16* dy, float* dweights,
 }
 
 // y = leaky(scale * (x - mean) / sqrt(var + eps) + shift) of x [B,pixels,C], with mean and (biased) variance over the
-// pixels of each sample and channel; scale, shift, mean and rstd = 1 / sqrt(var + eps) are [B,C].
+// pixels of each sample and of every `width` channels; scale, shift, mean and rstd = 1 / sqrt(var + eps) are [B,C].
 void raystar_norm_leaky(const bf16* x, const float* scale, const float* shift, bf16* y, float* mean, float* rstd,
-                        i64 batch, i64 pixels, i64 channels, float eps, float slope, int workers) {
+                        i64 batch, i64 pixels, i64 channels, i64 width, float eps, float slope, int workers) {
   const i64 groups = channels / kGroup, units = batch * groups, ahead = kAhead * channels;
 #pragma omp parallel num_threads(workers)
   {
@@ -684,8 +697,9 @@ void raystar_norm_leaky(const bf16* x, const float* scale, const float* shift, b
         sum = sum + d;
         squares = squares + d * d;
       }
-      const Channels offset = sum * count, centre = origin + offset;
-      const Channels variance = squares * count - offset * offset;
+      const Channels offset = sum * count, own = origin + offset, centre = averaged(shuffle, own, width);
+      Channels variance = squares * count - offset * offset;
+      if (width > 1) variance = averaged(shuffle, variance + (own - centre) * (own - centre), width);
       const Channels inverse = inverse_root(larger(variance, all(0)) + all(eps));
       shuffle.join(centre, mean + at);
       shuffle.join(inverse, rstd + at);
@@ -701,7 +715,7 @@ void raystar_norm_leaky(const bf16* x, const float* scale, const float* shift, b
 // Gradients dx, dscale, dshift from dy; x, scale, shift, mean and rstd as above.
 void raystar_norm_leaky_backward(const bf16* x, const bf16* dy, const float* scale, const float* shift,
                                  const float* mean, const float* rstd, bf16* dx, float* dscale, float* dshift,
-                                 i64 batch, i64 pixels, i64 channels, float slope, int workers) {
+                                 i64 batch, i64 pixels, i64 channels, i64 width, float slope, int workers) {
   const i64 groups = channels / kGroup, units = batch * groups, ahead = kAhead * channels;
 #pragma omp parallel num_threads(workers)
   {
@@ -722,9 +736,10 @@ void raystar_norm_leaky_backward(const bf16* x, const bf16* dy, const float* sca
       }
       shuffle.join(sum, dshift + at);
       shuffle.join(product * inverse, dscale + at);
-      // dx = a (dz - mean(dz) - (x - mean) rstd^2 mean(dz (x - mean))), written as a dz + x k + l.
+      // dx = a dz - mean(a dz) - (x - mean) rstd^2 mean(a dz (x - mean)), written as a dz + x k + l.
       const Channels count = all(1.0f / static_cast<float>(pixels));
-      const Channels k = all(0) - a * inverse * inverse * product * count, l = all(0) - a * sum * count - centre * k;
+      const Channels k = all(0) - averaged(shuffle, a * inverse * inverse * product, width) * count;
+      const Channels l = all(0) - averaged(shuffle, a * sum, width) * count - centre * k;
       for (i64 i = start; i < end; i += channels) {
         prefetch(x + i + ahead);
         prefetch(dy + i + ahead);

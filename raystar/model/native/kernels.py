@@ -61,8 +61,13 @@ def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Ten
     return _conv3x3(x.to(torch.bfloat16), weight, bias, residual)
 
 
-def norm_leaky(x: Tensor, scale: Tensor, shift: Tensor, eps: float, slope: float) -> Tensor:
-    """`leaky_relu(scale * instance_norm(x) + shift, slope)`.
+def serves_width(width: int) -> bool:
+    """Whether `norm_leaky` has statistics over so many channels."""
+    return width > 0 and GROUP % width == 0
+
+
+def norm_leaky(x: Tensor, scale: Tensor, shift: Tensor, eps: float, slope: float, width: int = 1) -> Tensor:
+    """`leaky_relu(scale * group_norm(x) + shift, slope)`, of groups of `width` channels; of one, an instance norm's.
 
     Args:
         x: [B,C,H,W]; C is a multiple of `GROUP`.
@@ -70,13 +75,14 @@ def norm_leaky(x: Tensor, scale: Tensor, shift: Tensor, eps: float, slope: float
         shift: as `scale`.
         eps: added to the variance.
         slope: of the leaky unit, at most 1.
+        width: a divisor of `GROUP` (`serves_width`).
 
     Returns:
         [B,C,H,W] bfloat16, differentiable once.
     """
     size = x.shape[:2]
     scale, shift = scale.float().expand(size), shift.float().expand(size)
-    return _norm_leaky(x.to(torch.bfloat16), scale, shift, eps, slope)[0]
+    return _norm_leaky(x.to(torch.bfloat16), scale, shift, eps, slope, width)[0]
 
 
 def leaky(x: Tensor, slope: float) -> Tensor:
@@ -181,55 +187,58 @@ _conv3x3.register_autograd(_conv3x3_backward, setup_context=_conv3x3_save)
 
 
 @torch.library.custom_op("raystar::norm_leaky", mutates_args=(), device_types="cpu")
-def _norm_leaky(x: Tensor, scale: Tensor, shift: Tensor, eps: float, slope: float) -> tuple[Tensor, Tensor, Tensor]:
+def _norm_leaky(
+    x: Tensor, scale: Tensor, shift: Tensor, eps: float, slope: float, width: int
+) -> tuple[Tensor, Tensor, Tensor]:
     x, scale, shift = _last(x), scale.contiguous(), shift.contiguous()
     B, C, H, W = x.shape
     y, mean, rstd = _empty(x, C), torch.empty(B, C), torch.empty(B, C)
     _call("norm_leaky")(
-        _at(x), _at(scale), _at(shift), _at(y), _at(mean), _at(rstd), B, H * W, C, eps, slope, torch.get_num_threads()
+        _at(x), _at(scale), _at(shift), _at(y), _at(mean), _at(rstd), B, H * W, C, width, eps, slope,
+        torch.get_num_threads(),
     )  # fmt: skip
     return y, mean, rstd
 
 
 @_norm_leaky.register_fake
-def _(x: Tensor, scale: Tensor, shift: Tensor, eps: float, slope: float) -> tuple[Tensor, Tensor, Tensor]:
+def _(x: Tensor, scale: Tensor, shift: Tensor, eps: float, slope: float, width: int) -> tuple[Tensor, Tensor, Tensor]:
     mean, rstd = (x.new_empty(x.shape[:2], dtype=torch.float32) for _ in range(2))
     return _empty(x, x.shape[1]), mean, rstd
 
 
 @torch.library.custom_op("raystar::norm_leaky_backward", mutates_args=(), device_types="cpu")
 def _norm_leaky_grads(
-    x: Tensor, grad: Tensor, scale: Tensor, shift: Tensor, mean: Tensor, rstd: Tensor, slope: float
+    x: Tensor, grad: Tensor, scale: Tensor, shift: Tensor, mean: Tensor, rstd: Tensor, slope: float, width: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     x, grad, scale, shift = _last(x), _last(grad), scale.contiguous(), shift.contiguous()
     B, C, H, W = x.shape
     x_grad, scale_grad, shift_grad = _empty(x, C), torch.empty(B, C), torch.empty(B, C)
     _call("norm_leaky_backward")(
         _at(x), _at(grad), _at(scale), _at(shift), _at(mean), _at(rstd), _at(x_grad), _at(scale_grad), _at(shift_grad),
-        B, H * W, C, slope, torch.get_num_threads(),
+        B, H * W, C, width, slope, torch.get_num_threads(),
     )  # fmt: skip
     return x_grad, scale_grad, shift_grad
 
 
 @_norm_leaky_grads.register_fake
 def _(
-    x: Tensor, grad: Tensor, scale: Tensor, shift: Tensor, mean: Tensor, rstd: Tensor, slope: float
+    x: Tensor, grad: Tensor, scale: Tensor, shift: Tensor, mean: Tensor, rstd: Tensor, slope: float, width: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     scale_grad, shift_grad = (x.new_empty(x.shape[:2], dtype=torch.float32) for _ in range(2))
     return _empty(x, x.shape[1]), scale_grad, shift_grad
 
 
 def _norm_leaky_save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    x, scale, shift, _, slope = inputs
+    x, scale, shift, _, slope, width = inputs
     _, mean, rstd = output
     ctx.save_for_backward(x, scale, shift, mean, rstd)
     ctx.mark_non_differentiable(mean, rstd)
-    ctx.slope = slope
+    ctx.slope, ctx.width = slope, width
 
 
 def _norm_leaky_backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     x, scale, shift, mean, rstd = ctx.saved_tensors
-    return *_norm_leaky_grads(x, grad, scale, shift, mean, rstd, ctx.slope), None, None
+    return *_norm_leaky_grads(x, grad, scale, shift, mean, rstd, ctx.slope, ctx.width), None, None, None
 
 
 _norm_leaky.register_autograd(_norm_leaky_backward, setup_context=_norm_leaky_save)

@@ -132,8 +132,8 @@ def _declare(library: ctypes.CDLL) -> None:
         ("conv3x3_weight_grad_bytes", size, [size] * 3),
         ("conv3x3", None, [pointer] * 5 + [size] * 5 + [flag, pointer, flag]),
         ("conv3x3_weight_grad", None, [pointer] * 4 + [size] * 5 + [pointer, flag]),
-        ("norm_leaky", None, [pointer] * 6 + [size] * 3 + [number] * 2 + [flag]),
-        ("norm_leaky_backward", None, [pointer] * 9 + [size] * 3 + [number, flag]),
+        ("norm_leaky", None, [pointer] * 6 + [size] * 4 + [number] * 2 + [flag]),
+        ("norm_leaky_backward", None, [pointer] * 9 + [size] * 4 + [number, flag]),
     ):
         function = getattr(library, f"raystar_{name}")
         function.restype, function.argtypes = result, arguments
