@@ -127,11 +127,14 @@ class SpectralConv(nn.Conv2d):
             self.register_buffer(name, functional.normalize(torch.randn(size), dim=0, eps=_SPECTRAL_EPS))
 
     @torch.no_grad()
-    def iterate(self) -> None:
-        """One step of the power iteration."""
-        matrix = self.weight_orig.flatten(1)
-        self.weight_v.copy_(functional.normalize(matrix.T @ self.weight_u, dim=0, eps=_SPECTRAL_EPS))
-        self.weight_u.copy_(functional.normalize(matrix @ self.weight_v, dim=0, eps=_SPECTRAL_EPS))
+    def iterate(self, times: int = 1) -> None:
+        """So many steps of the power iteration."""
+        matrix, u, v = self.weight_orig.flatten(1), self.weight_u, self.weight_v
+        for _ in range(times):
+            v = functional.normalize(matrix.T @ u, dim=0, eps=_SPECTRAL_EPS)
+            u = functional.normalize(matrix @ v, dim=0, eps=_SPECTRAL_EPS)
+        self.weight_u.copy_(u)
+        self.weight_v.copy_(v)
 
     def forward(self, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):

@@ -192,11 +192,11 @@ class Discriminator(nn.Module):
             width = wider
         self.main = nn.Sequential(*layers, conv(width, num_domains, 1))
 
-    def iterate(self) -> None:
-        """Has spectral norms follow the weights; to be called once before D is used on them."""
+    def iterate(self, times: int) -> None:
+        """Has spectral norms follow the weights, by so many steps of the power iteration."""
         for layer in self.main:
             if isinstance(layer, SpectralConv):
-                layer.iterate()
+                layer.iterate(times)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         logits = self.main(x)

@@ -92,10 +92,12 @@ def losses_of(state: TrainState, batch: Batch, *, epoch: int) -> dict[str, Tenso
 def _update_d(state: TrainState, shared: _Shared, step: int) -> tuple[Tensor, Tensor]:
     """One step of D; its loss, which includes R1 every `r1_interval` steps, and R1, both 0-d."""
     weights = state.config.loss
-    state.nets.D.iterate()
+    with_r1 = step % weights.r1_interval == 0
+    # As often as single calls would: on the real latents, on the fakes of each path, and for R1.
+    state.nets.D.iterate(4 if with_r1 else 3)
     d_loss = _d_hinge(state, shared)
     r1 = d_loss.new_zeros(())
-    if step % weights.r1_interval == 0:
+    if with_r1:
         r1 = _r1(state, shared)
         d_loss = d_loss + (weights.w_r1 * weights.r1_interval) * r1
     _update(state, state.opt_d, d_loss, len(shared.content))
@@ -123,7 +125,7 @@ def _update_g(state: TrainState, shared: _Shared, epoch: int) -> dict[str, Tenso
     """One step of G, E and F, with D as it is now; their losses by name, 0-d."""
     # D is frozen: its gradients here would be computed for nothing.
     state.nets.D.requires_grad_(False)
-    state.nets.D.iterate()
+    state.nets.D.iterate(2)  # for the fakes of each path
     try:
         g_losses = _g_losses(state, shared, epoch)
         _update(state, state.opt_g, g_losses["g_loss"], len(shared.content))

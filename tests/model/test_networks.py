@@ -388,20 +388,19 @@ def test_native_kernels_serve_groups_of_channels(
 
 
 def test_spectral_norm_bounds_every_layer(config: Config) -> None:
-    """After some steps of training each convolution's largest singular value is 1, whatever the weights have become."""
+    """What weights are divided by is their largest singular value, whatever training has made of them."""
     config = override(config, {"model.discriminator_norm": "spectral", "training.lr_d": 0.05})
     state = TrainState.create(config, "cpu")
     for step in range(1, 9):
         train_step(state, floats(config), epoch=1, step=step)
-    for layer in state.nets.D.main:
-        if isinstance(layer, SpectralConv):
-            for _ in range(2000):
-                layer.iterate()
-            sigma = torch.linalg.matrix_norm(layer.weight_orig.detach().flatten(1), 2)
-            assert torch.dot(layer.weight_u, layer.weight_orig.flatten(1) @ layer.weight_v).item() == pytest.approx(
-                sigma.item(), rel=1e-3
-            )
-            assert abs(sigma - 1) > 0.05  # it is the quotient that is 1
+    layers = [layer for layer in state.nets.D.main if isinstance(layer, SpectralConv)]
+    found = []
+    for layer in layers:
+        layer.iterate(2000)
+        matrix = layer.weight_orig.detach().flatten(1)
+        found.append(torch.dot(layer.weight_u, matrix @ layer.weight_v).item())
+        assert found[-1] == pytest.approx(torch.linalg.matrix_norm(matrix, 2).item(), rel=1e-3)
+    assert max(abs(sigma - 1) for sigma in found) > 0.05  # it is the quotient that is 1
 
 
 # -- searching -------------------------------------------------------------------------------------
