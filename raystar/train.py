@@ -163,7 +163,7 @@ def _place(args: argparse.Namespace, config: Config) -> tuple[str, Path, list[Pa
     saved, latest = sorted(folder.glob("epoch_*.pt"), reverse=True), folder / "latest.pt"
     begun = [latest, *saved] if saved or latest.exists() else []
     file = args.resume or None
-    if args.resume is None and config.checkpoint.resume_path is not None:
+    if config.checkpoint.resume_path is not None and (args.resume is None or (args.resume == "" and not begun)):
         path = Path(config.checkpoint.resume_path).expanduser()
         if path.exists():
             print(f"resuming after {path}, as checkpoint.resume_path says")

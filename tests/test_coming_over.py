@@ -72,6 +72,18 @@ def test_a_run_goes_on_where_it_was(folder: Path, capsys: pytest.CaptureFixture[
     assert (trainer.epoch, trainer.global_step) == (2, 4)
 
 
+def test_resume_path_serves_where_the_run_has_none(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    moved = ["checkpoint.save_dir=elsewhere", "training.epochs=2"]
+    command = ["--config", "theirs.yaml", *sets(*moved), "--dry-run"]
+    for more in ([], ["--resume"], ["--resume", "--name", "other"]):
+        assert train.main([*command, *more]) == 0
+        assert "after epoch 1 of outputs/tiny/ckpt/latest.pt" in capsys.readouterr().out
+    assert train.main([*command, "--set", "checkpoint.resume_path=gone.pt"]) == 0
+    shown = capsys.readouterr()
+    assert "note: checkpoint.resume_path: gone.pt is not there; the run begins from its start" in shown.err
+    assert "from its start" in shown.out
+
+
 def test_the_configuration_inside_of_a_checkpoint_is_enough(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = folder / "moved.pt"
     (folder / "outputs/tiny/ckpt/latest.pt").rename(file)
