@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -72,8 +74,19 @@ def run_cli(main: Callable[[], int]) -> None:
     except (RaystarError, KeyboardInterrupt) as error:
         print(last_words(error), file=sys.stderr)
         status = 2 if isinstance(error, RaystarError) else 130
-    sys.stdout.flush()
+    except BrokenPipeError:
+        status = _unread()
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        status = _unread()
     sys.exit(status)
+
+
+def _unread() -> int:
+    """The status of a command whose reader has gone, as with `| head`; what it still prints goes nowhere."""
+    sys.stdout = open(os.devnull, "w")
+    return 128 + signal.SIGPIPE
 
 
 def last_words(error: BaseException) -> str:

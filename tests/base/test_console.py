@@ -95,3 +95,14 @@ def test_who_prints() -> None:
         if isinstance(node, ast.Call) and ast.unparse(node.func) in ("print", "sys.stdout.write", "sys.stderr.write")
     }
     assert printing == set(PRINTS)
+
+
+def test_a_reader_that_goes_costs_no_trace() -> None:
+    """As with `| head`: whoever reads has seen enough."""
+    command = f"{sys.executable} -m raystar.config configs/demo.yaml | head -1"
+    done = subprocess.run(
+        ["bash", "-c", f"{command}; exit ${{PIPESTATUS[0]}}"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.stdout == "# configs/demo.yaml, as raystar reads it\n"
+    assert done.stderr == ""
+    assert done.returncode in (0, 141)
