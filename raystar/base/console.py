@@ -85,7 +85,7 @@ def run_cli(main: Callable[[], int]) -> None:
 
 def _unread() -> int:
     """The status of a command whose reader has gone, as with `| head`; what it still prints goes nowhere."""
-    sys.stdout = open(os.devnull, "w")
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 128 + signal.SIGPIPE
 
 
