@@ -21,7 +21,7 @@ from raystar.base.errors import RaystarError, TrialDiverged, TrialOutOfMemory
 from raystar.config.load import from_mapping, override, to_yaml
 from raystar.config.schema import Config, DataConfig
 from raystar.data.bank import Bank, reopen_bank
-from raystar.model.device import resolve_device
+from raystar.model.device import out_of_memory, resolve_device
 from raystar.pictures.codec import Codec, open_codec
 from raystar.record.statuses import DIVERGED, FAILED, OUT_OF_MEMORY
 from raystar.ruler.ruler import Ruler
@@ -29,6 +29,8 @@ from raystar.training.resume import initial_state
 from raystar.training.speed import measure
 from raystar.training.trainer import Trainer
 from raystar.training.workers import ALONE, Group
+
+_POISONED = 86  # exit status of a process whose CUDA context is of no use any more
 
 
 def train_loop(settings: dict[str, Any]) -> None:
@@ -41,6 +43,7 @@ def train_loop(settings: dict[str, Any]) -> None:
         train(settings, report, ALONE)
     # Whatever a trial raises is that trial's result: the sweep continues, and the trace is kept for the curious.
     except Exception as error:
+        _leave_if_poisoned()
         if not isinstance(error, RaystarError):
             report.files.save_error(traceback.format_exc())
         report.ended(*what_ended(error))
@@ -61,11 +64,27 @@ def _return_free_memory() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
+def _leave_if_poisoned() -> None:
+    """Ends the process where CUDA has failed for good: every later trial in it would fail as well.
+
+    To the driver it is a process that died: the trial resumes in another one, as often as such trials do.
+    """
+    if not torch.cuda.is_available() or not torch.cuda.is_initialized():
+        return
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        traceback.print_exc()
+        os._exit(_POISONED)
+
+
 def what_ended(error: Exception) -> tuple[str, str]:
     """Status and reason of a trial that raised `error`."""
     if isinstance(error, RaystarError):
         status = {TrialDiverged: DIVERGED, TrialOutOfMemory: OUT_OF_MEMORY}.get(type(error), FAILED)
         return status, str(error)
+    if out_of_memory(error):  # outside of a step: while the networks, the latents or the ruler are put on the device
+        return OUT_OF_MEMORY, f"{_in_short(error)}; lower training.batch_size or model.base_dim, or run fewer trials"
     return FAILED, _in_short(error)
 
 

@@ -192,12 +192,14 @@ def _try_to_join(address: str) -> None:
 
 # Read by Ray while it is imported.
 RAY_ENVIRONMENT = {
+    "PYTORCH_ALLOC_CONF": os.environ.get("PYTORCH_ALLOC_CONF", ""),  # as raystar/__init__.py or the user has set it
     "RAY_AIR_NEW_OUTPUT": "0",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "RAY_TRAIN_V2_ENABLED": "1",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_worker_niceness": "0",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    # A trial that was given no GPU sees none: with `device: auto` all of them would train on the first at once.
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",
     # Tune gives a stopped trial's thread two seconds to leave before it reuses the process, and on a busy machine
     # drops the next trial silently when that is too short (LOG.md). It leaves by itself: wait for it.
     "TUNE_FUNCTION_THREAD_TIMEOUT_S": "600",

@@ -110,6 +110,8 @@ class LatentDataset(torch.utils.data.Dataset[dict[str, Any]]):
         self._starts = np.cumsum([0, *map(len, rows)])
         self._rows = np.concatenate(rows)
         self._plan: dict[str, Tensor] = {}
+        self._noise: Tensor | None = None
+        """[3,size,Z] of the whole epoch, where it has gone to a GPU."""
         self.epoch = 0
         self.set_epoch(1)
 
@@ -133,6 +135,22 @@ class LatentDataset(torch.utils.data.Dataset[dict[str, Any]]):
         # Once an epoch to where the latents are: a copy of a few numbers costs a GPU as much as a gather.
         self._plan = {name: torch.from_numpy(values).to(self.storage.device) for name, values in plan.items()}
         self.epoch = epoch
+        if self.storage.device.type != "cpu":
+            self.send_noise()
+
+    def send_noise(self) -> None:
+        """Sends the noise of the whole epoch to where the latents are.
+
+        Once: a step's own, from ordinary memory, would wait for the step before, and could not be captured.
+        """
+        steps = range(1, -(-self.size // self.training.batch_size) + 1)
+        noise = np.concatenate([self._drawn_noise(step) for step in steps], axis=1)
+        self._noise = torch.from_numpy(noise).to(self.storage.device)
+
+    def _drawn_noise(self, step: int) -> NDArray[np.float32]:
+        """[3,rows,Z] for the whole batch, whoever asks: a row's noise does not depend on the number of workers."""
+        rng = np.random.default_rng([self.training.seed, self.epoch, step])
+        return rng.standard_normal((3, self.rows(step), self.latent_dim), dtype=np.float32)
 
     def __len__(self) -> int:
         return self.size
@@ -166,19 +184,17 @@ class LatentDataset(torch.utils.data.Dataset[dict[str, Any]]):
 
     def batch(self, step: int) -> Batch:
         """This worker's share of the batch of `step` (from 1), on the storage's device, float32."""
-        first, rows = (step - 1) * self.training.batch_size, self.rows(step)
-        part = share(rows, self.rank, self.workers)
+        first = (step - 1) * self.training.batch_size
+        part = share(self.rows(step), self.rank, self.workers)
         chosen = slice(first + part.start, first + part.stop)
         plan = {name: values[chosen] for name, values in self._plan.items()}
-        rng = np.random.default_rng([self.training.seed, self.epoch, step])
-        # Drawn for the whole batch, whoever asks: a row's noise does not depend on the number of workers.
-        noise = rng.standard_normal((3, rows, self.latent_dim), dtype=np.float32)[:, part]
+        noise = torch.from_numpy(self._drawn_noise(step)[:, part]) if self._noise is None else self._noise[:, chosen]
         return Batch(
             self.storage.index_select(0, plan["content"]).float(),
             self.storage.index_select(0, plan["x_ref"]).float(),
             plan["y_src"],
             plan["y_trg"],
-            *torch.from_numpy(noise).to(self.storage.device).unbind(),
+            *noise.unbind(),
         )
 
     def batches(self) -> Iterable[Batch]:

@@ -89,6 +89,24 @@ def set_backends(config: Config, device: torch.device) -> None:
     torch.set_float32_matmul_precision("high" if training.tf32 else "highest")
 
 
+_NO_MEMORY = ("out of memory", "cublas_status_alloc_failed", "cudnn_status_alloc_failed")
+_NO_ENGINE = ("unable to find an engine", "unable to find a valid cudnn algorithm")
+_SHORT = 0.1  # share of a GPU's memory that is free, below which cuDNN finds none for want of workspace
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether a computation failed for want of memory, whichever library says so in whichever words."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    text = str(error).lower() if isinstance(error, RuntimeError) else ""
+    if any(words in text for words in _NO_MEMORY):
+        return True
+    if not any(words in text for words in _NO_ENGINE) or not torch.cuda.is_available():
+        return False
+    free, total = torch.cuda.mem_get_info()
+    return free < _SHORT * total
+
+
 def synchronize(device: torch.device) -> None:
     """Waits for what was queued on a GPU; a CPU has nothing queued."""
     if device.type == "cuda":

@@ -18,6 +18,7 @@ from torch import Tensor
 from raystar.base.errors import RaystarError
 from raystar.base.files import is_file, looked_for
 from raystar.config.strict_yaml import read_mapping
+from raystar.model.device import out_of_memory
 
 SCALE = 0.18215
 """SD1.5's scaling factor: scaled latent = unscaled latent * SCALE. Fixed, unlike `training.latent_scale`."""
@@ -57,10 +58,18 @@ class VaeCodec:
     @torch.no_grad()
     def decode(self, latents: Tensor) -> NDArray[np.uint8]:
         """See `Codec.decode`."""
-        pictures = []
-        for chunk in latents.to(self.device, torch.float32).split(self.batch_size):
-            rgb = self.model.decode((chunk * SCALE if self.takes_scaled else chunk).to(self.dtype)).sample
+        latents, pictures, done = latents.to(self.device, torch.float32), [], 0
+        while done < len(latents):
+            chunk = latents[done : done + self.batch_size]
+            try:
+                rgb = self.model.decode((chunk * SCALE if self.takes_scaled else chunk).to(self.dtype)).sample
+            except RuntimeError as error:
+                if len(chunk) == 1 or not out_of_memory(error):
+                    raise
+                self.batch_size = len(chunk) // 2  # beside a training there may be room for fewer
+                continue
             pictures.append(to_bytes(rgb))
+            done += len(chunk)
         return np.concatenate(pictures)
 
     @torch.no_grad()

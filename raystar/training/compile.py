@@ -7,6 +7,7 @@ compiled code does not have); compiled ones stand beside them in `TrainState.cal
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -49,7 +50,7 @@ class Compiled:
     modules: tuple[str, ...]
     """Networks that run compiled, for example `("G", "E")`."""
     notes: tuple[str, ...]
-    """One line for each network that fell back to eager: which, and why."""
+    """What was not done as asked, a line each: a network that fell back to eager, and why."""
     seconds: float
     """Time spent compiling, apart from any throughput."""
 
@@ -67,6 +68,8 @@ def compile_networks(state: TrainState, size: tuple[int, int]) -> Compiled:
     started = time.perf_counter()
     torch._dynamo.config.recompile_limit = _RECOMPILE_LIMIT
     done, notes = [], []
+    if training.compile_cudagraphs and not graphs_possible():
+        notes.append(f"compiled without CUDA graphs, which torch {torch.__version__} has in its main thread alone")
     for name, switch in _SWITCHES.items():
         if not getattr(training, switch):
             continue
@@ -129,8 +132,17 @@ def _compile(net: torch.nn.Module, config: Config) -> Callable[..., Tensor]:
     # A mode and options cannot be given together, so the mode is spelt out to let compile_cudagraphs decide.
     mode = None if training.compile_mode == "default" else training.compile_mode
     options = dict(torch._inductor.list_mode_options(mode)) if mode else {}
-    options["triton.cudagraphs"] = training.compile_cudagraphs
+    options["triton.cudagraphs"] = training.compile_cudagraphs and graphs_possible()
     return torch.compile(net, dynamic=training.compile_dynamic, fullgraph=training.compile_fullgraph, options=options)
+
+
+def graphs_possible() -> bool:
+    """Whether Inductor's CUDA graphs work in this thread: before torch 2.13 only in the one that imported them.
+
+    Tune runs each trial in a thread of its own (pytorch issue 123177).
+    """
+    major, minor = (int(part) for part in torch.__version__.split(".")[:2])
+    return (major, minor) >= (2, 13) or threading.current_thread() is threading.main_thread()
 
 
 def _exercise(name: str, call: Callable[..., Tensor], state: TrainState, size: tuple[int, int]) -> None:

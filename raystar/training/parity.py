@@ -13,7 +13,7 @@ from torch import Tensor
 from raystar.base.errors import WrongResults
 from raystar.config.load import override
 from raystar.config.schema import Config
-from raystar.data.batches import LatentDataset
+from raystar.data.batches import Batch, LatentDataset
 from raystar.model.device import bf16_as_asked
 from raystar.model.networks import NAMES
 from raystar.training.state import TrainState
@@ -25,6 +25,8 @@ _AT_MOST = 0.5  # ... nor above this, where results are wrong in any precision
 _FLOOR = 0.03
 """Share of its network's gradient that is added to a parameter's: some gradients (of a bias before a
 normalisation) are exactly zero but for rounding."""
+_FIRST_SCALES = 40
+"""Halvings of a gradient scale after which it is the gradients that are wrong."""
 _EAGER = {"training.use_compile": False, "training.channels_last": False, "training.ema_epochs": 0}
 
 
@@ -38,26 +40,38 @@ def check_parity(state: TrainState, data: LatentDataset) -> None:
     """
     reference = _eager(state, {"training.use_amp": False})
     rounded = _eager(state, {"training.use_amp": True, "training.amp_dtype": "bf16"})
-    weights = copy.deepcopy(state.nets.state_dict())
+    weights, scaler = copy.deepcopy(state.nets.state_dict()), state.scaler.state_dict()
     _wake(reference)
     try:
         for number, step in enumerate((1, state.config.loss.r1_interval), start=1):
             batch = data.batch(min(number, data.steps)).to(state.device)
-            for other in (state, rounded):
-                other.nets.load_state_dict(reference.nets.state_dict(), "parity")
+            reference_weights = copy.deepcopy(reference.nets.state_dict())
+            rounded.nets.load_state_dict(reference_weights, "parity")
             exact = train_step(reference, batch, epoch=1, step=step)
             with bf16_as_asked():
                 usual = train_step(rounded, batch, epoch=1, step=step)
-            losses = train_step(state, batch, epoch=1, step=step)
+            losses = _taken(state, batch, step, reference_weights)
             for name in LOGGED:
                 _compare_losses(name, step, float(exact[name]), float(usual[name]), float(losses[name]))
             for net in NAMES:
                 _compare_gradients(net, step, *(getattr(s.nets, net) for s in (reference, rounded, state)))
     finally:
         state.nets.load_state_dict(weights, "parity")
+        state.scaler.load_state_dict(scaler)
         for optimizer in (state.opt_g, state.opt_d):
             optimizer.zero_grad(set_to_none=True)
             optimizer.state.clear()
+
+
+def _taken(state: TrainState, batch: Batch, step: int, weights: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
+    """A step from `weights` that both optimisers have taken: fp16's first scales are too large, and find their size."""
+    for _ in range(_FIRST_SCALES):
+        state.nets.load_state_dict(weights, "parity")
+        scale = state.scaler.get_scale()
+        losses = train_step(state, batch, epoch=1, step=step)
+        if state.scaler.get_scale() >= scale:
+            break
+    return losses
 
 
 def _eager(state: TrainState, settings: dict[str, object]) -> TrainState:

@@ -83,8 +83,6 @@ def _turn(states: Sequence[TrainState], data: LatentDataset, epoch: int, steps: 
         synchronize(state.device)
         started = time.perf_counter()
         for step in steps:
-            if state.config.training.use_compile and state.config.training.compile_cudagraphs:
-                torch.compiler.cudagraph_mark_step_begin()
             train_step(state, data.batch(step).to(state.device), epoch=epoch, step=step)
         synchronize(state.device)
         seconds.append(time.perf_counter() - started)

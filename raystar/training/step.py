@@ -34,6 +34,9 @@ def train_step(state: TrainState, batch: Batch, *, epoch: int, step: int) -> dic
         several workers, on those whose share it is), and the optimisers have not moved on it: check before the next
         step's result is used.
     """
+    if state.config.training.use_compile and state.config.training.compile_cudagraphs:
+        # Here and nowhere else: what one update has saved for its backward pass the next one's graph would overwrite.
+        torch.compiler.cudagraph_mark_step_begin()
     shared = _translations(state, batch)
     d_loss, r1 = _update_d(state, shared, step)
     g_losses = _update_g(state, shared, epoch)

@@ -21,7 +21,7 @@ from raystar.base.errors import TrialDiverged, TrialOutOfMemory
 from raystar.config.schema import Config
 from raystar.data.bank import Bank
 from raystar.data.batches import Batch, LatentDataset, check_epoch
-from raystar.model.device import native, resolve_device, set_backends
+from raystar.model.device import native, out_of_memory, resolve_device, set_backends
 from raystar.model.native import kernels
 from raystar.model.networks import Nets
 from raystar.pictures import grid
@@ -244,14 +244,12 @@ class Trainer:
 
     def _try(self, batch: Batch, epoch: int, step: int) -> dict[str, Tensor] | None:
         """The losses of one step; None where there was no memory for it."""
-        if self.config.training.compile_cudagraphs and self.config.training.use_compile:
-            torch.compiler.cudagraph_mark_step_begin()
         try:
             logs = train_step(self.state, batch, epoch=epoch, step=step)
             self.state.average(self.data.steps)
             return logs
         except RuntimeError as error:
-            if not _out_of_memory(error):
+            if not out_of_memory(error):
                 raise
         if self.group.size > 1:
             # The others wait for this worker's gradients, of which it has none; only its end can free them.
@@ -305,10 +303,6 @@ def _note_kernels(config: Config, shape: tuple[int, int, int], device: torch.dev
             f"groups of {width} channels are normalised without raystar's native kernels, which take up to "
             f"{kernels.GROUP}, in powers of two; convolutions use them"
         )
-
-
-def _out_of_memory(error: RuntimeError) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error).lower()
 
 
 def _check_losses(named: Mapping[str, float], sums: Any, epoch: int, step: int) -> None:

@@ -1121,3 +1121,17 @@ def test_a_bank_is_reopened_as_it_was_whatever_happens_to_its_files(tmp_path: Pa
     (cache / f"latents-{bank.key}.npy").unlink()
     with pytest.raises(RaystarError, match="the packed latents are gone or damaged"):
         reopen_bank(config, cache, bank.key)
+
+
+def test_an_epochs_noise_sent_at_once_is_that_of_its_steps(config: Config, bank: Bank) -> None:
+    """As on a GPU: all batches are the same, the incomplete last one and a worker's share among them."""
+    config = override(config, {"training.epoch_size": 14, "training.batch_size": 4, "training.drop_last": False})
+    for rank, workers in ((0, 1), (1, 2)):
+        each, sent = (LatentDataset(bank, config, torch.device("cpu"), rank, workers) for _ in range(2))
+        for epoch in (2, 3):
+            each.set_epoch(epoch)
+            sent.set_epoch(epoch)
+            sent.send_noise()
+            for step in range(1, each.steps + 1):
+                for one, other in zip(each.batch(step), sent.batch(step), strict=True):
+                    assert torch.equal(one, other)

@@ -210,6 +210,29 @@ def test_a_large_batch_is_decoded_in_pieces(models: Models) -> None:
     assert not any(p.requires_grad for p in codec.model.parameters())  # type: ignore[attr-defined]
 
 
+def test_where_there_is_no_room_for_a_batch_fewer_are_decoded_at_once(
+    models: Models, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside a training; a single picture that does not fit is an error."""
+    codec, _ = open_codec(config_of(models["AutoencoderTiny"][1]))
+    assert isinstance(codec, VaeCodec)
+    wanted = codec.decode(some_latents(9))
+    decode, sizes, room = codec.model.decode, list[int](), 2
+
+    def narrow(chunk: torch.Tensor) -> Any:
+        sizes.append(len(chunk))
+        if len(chunk) > room:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return decode(chunk)
+
+    monkeypatch.setattr(codec.model, "decode", narrow)
+    assert_same_pictures(codec.decode(some_latents(9)), wanted)
+    assert sizes == [8, 4, 2, 2, 2, 2, 1]
+    room = 0
+    with pytest.raises(torch.OutOfMemoryError):
+        codec.decode(some_latents(1))
+
+
 def test_loading_leaves_stderr_and_loggers_as_they_were(models: Models) -> None:
     logger = logging.getLogger("huggingface_hub")
     before, stream = logger.level, sys.stderr

@@ -91,3 +91,14 @@ def test_the_limit_follows_what_bf16_rounds(root: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(parity, "_AT_MOST", 1e-4)
     with pytest.raises(WrongResults, match="wrong results: "):
         check_parity(*gate(config, root))
+
+
+def test_a_scale_that_is_too_large_at_first_is_no_wrong_gradient(root: Path) -> None:
+    """As fp16's is: its first updates overflow and are left out, until the scale has come down."""
+    state, data = gate(override(tiny_config(root), {"training.use_amp": True, "model.base_dim": 32}), root)
+    state.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**126)
+    check_parity(state, data)
+    assert state.scaler.get_scale() == 2.0**126
+    state.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**126, backoff_factor=0.999)  # never small enough
+    with pytest.raises(WrongResults, match="the gradient of "):
+        check_parity(state, data)
