@@ -19,6 +19,7 @@ from raystar.config.load import get_value, override
 from raystar.config.schema import Config
 from raystar.data.batches import share
 from raystar.model.device import autocast, fast_bf16, fp16_on_cpu, layout
+from raystar.training.losses import lambda_ds
 from raystar.training.state import TrainState
 
 logger = logging.getLogger(__name__)
@@ -153,7 +154,7 @@ def _exercise(name: str, call: Callable[..., Tensor], state: TrainState, size: t
     config, device = state.config, state.device
     training, model = config.training, config.model
     part = share(training.batch_size, state.group.rank, state.group.size)
-    B, styles = part.stop - part.start, 5 if config.loss.w_id > 0 else 4
+    B, styles = part.stop - part.start, 3 if config.loss.w_id > 0 else 2
     memory_format = layout(config, torch.empty(1, model.latent_channels, *size, device=device))
     with autocast(config, device):  # what networks hand on to each other is in autocast's type
         amp = torch.is_autocast_enabled(device.type)
@@ -170,13 +171,21 @@ def _exercise(name: str, call: Callable[..., Tensor], state: TrainState, size: t
     def domains(n: int) -> Tensor:
         return torch.zeros(n, dtype=torch.long, device=device)
 
+    content = latents(B, fake=False)
     inputs: dict[str, list[tuple[Tensor, Tensor]]] = {
-        "G": [(latents(B, fake=False), codes(styles * B)), (latents(2 * B, fake=True), codes(2 * B))],
+        "G": [(latents(2 * B, fake=True), codes(2 * B))],
         "F": [(torch.zeros(3 * B, model.latent_dim, device=device), domains(3 * B))],
         "E": [(latents(2 * B, fake=False), domains(2 * B)), (latents(2 * B, fake=True), domains(2 * B))],
         "D": [(latents(3 * B, fake=True).detach(), domains(3 * B)), (latents(2 * B, fake=True), domains(2 * B))],
     }
     net = getattr(state.nets, name)
+    if name == "G":  # in epochs in which the pair of the diversity term is learnt from, and in those in which it is not
+        begin, end = (lambda_ds(epoch, config.loss.w_ds, config.ds_decay) for epoch in (1, training.epochs))
+        inputs[name] += [(content, codes((2 + styles) * B))] if begin > 0 else []
+        inputs[name] += [(content, codes(styles * B))] if end == 0 else []
+        if end == 0:
+            with torch.no_grad(), autocast(config, device):
+                call(content, codes(2 * B))
     for number, (first, second) in enumerate(inputs[name]):
         frozen = name == "D" and number == 1  # D is frozen while G is updated
         net.requires_grad_(not frozen)

@@ -37,7 +37,7 @@ def train_step(state: TrainState, batch: Batch, *, epoch: int, step: int) -> dic
     if state.config.training.use_compile and state.config.training.compile_cudagraphs:
         # Here and nowhere else: what one update has saved for its backward pass the next one's graph would overwrite.
         torch.compiler.cudagraph_mark_step_begin()
-    shared = _translations(state, batch)
+    shared = _translations(state, batch, epoch)
     d_loss, r1 = _update_d(state, shared, step)
     g_losses = _update_g(state, shared, epoch)
     values = {"d_loss": d_loss, **g_losses, "r1": r1}
@@ -53,15 +53,12 @@ class _Shared(NamedTuple):
     s_ref: Tensor  # [B,S] styles of the references, of the contents, and [3B,S] of the noises lat, 1, 2
     s_src: Tensor
     s_noise: Tensor
-    fakes: Tensor  # [4B or 5B,C,H,W]: by reference, by noise, by noises 1 and 2, and the identity if it has a weight
-
-    @property
-    def fake(self) -> Tensor:
-        """[2B,C,H,W]: by reference, by noise."""
-        return self.fakes[: 2 * len(self.content)]
+    fake: Tensor  # [2B,C,H,W]: by reference, by noise
+    pair: Tensor  # [2B,C,H,W]: by noises 1 and 2; without gradients where the diversity term has no weight
+    identity: Tensor  # [B,C,H,W], or [0,C,H,W] where it has no weight
 
 
-def _translations(state: TrainState, batch: Batch) -> _Shared:
+def _translations(state: TrainState, batch: Batch, epoch: int) -> _Shared:
     """Styles and every translation that starts from the contents."""
     G, F, E = (state.call(name) for name in ("G", "F", "E"))
     content = batch.content * state.config.training.latent_scale  # [B,C,H,W]
@@ -74,9 +71,17 @@ def _translations(state: TrainState, batch: Batch) -> _Shared:
     with autocast(state.config, state.device):
         s_ref, s_src = E(torch.cat([x_ref, content]), torch.cat([y_trg, y_src])).split(B)
         s_noise = F(torch.cat([batch.z_trg, batch.z_1, batch.z_2]), y_trg.repeat(3))  # [3B,S]: lat, 1, 2
-        styles = [s_ref, s_noise, s_src] if state.config.loss.w_id > 0 else [s_ref, s_noise]
+        # First the pair, where it is learnt from; else it is only looked at, and needs no activations kept.
+        learnt = losses.lambda_ds(epoch, state.config.loss.w_ds, state.config.ds_decay) > 0
+        s_lat, s_pair = s_noise.split([B, 2 * B])
+        styles = [*([s_pair] if learnt else []), s_ref, s_lat, *([s_src] if state.config.loss.w_id > 0 else [])]
         fakes = G(content, torch.cat([s.to(s_noise.dtype) for s in styles]))
-    return _Shared(content, x_ref, y_trg, s_ref, s_src, s_noise, fakes)
+        if learnt:
+            pair, fakes = fakes[: 2 * B], fakes[2 * B :]
+        else:
+            with torch.no_grad():
+                pair = G(content, s_pair)
+    return _Shared(content, x_ref, y_trg, s_ref, s_src, s_noise, fakes[: 2 * B], pair, fakes[2 * B :])
 
 
 def losses_of(state: TrainState, batch: Batch, *, epoch: int) -> dict[str, Tensor]:
@@ -85,7 +90,7 @@ def losses_of(state: TrainState, batch: Batch, *, epoch: int) -> dict[str, Tenso
     `r1` is that of this batch, and `d_loss` is without it: in training it is computed every `r1_interval` steps alone.
     """
     with torch.no_grad():
-        shared = _translations(state, batch)
+        shared = _translations(state, batch, epoch)
         d_loss = _d_hinge(state, shared)
         g_losses = _g_losses(state, shared, epoch)
     values = {"d_loss": d_loss, **g_losses, "r1": _r1(state, shared)}
@@ -141,7 +146,7 @@ def _g_losses(state: TrainState, shared: _Shared, epoch: int) -> dict[str, Tenso
     weights = state.config.loss
     G, E, D = (state.call(name) for name in ("G", "E", "D"))
     content, y_trg, s_ref, fake, B = shared.content, shared.y_trg, shared.s_ref, shared.fake, len(shared.content)
-    fake_1, fake_2 = shared.fakes[2 * B : 4 * B].split(B)
+    fake_1, fake_2 = shared.pair.split(B)
     with autocast(state.config, state.device):
         fake_logits = D(fake, y_trg.repeat(2))
         s_hat = E(fake, y_trg.repeat(2))
@@ -156,7 +161,7 @@ def _g_losses(state: TrainState, shared: _Shared, epoch: int) -> dict[str, Tenso
     g_loss = weights.w_adv * adv + weights.w_sty * sty + weights.w_cyc * cyc - w_ds * ds
     identity = g_loss.new_zeros(())
     if weights.w_id > 0:
-        identity = losses.cycle_consistency_loss(shared.fakes[4 * B :], content)
+        identity = losses.cycle_consistency_loss(shared.identity, content)
         g_loss = g_loss + weights.w_id * identity
     return {"g_loss": g_loss, "g_adv": adv, "sty": sty, "ds": ds, "cyc": cyc, "id": identity}
 

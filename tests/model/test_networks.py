@@ -304,19 +304,33 @@ def test_networks_are_compiled_for_what_a_step_gives_them(
 
         def call(*inputs: Tensor) -> Tensor:
             frozen = not next(net.parameters()).requires_grad
-            seen[name].add((frozen, *((tuple(x.shape), x.dtype, x.stride(), x.requires_grad) for x in inputs)))
+            seen[name].add(
+                (
+                    frozen,
+                    torch.is_grad_enabled(),
+                    *((tuple(x.shape), x.dtype, x.stride(), x.requires_grad) for x in inputs),
+                )
+            )
             return net(*inputs)
 
         return call
 
     monkeypatch.setattr(compile_module, "_compile", spy)
     config = tiny_config(
-        root, model__residual=residual, model__base_dim=32, training__use_amp=amp, training__use_compile=True, **norms
+        root,
+        model__residual=residual,
+        model__base_dim=32,
+        training__use_amp=amp,
+        training__use_compile=True,
+        **norms,
+        loss__ds_decay_epochs=1,
     )
     state = TrainState.create(config, "cpu")
     assert compile_networks(state, bank.shape[1:]).modules == ("G", "F", "E", "D")
     exercised = copy.deepcopy(seen)
-    train_step(state, LatentDataset(bank, config, torch.device("cpu")).batch(1), epoch=1, step=1)
+    data = LatentDataset(bank, config, torch.device("cpu"))
+    for epoch in range(1, config.training.epochs + 1):  # in the last the diversity term has no weight left
+        train_step(state, data.batch(1), epoch=epoch, step=1)
     assert seen == exercised
 
 

@@ -47,7 +47,10 @@ CASES = list(itertools.product([0.0, 0.7], [None, 1e-4, 50.0], [1, 4], [4, 3]))
 
 
 @pytest.mark.parametrize(("w_id", "margin", "step", "size"), CASES)
-def test_losses_and_gradients_equal_the_textbook(w_id: float, margin: float | None, step: int, size: int) -> None:
+@pytest.mark.parametrize("epoch", [6, 21], ids=["", "no diversity any more"])
+def test_losses_and_gradients_equal_the_textbook(
+    w_id: float, margin: float | None, step: int, size: int, epoch: int
+) -> None:
     """Identity on and off, diversity margin absent, hit and missed, R1 step or not, whole and odd batch."""
     config = tiny_config(
         "unused", loss__w_id=w_id, loss__ds_margin=margin, loss__r1_interval=4, loss__w_adv=0.8, loss__w_sty=1.3,
@@ -55,7 +58,7 @@ def test_losses_and_gradients_equal_the_textbook(w_id: float, margin: float | No
     )  # fmt: skip
     state, batch = make_state(config), make_batch(size, config.model.latent_dim)
     expected_nets = copy.deepcopy(state.nets)
-    logs = train_step(state, batch, epoch=6, step=step)
+    logs = train_step(state, batch, epoch=epoch, step=step)
 
     d = textbook.d_terms(expected_nets, batch, config, step)
     d["d_loss"].backward()
@@ -65,7 +68,7 @@ def test_losses_and_gradients_equal_the_textbook(w_id: float, margin: float | No
         torch.testing.assert_close(found.grad, wanted.grad, rtol=1e-9, atol=1e-9, msg=f"D.{name}")
     expected_nets.D.load_state_dict(state.nets.D.state_dict())  # the generator's losses use the updated D
     expected_nets.D.zero_grad()
-    g = textbook.g_terms(expected_nets, batch, config, epoch=6)
+    g = textbook.g_terms(expected_nets, batch, config, epoch=epoch)
     g["g_loss"].backward()
     for net in "GFE":
         pairs = zip(
