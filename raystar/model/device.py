@@ -115,8 +115,14 @@ def synchronize(device: torch.device) -> None:
 
 def layout(config: Config, latents: Tensor) -> torch.memory_format:
     """How latents [B,C,H,W] go into the networks: as the configuration says, or as the native kernels want them."""
-    channels_last = config.training.channels_last or native(config, latents)
-    return torch.channels_last if channels_last else torch.contiguous_format
+    last = channels_last(config, latents.device) or native(config, latents)
+    return torch.channels_last if last else torch.contiguous_format
+
+
+def channels_last(config: Config, device: torch.device) -> bool:
+    """Whether weights and activations are kept channels last: as asked, else on a GPU, whose convolutions want it."""
+    asked = config.training.channels_last
+    return device.type == "cuda" if asked is None else asked
 
 
 def native(config: Config, latents: Tensor) -> bool:

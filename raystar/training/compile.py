@@ -18,7 +18,7 @@ from torch import Tensor
 from raystar.config.load import get_value, override
 from raystar.config.schema import Config
 from raystar.data.batches import share
-from raystar.model.device import autocast, fast_bf16, fp16_on_cpu, layout
+from raystar.model.device import autocast, channels_last, fast_bf16, fp16_on_cpu, layout
 from raystar.training.losses import lambda_ds
 from raystar.training.state import TrainState
 
@@ -119,6 +119,7 @@ def canonical(config: Config, device: torch.device) -> Config:
     if not training.use_amp:
         same.append("amp_dtype")
     values = {f"training.{name}": get_value(_DEFAULTS, f"training.{name}") for name in same}
+    values["training.channels_last"] = channels_last(config, device)
     if not training.use_compile or not any(getattr(training, switch) for switch in _SWITCHES.values()):
         names = ("mode", "dynamic", "fullgraph", "cudagraphs")
         switches = [*(f"compile_{name}" for name in names), *_SWITCHES.values(), "use_compile"]

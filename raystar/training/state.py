@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from raystar.config.schema import Config
+from raystar.model.device import channels_last
 from raystar.model.networks import AVERAGED, Nets
 from raystar.training.workers import ALONE, Group
 
@@ -46,7 +47,7 @@ class TrainState:
         """Networks freshly initialised from `training.seed`, with their optimisers, on `device`."""
         device = torch.device(device)
         training = config.training
-        memory_format = torch.channels_last if training.channels_last else torch.contiguous_format
+        memory_format = torch.channels_last if channels_last(config, device) else torch.contiguous_format
         nets = Nets.create(config.model, config.num_domains, training.seed).to(device)
         for net in (nets.G, nets.E, nets.D):
             net.to(memory_format=memory_format)  # type: ignore[call-overload]

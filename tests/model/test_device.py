@@ -89,3 +89,13 @@ def test_fp16_without_a_gpu_is_float32(capsys: pytest.CaptureFixture[str]) -> No
         assert not torch.is_autocast_enabled("cpu")
     assert not TrainState.create(fp16, CPU).scaler.is_enabled()
     assert canonical(fp16, CPU) == canonical(override(BF16, {"training.use_amp": False}), CPU)
+
+
+def test_channels_last_is_a_gpus_own_choice() -> None:
+    gpu = torch.device("cuda")
+    for asked, here, there in ((None, False, True), (False, False, False), (True, True, True)):
+        config = override(BF16, {"training.channels_last": asked})
+        assert (devices.channels_last(config, CPU), devices.channels_last(config, gpu)) == (here, there)
+        assert canonical(config, CPU).training.channels_last is here
+    state = TrainState.create(override(BF16, {"training.channels_last": True, "model.base_dim": 8}), CPU)
+    assert state.nets.G.encoder[0].weight.is_contiguous(memory_format=torch.channels_last)
