@@ -112,6 +112,9 @@ class TrainingConfig:
     amp_dtype: Literal["bf16", "fp16"] = _key("bf16", "autocast type; fp16 is float32 on a CPU")
     device: Literal["auto", "cpu", "cuda"] = _key("auto", "where to train; auto takes a GPU when there is one")
     channels_last: bool | None = _key(None, "keep activations channels last in memory; absent: on a GPU")
+    recompute: bool = _key(
+        False, "compute G's residual blocks again for their gradients instead of keeping them: less memory, more time"
+    )
     tf32: bool = _key(True, "float32 products in TF32 on a GPU")
     cudnn_benchmark: bool = _key(True, "let cuDNN time its algorithms first; not with deterministic")
     deterministic: bool = _key(False, "cuDNN algorithms that repeat bit for bit; a CPU always does")

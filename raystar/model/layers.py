@@ -5,6 +5,8 @@ Shapes: B batch, C channels, H x W size, S style_dim.
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -137,7 +139,7 @@ class SpectralConv(nn.Conv2d):
         self.weight_v.copy_(v)
 
     def forward(self, x: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):
+        with contextlib.nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False):
             sigma = torch.dot(self.weight_u, self.weight_orig.flatten(1) @ self.weight_v)
             weight = self.weight_orig / sigma
         return self._conv_forward(x, weight, self.bias)

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from raystar.base.errors import RaystarError
 from raystar.config.schema import ModelConfig
@@ -89,6 +90,8 @@ class Generator(nn.Module):
         super().__init__()
         b, channels = config.base_dim, config.latent_channels
         self.width, self.residual = b, config.residual
+        self.recompute = False
+        """Whether blocks keep their input alone, and are run again for the backward pass (Chen et al. 2016)."""
         groups = config.num_groups
         norm: Callable[[], nn.Module] = partial(InstanceNormLeaky, b)
         block: Callable[[], nn.Module] = partial(AdaINResBlock, b, config.style_dim)
@@ -120,7 +123,8 @@ class Generator(nn.Module):
         elif styles_each > 1:
             h = h.repeat(styles_each, 1, 1, 1)
         for block in self.res_blocks:
-            h = block(h, s)
+            again = self.recompute and torch.is_grad_enabled()
+            h = checkpoint(block, h, s, use_reentrant=False, preserve_rng_state=False) if again else block(h, s)
         h = self.decoder(h)
         if self.residual:
             # In the content's precision, so that the identity is exact under autocast; in h's layout, the first one's.

@@ -48,7 +48,7 @@ from raystar.search.space import from_mapping as space_from_mapping
 from raystar.sweep.disk import check_space, checkpoint_bytes, needed_bytes
 from raystar.sweep.naming import check_kept, name_trials
 from raystar.sweep.request import DEFAULT_CONFIG, SweepRequest
-from raystar.sweep.resources import trial_resources
+from raystar.sweep.resources import fitted_share, trial_resources
 from raystar.sweep.starts import keep_starts
 from raystar.tracking.mlflow.address import default_uri
 from raystar.tracking.stores import check_uri
@@ -228,6 +228,8 @@ def _check(
     storage = Storage(request.storage or (before or {}).get("storage") or str(request.out)).child(name)
     bank = open_bank(config, cache_dir(config, request.out))
     _check_latents(config, space, known.values(), bank, resumed=before is not None)
+    if request.address is None:
+        gpu_share = fitted_share(gpu_share, config, space, known.values(), bank.shape)
     starts = keep_starts(space, config, known, cache_dir(config, request.out), before) if space.purpose.models else {}
     if not space.purpose.models:
         check_steps(config, bank)

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterable, Mapping
+from typing import Any
+
 import torch
 
 from raystar.base.errors import RaystarError
-from raystar.base.machine import usable_cpus
+from raystar.base.machine import gpu_memory, usable_cpus
+from raystar.config.load import override
 from raystar.config.schema import Config
 from raystar.model.device import resolve_device
 from raystar.search.space import Space
+from raystar.training.memory import CONTEXT, advice, step_bytes, step_key
+
+logger = logging.getLogger(__name__)
 
 
 def share_of_gpu(config: Config, space: Space, gpu_count: int) -> float:
@@ -18,6 +26,32 @@ def share_of_gpu(config: Config, space: Space, gpu_count: int) -> float:
         whole = space.purpose.alone or space.resources.workers > 1
         gpus = (1.0 if whole else 0.5) if gpu_count and config.training.device != "cpu" else 0.0
     return float(gpus)
+
+
+def fitted_share(
+    share: float, config: Config, space: Space, points: Iterable[Mapping[str, Any]], shape: tuple[int, int, int]
+) -> float:
+    """`share`, or a whole GPU where `auto` would have put two trials on one that has no room for both.
+
+    Args:
+        points: the values of the trials that are known.
+        shape: (C, H, W) of a latent.
+    """
+    memory = min(gpu_memory(), default=None)
+    if space.resources.gpus != "auto" or not share or memory is None:
+        return share
+    trials = {step_key(trial): trial for trial in (override(config, point, space.source) for point in (*points, {}))}
+    largest = max(trials.values(), key=lambda trial: step_bytes(trial, shape))
+    needed = step_bytes(largest, shape) + CONTEXT
+    if needed > memory:
+        logger.warning(f"the largest trial may not fit a GPU: {advice(largest, shape, memory - CONTEXT)}")
+    if share < 1 and 2 * needed > memory:
+        logger.info(
+            f"one trial at a time on a GPU: the largest takes about {needed / 2**30:.1f} of its {memory / 2**30:.1f} "
+            "GiB (resources.gpus: 0.5 puts two on it all the same)"
+        )
+        return 1.0
+    return share
 
 
 def trial_resources(config: Config, space: Space, address: str | None) -> tuple[float, int]:

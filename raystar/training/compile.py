@@ -34,7 +34,8 @@ SPEED_KEYS = tuple(
     f"training.{name}"
     for name in (
         "use_compile", "compile_mode", "compile_dynamic", "compile_fullgraph", "compile_cudagraphs",
-        *_SWITCHES.values(), "channels_last", "use_amp", "amp_dtype", "tf32", "cudnn_benchmark", "deterministic",
+        *_SWITCHES.values(), "recompute", "channels_last", "use_amp", "amp_dtype", "tf32", "cudnn_benchmark",
+        "deterministic",
     )
 )  # fmt: skip
 """Settings that change how fast a step is, and its results by rounding alone."""

@@ -27,7 +27,12 @@ _FLOOR = 0.03
 normalisation) are exactly zero but for rounding."""
 _FIRST_SCALES = 40
 """Halvings of a gradient scale after which it is the gradients that are wrong."""
-_EAGER = {"training.use_compile": False, "training.channels_last": False, "training.ema_epochs": 0}
+_EAGER = {
+    "training.use_compile": False,
+    "training.channels_last": False,
+    "training.recompute": False,
+    "training.ema_epochs": 0,
+}
 
 
 def check_parity(state: TrainState, data: LatentDataset) -> None:

@@ -51,6 +51,7 @@ class TrainState:
         nets = Nets.create(config.model, config.num_domains, training.seed).to(device)
         for net in (nets.G, nets.E, nets.D):
             net.to(memory_format=memory_format)  # type: ignore[call-overload]
+        nets.G.recompute = training.recompute
         fp16 = training.use_amp and training.amp_dtype == "fp16" and device.type == "cuda"
         opt_g = _adamw(
             [

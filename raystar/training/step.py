@@ -97,6 +97,11 @@ def losses_of(state: TrainState, batch: Batch, *, epoch: int) -> dict[str, Tenso
     return {name: values[name].detach() for name in LOGGED}
 
 
+def kept_for_g(state: TrainState, batch: Batch) -> Tensor:
+    """The loss of G, E and F, 0-d, ready for its backward pass: the moment at which a step keeps most."""
+    return _g_losses(state, _translations(state, batch, 1), 1)["g_loss"]
+
+
 def _update_d(state: TrainState, shared: _Shared, step: int) -> tuple[Tensor, Tensor]:
     """One step of D; its loss, which includes R1 every `r1_interval` steps, and R1, both 0-d."""
     weights = state.config.loss

@@ -31,6 +31,7 @@ from raystar.training.compile import compile_networks, graphs, labels
 from raystar.training.display import Display
 from raystar.training.loss_table import epoch_row
 from raystar.training.losses import lambda_ds
+from raystar.training.memory import advice
 from raystar.training.resume import restore, snapshot
 from raystar.training.schedule import rate_factor, set_rates
 from raystar.training.state import TrainState
@@ -255,8 +256,7 @@ class Trainer:
             # The others wait for this worker's gradients, of which it has none; only its end can free them.
             raise TrialOutOfMemory(
                 f"worker {self.group.rank} was out of memory in step {step} of epoch {epoch} (peak "
-                f"{self._peak_memory_gib():.1f} GiB), and several workers cannot skip a batch; "
-                "lower training.batch_size or model.base_dim"
+                f"{self._peak_memory_gib():.1f} GiB), and several workers cannot skip a batch; {self._memory_advice()}"
             )
         return None
 
@@ -285,8 +285,13 @@ class Trainer:
         if skipped > MAX_SKIPPED * self.data.steps:
             raise TrialOutOfMemory(
                 f"out of memory in {skipped} of {self.data.steps} batches of epoch {epoch} "
-                f"(peak {self._peak_memory_gib():.1f} GiB); lower training.batch_size or model.base_dim"
+                f"(peak {self._peak_memory_gib():.1f} GiB); {self._memory_advice()}"
             )
+
+    def _memory_advice(self) -> str:
+        if self.device.type != "cuda":
+            return "lower training.batch_size or model.base_dim"
+        return advice(self.config, self.data.bank.shape, torch.cuda.mem_get_info(self.device)[1])
 
     def _peak_memory_gib(self) -> float:
         """Of this worker: this epoch's GPU memory; on a CPU of the whole process since its start."""
