@@ -236,13 +236,7 @@ def _check(
     else:
         check_ruler(bank, config)
         check_codec(config)
-        at_a_time = max(1, usable_cpus() // (cpus * space.resources.workers))
-        top, seeds = space.finalists.top, space.finalists.seeds
-        trials, final = len(names), top + 1 if top and seeds else 0  # with the baseline
-        if final:
-            override(config, {SEED: config.training.seed + seeds}, f"{space.source}: finalists")
-        needed = needed_bytes(checkpoint_bytes(config), at_a_time, space.keep + final, trials + final * seeds)
-        check_space(storage, needed)
+        _check_room(config, space, storage, cpus, len(names))
     record: dict[str, Any] = {
         "name": name,
         "request": dict(asked),
@@ -268,6 +262,17 @@ def _check(
         name, request.out, config, space, known, baseline, names, gpu_share, cpus, request.max_concurrent, budget, uri,
         bank, record, before is not None, request.address, starts=starts, storage=storage,
     )  # fmt: skip
+
+
+def _check_room(config: Config, space: Space, storage: Storage, cpus: int, trials: int) -> None:
+    """Refuses what the disk has no room for, and finals of seeds that there are not."""
+    at_a_time = max(1, usable_cpus() // (cpus * space.resources.workers))
+    top, seeds = space.finalists.top, space.finalists.seeds
+    final = top + 1 if top and seeds else 0  # with the baseline
+    if final:
+        override(config, {SEED: config.training.seed + seeds}, f"{space.source}: finalists")
+    needed = needed_bytes(checkpoint_bytes(config), at_a_time, space.keep + final, trials + final * seeds)
+    check_space(storage, needed)
 
 
 def _note_idle(
