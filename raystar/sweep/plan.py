@@ -8,7 +8,7 @@ import re
 import shlex
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,6 @@ from raystar.config.load import override, request_config, signature, to_mapping
 from raystar.config.schema import Config
 from raystar.config.strict_yaml import find_shipped, read_mapping
 from raystar.data.bank import Bank, open_bank
-from raystar.data.batches import check_epoch
 from raystar.model.device import resolve_device
 from raystar.pictures.codec import check_codec
 from raystar.record.sweep_file import (
@@ -39,13 +38,13 @@ from raystar.record.sweep_file import (
     of_0_1,
     read_record,
 )
-from raystar.ruler.samples import caution, measured_by
 from raystar.ruler.samples import check as check_ruler
+from raystar.ruler.samples import measured_by
 from raystar.search.purpose import Purpose
 from raystar.search.searchers import SEARCHERS
-from raystar.search.space import SEED, Space, signed
+from raystar.search.space import Space
 from raystar.search.space import from_mapping as space_from_mapping
-from raystar.sweep.disk import check_space, checkpoint_bytes, needed_bytes
+from raystar.sweep.checks import check_latents, check_room, note_idle
 from raystar.sweep.naming import check_kept, name_trials
 from raystar.sweep.request import DEFAULT_CONFIG, SweepRequest
 from raystar.sweep.resources import fitted_share, trial_resources
@@ -222,12 +221,12 @@ def _check(
     device = resolve_device(config) if request.address is None else torch.device("cpu")
     known, baseline, names = name_trials(space, config, device, content, before)
     if before is None:
-        _note_idle(space, content, config, known)
+        note_idle(space, content, known)
     uri = _tracking_uri(request, before)
     check_uri(uri)
     storage = Storage(request.storage or (before or {}).get("storage") or str(request.out)).child(name)
     bank = open_bank(config, cache_dir(config, request.out))
-    _check_latents(config, space, known.values(), bank, resumed=before is not None)
+    check_latents(config, space, known.values(), bank, resumed=before is not None)
     if request.address is None:
         gpu_share = fitted_share(gpu_share, config, space, known.values(), bank.shape)
     starts = keep_starts(space, config, known, cache_dir(config, request.out), before) if space.purpose.models else {}
@@ -236,7 +235,7 @@ def _check(
     else:
         check_ruler(bank, config)
         check_codec(config)
-        _check_room(config, space, storage, cpus, len(names))
+        check_room(config, space, storage, cpus, len(names))
     record: dict[str, Any] = {
         "name": name,
         "request": dict(asked),
@@ -262,48 +261,6 @@ def _check(
         name, request.out, config, space, known, baseline, names, gpu_share, cpus, request.max_concurrent, budget, uri,
         bank, record, before is not None, request.address, starts=starts, storage=storage,
     )  # fmt: skip
-
-
-def _check_room(config: Config, space: Space, storage: Storage, cpus: int, trials: int) -> None:
-    """Refuses what the disk has no room for, and finals of seeds that there are not."""
-    at_a_time = max(1, usable_cpus() // (cpus * space.resources.workers))
-    top, seeds = space.finalists.top, space.finalists.seeds
-    final = top + 1 if top and seeds else 0  # with the baseline
-    if final:
-        override(config, {SEED: config.training.seed + seeds}, f"{space.source}: finalists")
-    needed = needed_bytes(checkpoint_bytes(config), at_a_time, space.keep + final, trials + final * seeds)
-    check_space(storage, needed)
-
-
-def _note_idle(
-    space: Space, content: Mapping[str, Any], config: Config, known: Mapping[str, Mapping[str, Any]]
-) -> None:
-    """Says what has no effect in this sweep, and which experiments are the same."""
-    idle = [key for key in ("trials", "search", "seed") if key in content]
-    if not space.space and idle:
-        verb = "has" if len(idle) == 1 else "have"
-        logger.warning(f"{space.source}: {', '.join(idle)} {verb} no effect: the file draws no trials")
-    alike: dict[tuple[Any, ...], list[str]] = {}
-    for experiment in space.experiments:
-        alike.setdefault(signed(known[experiment.name]), []).append(experiment.name)
-    for names in alike.values():
-        if len(names) > 1:
-            logger.warning(f"{space.source}: experiments {', '.join(names)} are the same; each of them runs")
-
-
-def _check_latents(
-    config: Config, space: Space, points: Iterable[Mapping[str, Any]], bank: Bank, *, resumed: bool
-) -> None:
-    """Refuses trials whose epochs would have no step; says what their latents do to scores."""
-    for point in (*points, {}):
-        check_epoch(bank, override(config, point, space.source))
-    if space.purpose.models and (note := caution(config)):
-        logger.warning(note)
-    if not resumed and "data.max_samples" in space.keys and config.training.epoch_size is None:
-        logger.warning(
-            f"{space.source}: space: data.max_samples: without training.epoch_size an epoch of fewer latents has fewer "
-            "steps; set it, so that trials differ in their latents alone"
-        )
 
 
 def _rulers(ruler: str, before: Mapping[str, Any] | None) -> dict[str, str | None]:
