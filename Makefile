@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: sweep test test-slow lint format types
+.PHONY: sweep test test-slow gpu lint format types
 
 sweep: $(VENV)/.ready
 	$(BIN)/python -m raystar.tune --space search_spaces/loss.yaml
@@ -17,6 +17,10 @@ test: $(VENV)/.ready
 # Whole sweeps, killed processes, clusters, groups of workers.
 test-slow: $(VENV)/.ready
 	$(PYTEST) -m slow
+
+# What only a GPU can show; with RAYSTAR_GPU_TESTS=cpu, what of it a CPU can.
+gpu: $(VENV)/.ready
+	$(BIN)/python -m pytest tests/gpu
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
