@@ -14,6 +14,7 @@ from raystar.base.console import run_cli
 from raystar.base.errors import RaystarError, TrialDiverged, TrialOutOfMemory
 from raystar.base.files import write_whole
 from raystar.base.metrics import measured_by_0_1
+from raystar.base.scratch import check_scratch
 from raystar.base.transcript import Transcript
 from raystar.config.folders import cache_dir, check_name, run_name
 from raystar.config.load import override, request_config, signature, to_yaml
@@ -85,6 +86,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _train(args: argparse.Namespace, transcript: Transcript) -> int:
+    check_scratch()
     config = _config(args)
     name, folder, begun = _place(args, config)
     if not args.dry_run:

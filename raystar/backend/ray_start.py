@@ -18,11 +18,52 @@ from typing import Any
 
 import raystar
 from raystar.base.errors import RaystarError
+from raystar.base.files import home
 from raystar.base.limits import JOIN, limit
+from raystar.base.scratch import SCRATCH_BYTES, check_scratch, refuses
 
 _OBJECT_STORE_BYTES = 128 * 2**20  # trials exchange nothing but small results
 _NAMESPACE = "raystar"
 _CONNECT_TIMEOUT_S = 5.0
+_SOCKET_BYTES = 103 if sys.platform == "darwin" else 107  # of a socket's path; the system takes no more
+_LONGEST_SOCKET = "session_2000-01-01_00-00-00_000000_{pid}/sockets/plasma_store"
+
+
+def check_machine(address: str | None) -> None:
+    """Refuses what would keep Ray from starting on this machine, or from joining; starts and leaves nothing.
+
+    Args:
+        address: of a running cluster, whose own machines keep sockets and logs; None for a Ray of one's own.
+
+    Raises:
+        RaystarError: naming the folder that is full, cannot be written or has too long a path, and the variable that
+            names another one.
+    """
+    check_scratch()
+    if address is None:
+        _check_folder()
+        _check_token()
+
+
+def _check_folder() -> None:
+    """Ray's sockets and logs have a place."""
+    # As Ray 2.60 looks for it.
+    names = ("RAY_TMPDIR", "TMPDIR") if sys.platform.startswith("linux") else ("RAY_TMPDIR",)
+    name = next((name for name in names if name in os.environ), None)
+    above = os.environ[name] if name is not None else "/tmp"
+    folder = os.path.join(above, "ray")
+    shown = f"{name}={above}" if name is not None else above
+    length = len(os.fsencode(os.path.join(folder, _LONGEST_SOCKET.format(pid=os.getpid()))))
+    if length > _SOCKET_BYTES:
+        raise RaystarError(
+            f"{shown}: Ray's sockets there would have paths of {length} bytes, and the system takes {_SOCKET_BYTES}; "
+            "set RAY_TMPDIR to a folder with a short path, for example RAY_TMPDIR=/tmp"
+        )
+    if (why := refuses(Path(folder), SCRATCH_BYTES)) is not None:
+        raise RaystarError(
+            f"{shown}: Ray cannot keep its files there ({why}); free some space, or set RAY_TMPDIR to another folder "
+            "with a short path"
+        )
 
 
 def start(
@@ -89,7 +130,7 @@ def _silence() -> None:
 def token_file() -> Path:
     """Where Ray keeps the token that all processes of a cluster share."""
     path = os.environ.get("RAY_AUTH_TOKEN_PATH")
-    return Path(path).expanduser() if path else Path.home() / ".ray" / "auth_token"
+    return Path(path).expanduser() if path else home() / ".ray" / "auth_token"
 
 
 def settle_token(create: bool) -> None:
@@ -98,8 +139,7 @@ def settle_token(create: bool) -> None:
     Args:
         create: make one if there is none. Ray would do so itself, readable by everybody.
     """
-    mode = os.environ.get("RAY_AUTH_MODE")
-    if mode is not None and mode.lower() != "token":
+    if not _uses_token():
         return
     path = token_file()
     if not os.environ.get("RAY_AUTH_TOKEN"):
@@ -108,13 +148,34 @@ def settle_token(create: bool) -> None:
                 _make_token(path)
             _make_private(path)
         except OSError as error:
-            raise RaystarError(
-                f"{path}: Ray's authentication token cannot be kept there ({error.strerror}); name another file in "
-                "RAY_AUTH_TOKEN_PATH"
-            ) from None
+            raise _no_place_for_token(path, error.strerror or str(error)) from None
     # A cluster without authentication takes a driver that has a token as well.
-    if mode is None and (os.environ.get("RAY_AUTH_TOKEN") or path.exists()):
+    if os.environ.get("RAY_AUTH_MODE") is None and (os.environ.get("RAY_AUTH_TOKEN") or path.exists()):
         os.environ["RAY_AUTH_MODE"] = "token"
+
+
+def _uses_token() -> bool:
+    return os.environ.get("RAY_AUTH_MODE", "token").lower() == "token"
+
+
+def _check_token() -> None:
+    """There is a token, or a place for one."""
+    if not _uses_token() or os.environ.get("RAY_AUTH_TOKEN"):
+        return
+    path = token_file()
+    try:
+        why = None if path.exists() else refuses(path.parent)
+    except OSError as error:
+        why = error.strerror or str(error)
+    if why is not None:
+        raise _no_place_for_token(path, why)
+
+
+def _no_place_for_token(path: Path, why: str) -> RaystarError:
+    return RaystarError(
+        f"{path}: the token of Ray's processes cannot be kept there ({why}); name a file that can be written in "
+        "RAY_AUTH_TOKEN_PATH"
+    )
 
 
 def _make_token(path: Path) -> None:

@@ -44,7 +44,21 @@ def cache_dir() -> Path:
     """Folder of compiled kernels: `RAYSTAR_CACHE_DIR`, else `raystar` in `XDG_CACHE_HOME` or `~/.cache`."""
     if folder := os.environ.get("RAYSTAR_CACHE_DIR"):
         return Path(folder)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "raystar"
+    return Path(os.environ.get("XDG_CACHE_HOME") or home() / ".cache") / "raystar"
+
+
+def home() -> Path:
+    """The user's folder.
+
+    Raises:
+        RaystarError: nobody knows it, as for a container's user of a number alone.
+    """
+    try:
+        return Path.home()
+    except RuntimeError:
+        raise RaystarError(
+            "HOME: is not set, and the system knows no folder of this user; set it to a folder that can be written"
+        ) from None
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from raystar import __version__
+from raystar.backend.ray_start import check_machine
 from raystar.base.errors import RaystarError
 from raystar.base.limits import check_limits
 from raystar.base.machine import usable_cpus
@@ -151,6 +152,7 @@ def make_plan(request: SweepRequest) -> Plan:
         if value is not None and value < 1:
             raise RaystarError(f"{flag}: expected at least 1, found {value}")
     check_limits()
+    check_machine(request.address)
     budget = _time_budget(request.time_budget) if request.time_budget else None
     if request.resume is not None:
         return _resumed(request, request.resume, budget)

@@ -106,7 +106,12 @@ def _find() -> ctypes.CDLL:
     except subprocess.CalledProcessError as error:
         line = next((line for line in error.stderr.splitlines() if "error" in line), "")
         raise _NotHereError(f"{compiler} failed: {line.strip()[:200]}") from None
-    except (OSError, subprocess.SubprocessError) as error:
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        raise _NotHereError(
+            f"{where}{error.strerror or error} (RAYSTAR_CACHE_DIR names the folder that they are kept in)"
+        ) from None
+    except subprocess.SubprocessError as error:
         raise _NotHereError(f"{type(error).__name__}: {error}") from None
 
 
