@@ -25,7 +25,7 @@ from raystar.config.schema import Config
 from raystar.data.bank import open_bank
 from raystar.data.listing import DEMO_ROOT
 from raystar.pictures.autoencoders import VaeCodec
-from raystar.pictures.codec import Codec, PreviewCodec, open_codec
+from raystar.pictures.codec import Codec, PreviewCodec, need_codec
 from raystar.pictures.distilling import Lesson, psnr
 
 
@@ -53,7 +53,7 @@ def main() -> None:
 
 def codec_of(name: str | None, device: torch.device) -> Codec:
     """The codec of that name; what cannot be had ends the benchmark."""
-    codec, note = open_codec(override(Config(), {"visualization.vae_model_name_or_path": name}), device)
+    codec, note = need_codec(override(Config(), {"visualization.vae_model_name_or_path": name}), device)
     if note is not None:
         raise RaystarError(note)
     return codec

@@ -25,7 +25,7 @@ from raystar.config.load import override, parse_assignment
 from raystar.config.schema import Config
 from raystar.data.bank import Bank, open_bank
 from raystar.pictures import grid
-from raystar.pictures.codec import open_codec
+from raystar.pictures.codec import need_codec
 from raystar.ruler.ruler import Ruler
 from raystar.tracking.mlflow.writer import MlflowStore
 from raystar.tracking.relay import Relay
@@ -57,7 +57,7 @@ def report(args: argparse.Namespace, config: Config, bank: Bank, folder: Path) -
     nets, steps = step.state.nets, step.data.steps
     median = measure.take_turns({"step": step}, args.rounds, step.state.device, warmup=1)["step"]
     ruler = Ruler.build(bank, config, folder).to(step.state.device)
-    codec, _ = open_codec(config, step.state.device)
+    codec, _ = need_codec(config, step.state.device)
     chosen = grid.choose(bank, config, codec)
     pictures: dict[str, Image.Image] = {}
     store = MlflowStore(

@@ -16,7 +16,7 @@ import torch
 
 from raystar.base.console import duration, run_cli
 from raystar.base.errors import RaystarError
-from raystar.pictures.autoencoders import DEFAULT_VAE, VaeCodec, open_vae
+from raystar.pictures.autoencoders import DEFAULT_VAE, VaeCodec, check_vae, open_vae
 from raystar.pictures.encoding import BATCH_PIXELS, DTYPES, Job, Settings, digest, encode, listed
 
 # -- the command line ------------------------------------------------------------------------------
@@ -56,6 +56,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.device == "cuda" and not torch.cuda.is_available():
         raise RaystarError("--device cuda: torch finds no GPU; take auto or cpu")
     device = "cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu"
+    check_vae(args.vae, "--vae")
     job = listed(args.images, args.out)
     total = sum(map(len, job.domains.values()))
     print(f"{total} pictures in {len(job.domains)} domains; loading {args.vae}", file=sys.stderr, flush=True)

@@ -26,7 +26,7 @@ from raystar.model import checkpoint as checkpoints
 from raystar.model.device import resolve_device
 from raystar.model.users import config_of
 from raystar.pictures import grid
-from raystar.pictures.codec import check_codec, open_codec
+from raystar.pictures.codec import check_codec, need_codec
 from raystar.ruler.ruler import NOTHING, TRANSFER, Ruler
 from raystar.ruler.samples import caution, measured, measured_by
 from raystar.ruler.samples import check as check_ruler
@@ -125,7 +125,7 @@ def _print(
 
 def _write(out: Path, facts: dict[str, Any], state: TrainState, config: Config, bank: Bank) -> None:
     """Grids and numbers; the folder appears whole or not at all."""
-    codec, note = open_codec(config, state.device)
+    codec, note = need_codec(config, state.device)
     if note is not None:
         print(f"note: {note}", file=sys.stderr)
     out.parent.mkdir(parents=True, exist_ok=True)

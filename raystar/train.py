@@ -27,7 +27,7 @@ from raystar.model.users import config_of
 from raystar.pictures.codec import Codec, check_codec, open_codec
 from raystar.record.statuses import DIVERGED, FAILED, FINISHED, INTERRUPTED
 from raystar.ruler.ruler import NOTHING, TRANSFER, Ruler
-from raystar.ruler.samples import caution, labels
+from raystar.ruler.samples import caution, labels, unmeasured
 from raystar.ruler.samples import check as check_ruler
 from raystar.tracking.mlflow.address import default_uri
 from raystar.tracking.relay import Relay
@@ -97,8 +97,12 @@ def _train(args: argparse.Namespace, transcript: Transcript) -> int:
     device = resolve_device(config)
     cache = cache_dir(config, args.out)
     bank = open_bank(config, cache)
-    check_ruler(bank, config)
-    for note in filter(None, (outlasting(config), caution(config))):
+    blind = unmeasured(config)
+    if blind is None:
+        check_ruler(bank, config)
+    else:
+        blind = f"no score: {blind}"
+    for note in filter(None, (outlasting(config), blind or caution(config))):
         print(f"note: {note}", file=sys.stderr)
     checkpoint, source = checkpoints.load_latest(begun) if begun else (None, folder)
     state, first_epoch = initial_state(config, device), 1
@@ -117,7 +121,7 @@ def _train(args: argparse.Namespace, transcript: Transcript) -> int:
     late = tracker.waiting
     tracker.begin()
     try:
-        codec, ruler = _codec(config, device), _ruler(config, bank, cache)
+        codec, ruler = _codec(config, device), _ruler(config, bank, cache) if blind is None else None
         tracker.wait_until_connected()
         trainer = Trainer(config, bank, ruler, codec, state, first_epoch=first_epoch)
     except BaseException:
@@ -222,7 +226,7 @@ def _dry_run(trainer: Trainer, name: str, folder: Path, source: str) -> int:
     return 0
 
 
-def _codec(config: Config, device: Any) -> Codec:
+def _codec(config: Config, device: Any) -> Codec | None:
     codec, note = open_codec(config, device)
     if note is not None:
         print(f"note: {note}", file=sys.stderr)
@@ -308,8 +312,10 @@ def _run(trainer: Trainer, tracker: Tracker, config: Config, folder: Path) -> in
             tracker.attach(PARENT, {}, {CHECKPOINT: str((folder / "latest.pt").resolve())}, {})
         tracker.end(PARENT, status, reason)
         tracker.close()
-    if measured is not None:
-        print(f"{status}; score {measured[0]:.4f} after epoch {measured[1]}; checkpoints and grids in {folder}")
+    if measured is not None or status == FINISHED:
+        result = f"score {measured[0]:.4f} after epoch {measured[1]}" if measured is not None else "no score"
+        left = "checkpoints and grids" if trainer.codec is not None else "checkpoints"
+        print(f"{status}; {result}; {left} in {folder}")
     if (folder / "latest.pt").is_file():
         print(f"export: python -m raystar.export --checkpoint {folder / 'latest.pt'} --out my_model")
     if status == INTERRUPTED:

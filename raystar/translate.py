@@ -24,7 +24,7 @@ from raystar.data.latent import read_latent
 from raystar.exported.model import Translator, load
 from raystar.exported.picture_translator import SMALLEST, PictureTranslator
 from raystar.pictures.autoencoders import DEFAULT_VAE, open_vae
-from raystar.pictures.codec import Codec, open_codec
+from raystar.pictures.codec import Codec, need_codec
 from raystar.pictures.grid import side_by_side
 from raystar.pictures.reading import SUFFIXES, find, flat, read, scaled
 
@@ -208,15 +208,17 @@ def _into_folder(
 def _codec(translator: Translator, vae: str | None, encodes: bool) -> Codec:
     """The VAE; where there are latents alone, whatever can decode them."""
     config = translator.config
+    channels = config.model.latent_channels
     if vae is not None:
-        return open_vae(vae, translator.device)
+        return open_vae(vae, translator.device, channels=channels)
     if encodes:
         named = config.visualization.vae_model_name_or_path
         # A decoder's file cannot encode.
         if named is None or is_file(Path(named)):
-            return open_vae(DEFAULT_VAE, translator.device)
-        return open_vae(named, translator.device, subfolder=config.visualization.vae_subfolder)
-    codec, note = open_codec(config, translator.device)
+            return open_vae(DEFAULT_VAE, translator.device, channels=channels)
+        subfolder = config.visualization.vae_subfolder
+        return open_vae(named, translator.device, subfolder=subfolder, channels=channels)
+    codec, note = need_codec(config, translator.device)
     if note is not None:
         print(f"note: {note}", file=sys.stderr)
     return codec

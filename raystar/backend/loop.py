@@ -19,7 +19,7 @@ from raystar.backend.reporting import Reporter, Request
 from raystar.base.console import show
 from raystar.base.errors import RaystarError, TrialDiverged, TrialOutOfMemory
 from raystar.config.load import from_mapping, override, to_yaml
-from raystar.config.schema import Config, DataConfig
+from raystar.config.schema import Config, DataConfig, ModelConfig
 from raystar.data.bank import Bank, reopen_bank
 from raystar.model.device import out_of_memory, resolve_device
 from raystar.pictures.codec import Codec, open_codec
@@ -156,8 +156,9 @@ def _all(config: Config) -> DataConfig:
     return dataclasses.replace(config.data, max_samples=None)
 
 
-def _codec(config: Config) -> Codec:
-    return _open_codec(Config(visualization=config.visualization), str(resolve_device(config)))
+def _codec(config: Config) -> Codec | None:
+    kept = Config(visualization=config.visualization, model=ModelConfig(latent_channels=config.model.latent_channels))
+    return _open_codec(kept, str(resolve_device(config)))
 
 
 def _plain(config: Config) -> Any:
@@ -179,5 +180,5 @@ def _build_ruler(config: Config, latent_scale: float, cache_dir: str, key: str) 
 
 
 @functools.lru_cache(maxsize=2)
-def _open_codec(config: Config, device: str) -> Codec:
+def _open_codec(config: Config, device: str) -> Codec | None:
     return open_codec(config, device)[0]  # the driver has logged the note already

@@ -20,7 +20,7 @@ from raystar.base.errors import RaystarError
 from raystar.exported import model
 from raystar.exported.picture_translator import PictureTranslator
 from raystar.pictures.autoencoders import DEFAULT_VAE, SUBFOLDER, open_vae
-from raystar.pictures.codec import open_codec
+from raystar.pictures.codec import need_codec
 from raystar.pictures.reading import FORMATS, upright
 
 VAE_VARIABLE = "RAYSTAR_VAE"
@@ -90,14 +90,15 @@ class StyleModel(PythonModel):  # type: ignore[misc]
         name = asked or shown.vae_model_name_or_path or DEFAULT_VAE
         subfolder = SUBFOLDER if asked or shown.vae_model_name_or_path is None else shown.vae_subfolder
         key = "model_config vae" if self._asked else VAE_VARIABLE
-        return PictureTranslator(self.model, open_vae(name, self.model.device, key, subfolder))
+        channels = self.model.config.model.latent_channels
+        return PictureTranslator(self.model, open_vae(name, self.model.device, key, subfolder, channels))
 
     @functools.cached_property
     def _latents(self) -> PictureTranslator:
         """For latents, which need no VAE: results are shown as the grids of training are, unless one was asked for."""
         if self._asked or os.environ.get(VAE_VARIABLE):
             return self._pictures
-        return PictureTranslator(self.model, open_codec(self.model.config, self.model.device)[0])
+        return PictureTranslator(self.model, need_codec(self.model.config, self.model.device)[0])
 
 
 def _given(value: Any) -> bool:

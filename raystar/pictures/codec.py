@@ -16,6 +16,7 @@ from raystar.base.files import is_file
 from raystar.config.schema import Config
 from raystar.pictures import decoder as decoders
 from raystar.pictures.autoencoders import (
+    CHANNELS,
     SCALE,
     VAE_KEY,
     VaeCodec,
@@ -87,26 +88,33 @@ class BuiltInCodec:
 
 
 def check_codec(config: Config) -> None:
-    """Refuses a folder or file that holds no codec, before anything starts. A hub name is left to `open_codec`.
+    """Refuses a folder, file or hub name that holds no codec for the configuration's latents, before anything starts.
+
+    A hub that is away is left to `open_codec`.
 
     Raises:
-        RaystarError: the folder lacks a model, or the model is of another kind; the file is no decoder.
+        RaystarError: there is no model, or one of another kind or for other latents; the file is no decoder.
     """
     name = config.visualization.vae_model_name_or_path
     if name is None:
         return
     path = Path(name).expanduser()
     if is_file(path) or path.suffix == ".safetensors":
-        _decoder_file(path)
+        _decoder_file(path, config)
     else:
-        check_vae(name, VAE_KEY, config.visualization.vae_subfolder)
+        check_vae(name, VAE_KEY, config.visualization.vae_subfolder, config.model.latent_channels)
 
 
-def _decoder_file(path: Path) -> Decoder:
+def _decoder_file(path: Path, config: Config) -> Decoder:
     if path.suffix != ".safetensors":
         raise RaystarError(
             f"{VAE_KEY}: {path}: expected a model's folder, or a decoder's .safetensors "
             "file (python -m raystar.distill makes one)"
+        )
+    if config.model.latent_channels != CHANNELS:
+        raise RaystarError(
+            f"{VAE_KEY}: {path}: expected an AutoencoderKL of {config.model.latent_channels} channels "
+            f"(model.latent_channels), found a decoder's file, which takes {CHANNELS}"
         )
     try:
         return decoders.load(path)
@@ -114,31 +122,57 @@ def _decoder_file(path: Path) -> Decoder:
         raise RaystarError(f"{VAE_KEY}: {error}") from None
 
 
-def open_codec(config: Config, device: torch.device | str = "cpu") -> tuple[Codec, str | None]:
+def open_codec(config: Config, device: torch.device | str = "cpu") -> tuple[Codec | None, str | None]:
     """The codec of `config.visualization`.
 
     Returns:
         The codec and, where the one asked for cannot be had (no network, no diffusers, not in the cache), the
-        one line that says so: the built-in decoder takes its place, as it does where none is asked for.
+        one line that says so: the built-in decoder takes its place, as it does where none is asked for. Latents of
+        another number of channels than 4 it cannot take: then there is no codec, and the line says that.
 
     Raises:
-        RaystarError: a folder that holds no autoencoder, or a file that is no decoder (`check_codec`).
+        RaystarError: see `check_codec`.
     """
     check_codec(config)
-    name = config.visualization.vae_model_name_or_path
+    name, channels = config.visualization.vae_model_name_or_path, config.model.latent_channels
     if name is None:
-        return BuiltInCodec(decoders.load(), BUILT_IN, device), None
+        return _built_in(channels, device, None)
     path = Path(name).expanduser()
     if is_file(path):
-        return BuiltInCodec(_decoder_file(path), path.stem, device), None
+        return BuiltInCodec(_decoder_file(path, config), path.stem, device), None
     with quiet(config.visualization.suppress_hf_warnings):
         try:
-            model = load_autoencoder(name, config.visualization.vae_subfolder)
+            model = load_autoencoder(name, config.visualization.vae_subfolder, channels)
             return VaeCodec(model, path.name, torch.device(device)), None
         except RaystarError:
             raise
         # Everything a hub, a cache and a model file can raise; none of it may cost a trial, only its pictures.
         except (OSError, ValueError, RuntimeError, ImportError, KeyError, TypeError) as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            note = f"{name} cannot be loaded ({reason[:160]}{no_folder(name)}); pictures use the built-in decoder"
-            return BuiltInCodec(decoders.load(), BUILT_IN, device), note
+            return _built_in(channels, device, f"{name} cannot be loaded ({reason[:160]}{no_folder(name)})")
+
+
+def need_codec(config: Config, device: torch.device | str = "cpu") -> tuple[Codec, str | None]:
+    """As `open_codec`, for who cannot go without.
+
+    Raises:
+        RaystarError: see `check_codec`; or there is no codec for the configuration's latents.
+    """
+    codec, note = open_codec(config, device)
+    if codec is None:
+        raise RaystarError(str(note))
+    return codec, note
+
+
+def _built_in(channels: int, device: torch.device | str, note: str | None) -> tuple[Codec | None, str | None]:
+    """The built-in decoder where it takes the latents, and what is to be said of it after `note`."""
+    if channels == CHANNELS:
+        return (
+            BuiltInCodec(decoders.load(), BUILT_IN, device),
+            f"{note}; pictures use the built-in decoder" if note is not None else None,
+        )
+    remark = (
+        f"no pictures: model.latent_channels is {channels}, and the built-in decoder takes {CHANNELS}; {VAE_KEY} names "
+        f"an AutoencoderKL of {channels}"
+    )
+    return None, f"{note}; {remark}" if note is not None else remark

@@ -16,12 +16,23 @@ from raystar.base.errors import RaystarError
 from raystar.config.schema import Config
 from raystar.data.bank import Bank
 from raystar.pictures import decoder as decoders
+from raystar.pictures.autoencoders import CHANNELS
 from raystar.ruler.feature_file import file_digest
 from raystar.ruler.feature_file import load as load_features
 
 MIN_HELD_OUT = 4
 _VERSION = 3  # part of what scores are compared by: raise it when anything that is measured changes
 SEED = 20_251_121
+
+
+def unmeasured(config: Config) -> str | None:
+    """Why there is no score of the configuration's latents; None where there is one."""
+    if config.model.latent_channels == CHANNELS:
+        return None
+    return (
+        f"model.latent_channels is {config.model.latent_channels}: the ruler looks at pictures, which Stable Diffusion "
+        f"1.5's decoder makes of latents of {CHANNELS} channels"
+    )
 
 
 def check(bank: Bank, config: Config) -> None:
@@ -31,9 +42,11 @@ def check(bank: Bank, config: Config) -> None:
         RaystarError: a domain with too few latents to measure on, latents that are not of four channels, or a feature
             file that is none.
     """
+    if (why := unmeasured(config)) is not None:
+        raise RaystarError(f"{why}; there is no score without it")
     if config.ruler.features is not None:
         load_features(config.ruler.features)
-    if bank.shape[0] != 4 or min(bank.shape[1:]) < 4:
+    if bank.shape[0] != CHANNELS or min(bank.shape[1:]) < 4:
         raise RaystarError(
             f"{bank.root}: the ruler looks at decoded pictures, and SD1.5's decoder takes latents [4,H,W] of 4 cells "
             f"or more; found {list(bank.shape)}"

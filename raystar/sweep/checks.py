@@ -6,13 +6,15 @@ import logging
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from raystar.base.errors import RaystarError
 from raystar.base.machine import usable_cpus
 from raystar.base.storage import Storage
 from raystar.config.load import override
 from raystar.config.schema import Config
 from raystar.data.bank import Bank
 from raystar.data.batches import check_epoch
-from raystar.ruler.samples import caution
+from raystar.pictures.codec import check_codec
+from raystar.ruler.samples import caution, unmeasured
 from raystar.search.space import SEED, Space, signed
 from raystar.sweep.disk import check_space, checkpoint_bytes, needed_bytes
 
@@ -36,6 +38,17 @@ def check_latents(
             f"{space.source}: space: data.max_samples: without training.epoch_size an epoch of fewer latents has fewer "
             "steps; set it, so that trials differ in their latents alone"
         )
+
+
+def check_pictures(config: Config) -> None:
+    """Refuses latents that the ruler cannot look at, and a VAE that is not for them, before they are read.
+
+    Raises:
+        RaystarError: what does not fit.
+    """
+    if (why := unmeasured(config)) is not None:
+        raise RaystarError(f"{why}; a sweep ranks trials by it: train single runs, which go without a score")
+    check_codec(config)
 
 
 def check_room(config: Config, space: Space, storage: Storage, cpus: int, trials: int) -> None:

@@ -25,7 +25,7 @@ from raystar.model.networks import Nets
 from raystar.model.users import config_of
 from raystar.page import page as page_module
 from raystar.pictures import grid
-from raystar.pictures.codec import open_codec
+from raystar.pictures.codec import need_codec
 from raystar.record import finals
 from raystar.record.results import CONTACT_SHEET, REPORT
 from raystar.record.statuses import FINISHED
@@ -120,7 +120,7 @@ def _interpolation(plan: Plan, checkpoint: Mapping[str, Any]) -> Image.Image:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     config = config_of(checkpoint, "checkpoint")
     nets = Nets.of(config.model, config.num_domains, checkpoints.shown_weights(checkpoint), "checkpoint")
-    codec, _ = open_codec(plan.config, device)  # why it is not the one asked for has been logged
+    codec, _ = need_codec(plan.config, device)  # why it is not the one asked for has been logged
     return grid.interpolation(nets.to(device), config, grid.choose(plan.bank, config, codec), codec)
 
 

@@ -28,7 +28,6 @@ from raystar.config.schema import Config
 from raystar.config.strict_yaml import find_shipped, read_mapping
 from raystar.data.bank import Bank, open_bank
 from raystar.model.device import resolve_device
-from raystar.pictures.codec import check_codec
 from raystar.record.sweep_file import (
     RECORD,
     as_meant,
@@ -45,7 +44,7 @@ from raystar.search.purpose import Purpose
 from raystar.search.searchers import SEARCHERS
 from raystar.search.space import Space
 from raystar.search.space import from_mapping as space_from_mapping
-from raystar.sweep.checks import check_latents, check_room, note_idle
+from raystar.sweep.checks import check_latents, check_pictures, check_room, note_idle
 from raystar.sweep.naming import check_kept, name_trials
 from raystar.sweep.request import DEFAULT_CONFIG, SweepRequest
 from raystar.sweep.resources import fitted_share, trial_resources
@@ -227,6 +226,8 @@ def _check(
     uri = _tracking_uri(request, before)
     check_uri(uri)
     storage = Storage(request.storage or (before or {}).get("storage") or str(request.out)).child(name)
+    if space.purpose.models:
+        check_pictures(config)
     bank = open_bank(config, cache_dir(config, request.out))
     check_latents(config, space, known.values(), bank, resumed=before is not None)
     if request.address is None:
@@ -236,7 +237,6 @@ def _check(
         check_steps(config, bank)
     else:
         check_ruler(bank, config)
-        check_codec(config)
         check_room(config, space, storage, cpus, len(names))
     record: dict[str, Any] = {
         "name": name,

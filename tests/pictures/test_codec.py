@@ -5,17 +5,23 @@ The built-in decoder has a file of its own.
 
 from __future__ import annotations
 
+import contextlib
+import copy
+import hashlib
 import json
 import logging
 import math
 import os
+import re
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +37,9 @@ from raystar.config.load import override
 from raystar.config.schema import Config
 from raystar.demo import DOMAINS, latents_path, thumbnails_path
 from raystar.pictures import autoencoders
-from raystar.pictures.autoencoders import VaeCodec
-from raystar.pictures.codec import BuiltInCodec, PreviewCodec, check_codec, open_codec
+from raystar.pictures import decoder as decoders
+from raystar.pictures.autoencoders import VaeCodec, open_vae
+from raystar.pictures.codec import BuiltInCodec, PreviewCodec, check_codec, need_codec, open_codec
 from tests.kit.support import ROOT
 
 SCALE = 0.18215
@@ -107,7 +114,7 @@ def test_the_preview_shows_the_demos_colours() -> None:
 # -- autoencoders from a folder --------------------------------------------------------------------
 
 
-def build(kind: str) -> Any:
+def build(kind: str, **changed: Any) -> Any:
     """A small autoencoder of the kind, untrained, that enlarges 8 times and whose pictures have contrast."""
     import diffusers
 
@@ -116,14 +123,14 @@ def build(kind: str) -> Any:
         if kind == "AutoencoderKL":
             model = diffusers.AutoencoderKL(
                 down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
-                block_out_channels=(8,) * 4, norm_num_groups=4, latent_channels=4, layers_per_block=1,
+                block_out_channels=(8,) * 4, norm_num_groups=4, layers_per_block=1, **{"latent_channels": 4, **changed},
             )  # fmt: skip
             with torch.no_grad():
                 model.decoder.conv_out.weight.mul_(2)
         else:
             model = diffusers.AutoencoderTiny(
                 encoder_block_out_channels=(8,) * 4, decoder_block_out_channels=(8,) * 4,
-                num_encoder_blocks=(1,) * 4, num_decoder_blocks=(1,) * 4,
+                num_encoder_blocks=(1,) * 4, num_decoder_blocks=(1,) * 4, **changed,
             )  # fmt: skip
             with torch.no_grad():
                 for parameter in model.decoder.parameters():
@@ -142,6 +149,20 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
         model, folder = build(kind), tmp_path_factory.mktemp(kind) / "it"
         model.save_pretrained(folder)
         found[kind] = (model, folder)
+    return found
+
+
+@pytest.fixture(scope="module")
+def halved(models: Models, tmp_path_factory: pytest.TempPathFactory) -> Models:
+    """The same in half precision, as diffusers stores a variant: no file has the plain name."""
+    found = {}
+    for kind in KINDS:
+        model, folder = copy.deepcopy(models[kind][0]).half(), tmp_path_factory.mktemp(kind) / "half"
+        model.save_pretrained(folder, variant="fp16")
+        assert sorted(path.name for path in folder.iterdir()) == [
+            "config.json", "diffusion_pytorch_model.fp16.safetensors"
+        ]  # fmt: skip
+        found[kind] = (model.float(), folder)
     return found
 
 
@@ -198,6 +219,25 @@ def test_the_subfolder_is_the_configurations(models: Models, tmp_path: Path) -> 
     assert refused(whole, **{key: ""}).endswith(f"{whole}: expected config.json in it")
     shutil.copytree(full, whole, dirs_exist_ok=True)
     assert kind() == kind(**{key: ""}) == "AutoencoderKL"
+
+
+@pytest.mark.parametrize("place", ["a folder", "the cache", "the hub"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_weights_that_are_there_in_half_precision_alone(
+    halved: Models, hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, place: str
+) -> None:
+    model, folder = halved[kind]
+    if place == "the cache":
+        go_offline(monkeypatch)
+        cached(hub, folder, "vae")
+    with served(folder, monkeypatch) if place == "the hub" else contextlib.nullcontext():
+        codec, note = open_codec(config_of(folder if place == "a folder" else "owner/model"))
+    assert note is None
+    assert isinstance(codec, VaeCodec)
+    assert {parameter.dtype for parameter in codec.model.parameters()} == {torch.float32}
+    with torch.no_grad():
+        wanted = to_bytes(model.decode(some_latents(2) * (SCALE if kind == "AutoencoderTiny" else 1)).sample)
+    assert_same_pictures(codec.decode(some_latents(2)), wanted)
 
 
 def test_a_large_batch_is_decoded_in_pieces(models: Models) -> None:
@@ -290,6 +330,87 @@ def test_paths_that_are_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     if name in ("./nowhere", "nowhere", "a/b/c"):
         where = tmp_path / name
         assert message.endswith(f"; looked for {where}, since relative paths start at the folder of the command")
+
+
+OTHERS = [
+    ("AutoencoderKL", {"latent_channels": 16, "scaling_factor": 1.5305, "shift_factor": 0.0609},
+     "found 16 channels, scaling_factor 1.5305, shift_factor 0.0609; take Stable Diffusion 1.5's"),
+    ("AutoencoderKL", {"scaling_factor": 0.13025}, "found scaling_factor 0.13025;"),
+    ("AutoencoderKL", {"scaling_factor": None}, "found scaling_factor null;"),
+    ("AutoencoderKL", {"block_out_channels": [8, 8, 8]}, "found pictures 4 times as large;"),
+    ("AutoencoderTiny", {"latent_channels": 16}, "found 16 channels;"),
+    ("AutoencoderTiny", {"encoder_block_out_channels": [8] * 5}, "found pictures 16 times as large;"),
+]  # fmt: skip
+"""Autoencoders of other latents, by what differs in their `config.json`, and what is said of them."""
+
+
+@pytest.mark.parametrize(("kind", "changed", "words"), OTHERS)
+def test_an_autoencoder_of_other_latents(
+    models: Models, tmp_path: Path, kind: str, changed: dict[str, Any], words: str
+) -> None:
+    folder = spoiled(models, tmp_path / "it", kind, changed)
+    message = refused(folder)
+    assert message.startswith(f"visualization.vae_model_name_or_path: {folder}/config.json: expected an autoencoder")
+    assert words in message
+    with pytest.raises(RaystarError, match=re.escape(f"--vae: {folder}/config.json: expected an autoencoder")):
+        open_vae(str(folder))
+
+
+def spoiled(models: Models, folder: Path, kind: str, changed: dict[str, Any]) -> Path:
+    """A model's folder whose configuration says something else; returns it."""
+    shutil.copytree(models[kind][1], folder)
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(settings | changed))
+    return folder
+
+
+@pytest.mark.parametrize("place", ["the cache", "the hub"])
+def test_a_hub_name_of_other_latents(
+    models: Models, hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    """Refused before anything starts, for which its `config.json` is enough."""
+    folder = spoiled(models, tmp_path / "it", "AutoencoderKL", {"scaling_factor": 0.13025})
+    if place == "the cache":
+        go_offline(monkeypatch)
+        cached(hub, folder, "vae")
+        message = refused("owner/model")
+    else:
+        with served(folder, monkeypatch) as asked:
+            message = refused("owner/model")
+        assert "/owner/model/resolve/main/config.json" in asked
+        assert not any("safetensors" in path for path in asked if path.startswith("GET"))
+    assert message.startswith("visualization.vae_model_name_or_path: owner/model: expected an autoencoder of Stable")
+
+
+def test_latents_of_another_number_of_channels(tmp_path: Path, models: Models) -> None:
+    """Their own VAE makes pictures of them, of whatever scale; without it there are none, and that is said."""
+    channels = {"model.latent_channels": 16}
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        model = build("AutoencoderKL", latent_channels=16, scaling_factor=1.5305, shift_factor=0.0609)
+    model.save_pretrained(tmp_path / "sixteen")
+    codec, note = open_codec(config_of(tmp_path / "sixteen", **channels))
+    assert note is None
+    assert isinstance(codec, VaeCodec)
+    latents = torch.randn(2, 16, 4, 6)
+    with torch.no_grad():
+        assert_same_pictures(codec.decode(latents), to_bytes(model.decode(latents).sample))
+    key = "visualization.vae_model_name_or_path"
+    remark = f"no pictures: model.latent_channels is 16, and the built-in decoder takes 4; {key} names an "
+    remark += "AutoencoderKL of 16"
+    assert open_codec(config_of(None, **channels)) == (None, remark)
+    with pytest.raises(RaystarError, match="no pictures: "):
+        need_codec(config_of(None, **channels))
+    (tmp_path / "sixteen/diffusion_pytorch_model.safetensors").unlink()
+    codec, note = open_codec(config_of(tmp_path / "sixteen", **channels))
+    assert codec is None
+    assert note is not None
+    assert note.startswith(f"{tmp_path / 'sixteen'} cannot be loaded (")
+    assert note.endswith(f"); {remark}")
+    four, tiny = models["AutoencoderKL"][1], models["AutoencoderTiny"][1]
+    assert "expected an AutoencoderKL of 16 channels (model.latent_channels), whose" in refused(four, **channels)
+    assert "found 4 channels, an AutoencoderTiny; take the one" in refused(tiny, **channels)
+    assert "found a decoder's file, which takes 4" in refused(decoders.PACKAGED, **channels)
 
 
 def assert_fell_back(config: Config, name: str) -> str:
@@ -418,6 +539,58 @@ def cached(hub: Path, folder: Path, subfolder: str) -> Path:
         shutil.copy(file, repository / f"blobs/{number}")
         (place / file.name).symlink_to(repository / f"blobs/{number}")
     return place
+
+
+@contextmanager
+def served(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """A hub on this machine that has one model, owner/model, with a folder's files at its top.
+
+    Yields what it is asked for, `METHOD PATH` and the path alone.
+    """
+    from huggingface_hub import constants, file_download
+
+    asked: list[str] = []
+
+    class Hub(BaseHTTPRequestHandler):
+        def do_HEAD(self) -> None:
+            self._answer()
+
+        def do_GET(self) -> None:
+            self.wfile.write(self._answer())
+
+        def _answer(self) -> bytes:
+            asked.extend((self.path, f"{self.command} {self.path}"))
+            prefix, _, name = self.path.partition("/resolve/main/")
+            content = b""
+            if prefix == "/owner/model" and (folder / name).is_file():
+                content = (folder / name).read_bytes()
+                self.send_response(200)
+                self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
+                self.send_header("X-Repo-Commit", 40 * "a")
+            else:
+                self.send_response(404)
+                self.send_header("X-Error-Code", "EntryNotFound")
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            return content
+
+        def log_message(self, *_: object) -> None: ...
+
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        endpoint = f"http://127.0.0.1:{server.server_port}"
+        template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, endpoint)
+        monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+        for module in (constants, file_download):
+            monkeypatch.setattr(module, "HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)
+        try:
+            yield asked
+        finally:
+            server.shutdown()
+            thread.join()
 
 
 OPEN = """

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -27,10 +29,13 @@ from raystar.demo.painter import paint
 from raystar.encode import main
 from raystar.pictures import encoding
 from raystar.pictures.autoencoders import SCALE, VaeCodec, open_vae
+from raystar.pictures.codec import open_codec
 from raystar.pictures.encoding import latent_names
+from raystar.ruler.ruler import Ruler
+from raystar.training.trainer import Trainer
 from tests.kit.autoencoder import latents_of, pictures_of
-from tests.kit.support import ROOT
-from tests.pictures.test_codec import KINDS, build
+from tests.kit.support import ROOT, tiny_config
+from tests.pictures.test_codec import KINDS, OTHERS, build
 from tests.pictures.test_pictures import gradient, png
 
 
@@ -115,6 +120,41 @@ def test_latents_are_the_codecs_own_and_unscaled(vaes: dict[str, Path], tmp_path
     assert (written["kind"], written["size"], written["space"]) == (kind, 64, "unscaled")
     assert written["domains"] == {"a": 2, "b": 1}
     assert written["latents"]["a/one.png"]["latent"] == "a/one.npy"
+
+
+@pytest.mark.parametrize(("kind", "changed", "words"), OTHERS)
+def test_an_autoencoder_of_other_latents_encodes_nothing(
+    vaes: dict[str, Path], tmp_path: Path, kind: str, changed: dict[str, Any], words: str
+) -> None:
+    shutil.copytree(vaes[kind], tmp_path / "vae")
+    config = tmp_path / "vae/config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | changed))
+    with pytest.raises(RaystarError) as refused:
+        run(fill(tmp_path / "pics", "a/one.png"), tmp_path / "out", tmp_path / "vae")
+    assert str(refused.value).startswith(f"--vae: {config}: expected an autoencoder of Stable Diffusion 1.5's latents")
+    assert words in str(refused.value)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("size", [64, 96, 160, 224, 288])
+def test_pictures_of_every_size_are_encoded_measured_and_trained_on(vae: Path, tmp_path: Path, size: int) -> None:
+    """What encode takes, the dataset, the ruler, the networks and the grids take as well."""
+    images = tmp_path / "pics"
+    for number in range(12):
+        path = images / f"{'ab'[number % 2]}/{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        noise(number, size + 8, size).save(path)
+    arguments = ["--images", str(images), "--out", str(tmp_path / "out"), "--vae", str(vae), "--size", str(size)]
+    assert main(arguments) == 0
+    keys = {"training__epochs": 1, "training__epoch_size": 4, "visualization__every_epochs": 1, "data__holdout": 0}
+    config = tiny_config(tmp_path / "out", ("a", "b"), **keys)
+    bank = open_bank(config, tmp_path / "cache")
+    assert bank.shape == (4, size // 8, size // 8)
+    codec, _ = open_codec(config)
+    (progress,) = Trainer(config, bank, Ruler.build(bank, config), codec).run()
+    assert all(math.isfinite(value) for value in progress.metrics.values())
+    assert "eval/score" in progress.metrics
+    assert progress.images.keys() == {"grid_ref", "grid_noise"}
 
 
 def test_less_precision_where_it_is_asked_for(vae: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 import re
 import subprocess
@@ -11,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import yaml
 
 from raystar import train, tune
@@ -230,6 +232,46 @@ def test_bad_spaces(
     error = refusal(tune.main, files.arguments(), capsys)
     for word in [str(files.space), *words]:
         assert word in error
+
+
+@pytest.mark.parametrize("main", [tune.main, train_main], ids=["tune", "train"])
+def test_a_vae_of_other_latents(files: Files, capsys: pytest.CaptureFixture[str], main: Any) -> None:
+    """Before anything is packed; a hub that is away is left alone."""
+    folder = files.folder / "vae"
+    folder.mkdir()
+    config = {"_class_name": "AutoencoderKL", "block_out_channels": [8, 8, 8, 8], "scaling_factor": 0.13025}
+    (folder / "config.json").write_text(json.dumps(config))
+    space = ["--space", str(files.space)] if main is tune.main else []
+    arguments = [*space, "--config", str(files.config), "--out", str(files.out), "--set"]
+    error = refusal(main, [*arguments, f"visualization.vae_model_name_or_path={folder}"], capsys)
+    assert f"visualization.vae_model_name_or_path: {folder}/config.json: expected an autoencoder of Stable" in error
+    assert "found scaling_factor 0.13025" in error
+    assert not list(files.out.glob("cache/latents-*"))
+
+
+def test_latents_that_the_ruler_cannot_look_at(files: Files, capsys: pytest.CaptureFixture[str]) -> None:
+    """A sweep ranks by its score; a single run goes without it, and without pictures where nothing decodes them."""
+    latents = files.folder / "sixteen"
+    for domain in "abc":
+        (latents / domain).mkdir(parents=True)
+        for number in range(6):
+            latent = np.random.default_rng(number).standard_normal((16, 8, 8))
+            np.save(latents / domain / f"{number}x.npy", latent.astype(np.float16))
+    config = yaml.safe_load(files.config.read_text())
+    config["data"]["data_root"], config["model"]["latent_channels"] = str(latents), 16
+    config["training"]["epochs"], config["visualization"]["every_epochs"] = 1, 1
+    files.config.write_text(yaml.safe_dump(config))
+    error = refusal(tune.main, files.arguments(), capsys)
+    assert "model.latent_channels is 16: the ruler looks at pictures" in error
+    assert "a sweep ranks trials by it: train single runs" in error
+    assert not list(files.out.glob("cache/latents-*"))
+    assert train_main(["--config", str(files.config), "--out", str(files.out), "--name", "one"]) == 0
+    shown = capsys.readouterr()
+    assert "note: no score: model.latent_channels is 16: the ruler looks at pictures" in shown.err
+    assert "note: no pictures: model.latent_channels is 16, and the built-in decoder takes 4" in shown.err
+    assert f"finished; no score; checkpoints in {files.out / 'one'}\n" in shown.out
+    assert not (files.out / "one/vis").exists()
+    assert torch.load(files.out / "one/latest.pt", weights_only=True)["epoch"] == 1
 
 
 def test_missing_files(files: Files, capsys: pytest.CaptureFixture[str]) -> None:
