@@ -16,6 +16,7 @@ import torch
 
 from raystar.base.console import duration, run_cli
 from raystar.base.errors import RaystarError
+from raystar.base.scratch import check_takes
 from raystar.pictures.autoencoders import DEFAULT_VAE, VaeCodec, check_vae, open_vae
 from raystar.pictures.encoding import BATCH_PIXELS, DTYPES, Job, Settings, digest, encode, listed
 
@@ -58,6 +59,7 @@ def main(argv: list[str] | None = None) -> int:
     device = "cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu"
     check_vae(args.vae, "--vae")
     job = listed(args.images, args.out)
+    check_takes(args.out, f"--out {args.out}", "choose another folder")
     total = sum(map(len, job.domains.values()))
     print(f"{total} pictures in {len(job.domains)} domains; loading {args.vae}", file=sys.stderr, flush=True)
     codec = open_vae(args.vae, device)

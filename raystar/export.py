@@ -17,6 +17,7 @@ from typing import Any
 
 from raystar.base.console import run_cli
 from raystar.base.errors import RaystarError, nearest
+from raystar.base.scratch import check_takes
 from raystar.base.storage import Storage
 from raystar.exported import onnx as graphs
 from raystar.exported.model import WEIGHTS, Translator, add_onnx, load, write
@@ -58,6 +59,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.onnx:
         graphs.check_packages()
     uri = args.tracking_uri or address.default_uri(args.runs)
+    check_takes(args.out.parent, f"--out {args.out}", "choose another folder")
     args.out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=args.out.parent, prefix=f".{args.out.name}.") as scratch:
         folder = Path(scratch) / "model"
@@ -128,6 +130,7 @@ def _export_legacy(args: argparse.Namespace) -> int:
         raise RaystarError("--legacy-pt: goes with --checkpoint alone")
     if args.legacy_pt.exists():
         raise RaystarError(f"--legacy-pt {args.legacy_pt}: already there; choose another name")
+    check_takes(args.legacy_pt.parent, f"--legacy-pt {args.legacy_pt}", "choose another folder")
     checkpoint = checkpoints.load(args.checkpoint)
     theirs = as_theirs(checkpoint, str(args.checkpoint))
     checkpoints.save(args.legacy_pt, theirs, with_digest=False)

@@ -13,6 +13,7 @@ from typing import Any
 
 from raystar.base.console import run_cli
 from raystar.base.errors import RaystarError
+from raystar.base.scratch import check_takes
 from raystar.base.storage import Storage
 from raystar.page.page import write
 from raystar.record import results
@@ -31,6 +32,10 @@ def main(argv: list[str] | None = None) -> int:
     folder = results.find(args.runs, args.sweep)
     if args.out is not None and (args.out.is_dir() or not args.out.parent.is_dir()):
         raise RaystarError(f"--out {args.out}: expected a file in a folder that is there")
+    if args.out is None:
+        check_takes(folder, f"--sweep {args.sweep}", "name a file elsewhere with --out")
+    else:
+        check_takes(args.out.parent, f"--out {args.out}", "choose another folder")
     path = write(folder, storage_of(folder, args.runs), args.out)
     print(f"{path} ({path.stat().st_size / 1e6:.1f} MB)")
     return 0

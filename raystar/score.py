@@ -17,6 +17,7 @@ import torch
 from raystar.base.console import run_cli
 from raystar.base.errors import RaystarError
 from raystar.base.metrics import METRICS
+from raystar.base.scratch import check_takes
 from raystar.config.folders import cache_dir
 from raystar.config.load import override, request_config
 from raystar.config.schema import Config
@@ -60,6 +61,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     if args.out is not None and args.out.exists():
         raise RaystarError(f"--out {args.out}: already there; choose a folder that does not exist")
+    if args.out is not None:
+        check_takes(args.out.parent, f"--out {args.out}", "choose another folder")
     checkpoint, source = checkpoints.load(args.checkpoint), str(args.checkpoint)
     base = config_of(checkpoint, source) if args.config is None else None
     config = request_config(args.config, args.overlay, args.set, base=base)

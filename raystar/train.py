@@ -14,7 +14,7 @@ from raystar.base.console import run_cli
 from raystar.base.errors import RaystarError, TrialDiverged, TrialOutOfMemory
 from raystar.base.files import write_whole
 from raystar.base.metrics import measured_by_0_1
-from raystar.base.scratch import check_scratch
+from raystar.base.scratch import check_scratch, check_takes
 from raystar.base.transcript import Transcript
 from raystar.config.folders import cache_dir, check_name, run_name
 from raystar.config.load import override, request_config, signature, to_yaml
@@ -91,6 +91,7 @@ def _train(args: argparse.Namespace, transcript: Transcript) -> int:
     name, folder, begun = _place(args, config)
     if not args.dry_run:
         transcript.write_to(config.training.console_log_path, "training.console_log_path")
+    check_takes(folder, f"run {name}", "choose another --out, or copy the run to where it can be continued")
     uri = args.tracking_uri or default_uri(args.out)
     check_uri(uri)
     check_codec(config)

@@ -7,6 +7,7 @@ Commands call `show`, which prints those records as lines.
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import signal
@@ -20,6 +21,7 @@ from raystar.base.secrets import redact
 PROGRESS = logging.INFO - 5
 """The level of lines that only tell how far something is. Commands print them on stderr."""
 logging.addLevelName(PROGRESS, "PROGRESS")
+_REFUSALS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
 _LOGGER = logging.getLogger("raystar")
 _LOGGER.addHandler(logging.NullHandler())  # else warnings would come out on stderr by themselves
 
@@ -67,7 +69,10 @@ def shown() -> Iterator[None]:
 
 
 def run_cli(main: Callable[[], int]) -> None:
-    """Runs a command line's `main` and exits with its status; a `RaystarError` is one line and status 2."""
+    """Runs a command line's `main` and exits with its status; a `RaystarError` is one line and status 2.
+
+    What the system refuses (no right to it, a mount that may only be read, a full disk) is one line and status 1.
+    """
     show()
     try:
         status = main()
@@ -76,6 +81,11 @@ def run_cli(main: Callable[[], int]) -> None:
         status = 2 if isinstance(error, RaystarError) else 130
     except BrokenPipeError:
         status = _unread()
+    except OSError as error:
+        if not _is_refusal(error):
+            raise
+        print(last_words(error), file=sys.stderr)
+        status = 1
     try:
         sys.stdout.flush()
     except BrokenPipeError:
@@ -89,12 +99,19 @@ def _unread() -> int:
     return 128 + signal.SIGPIPE
 
 
+def _is_refusal(error: OSError) -> bool:
+    """Whether an error says all there is to know: which file the system refuses, and why."""
+    return error.errno in _REFUSALS and error.filename is not None
+
+
 def last_words(error: BaseException) -> str:
     """What a command prints of what ends it; nothing where it exits by itself."""
     if isinstance(error, RaystarError):
         return f"error: {redact(str(error))}"
     if isinstance(error, KeyboardInterrupt):
         return "interrupted"
+    if isinstance(error, OSError) and _is_refusal(error):
+        return f"error: {redact(os.fsdecode(error.filename))}: {error.strerror}"
     return "" if isinstance(error, SystemExit) else "".join(traceback.format_exception(error)).rstrip()
 
 

@@ -37,6 +37,20 @@ def refuses(folder: Path, size: int = 1 << 12) -> str | None:
     return None
 
 
+def check_takes(folder: Path, what: str, instead: str) -> None:
+    """Refuses a folder that takes no files.
+
+    Args:
+        what: begins the error, and says what would lie there.
+        instead: what to do, at its end.
+
+    Raises:
+        RaystarError: with the reason.
+    """
+    if (why := refuses(folder)) is not None:
+        raise RaystarError(f"{what}: nothing can be written into {folder} ({why}); {instead}")
+
+
 def check_scratch() -> None:
     """Refuses a machine where libraries, MLflow's among them, find no place for temporary files.
 

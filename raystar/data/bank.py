@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from raystar.base.errors import RaystarError
+from raystar.base.scratch import check_takes
 from raystar.config.schema import Config, DataConfig
 from raystar.data.holdout import pictures_held
 from raystar.data.listing import data_root, list_parts, stat_digest
@@ -78,6 +79,7 @@ def open_bank(config: Config, cache_dir: str | Path, *, verbose: bool = True) ->
     sizes = [part.size for part in parts]
     packed = open_packed(cache, key, data)
     if packed is None or [len(part.names) for part in packed.parts] != sizes:
+        check_takes(cache, "packed latents", "name another folder in data.cache_dir")
         pack(parts, config.model.latent_channels, array_path, index_path, verbose)
         packed = open_packed(cache, key, data)
     if packed is None:

@@ -40,6 +40,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from raystar.base.metrics import RULER
+from raystar.base.scratch import check_takes
 from raystar.config.schema import Config
 from raystar.data.bank import Bank
 from raystar.model.checkpoint import digest
@@ -125,6 +126,9 @@ class Ruler:
         if cache_dir is None:
             return _fresh(cls, bank, config)
         path = ruler_file(bank, config, cache_dir)
+        if (ruler := _read(path, bank, config)) is not None:
+            return ruler
+        check_takes(path.parent, "the ruler", "name another folder in data.cache_dir")
         path.parent.mkdir(parents=True, exist_ok=True)
         # One process of the node makes it, the others wait for the file.
         with path.with_suffix(".lock").open("w") as lock:

@@ -17,8 +17,10 @@ import torch
 from raystar import __version__
 from raystar.backend.ray_start import check_machine
 from raystar.base.errors import RaystarError
+from raystar.base.files import is_folder
 from raystar.base.limits import check_limits
 from raystar.base.machine import usable_cpus
+from raystar.base.scratch import check_takes
 from raystar.base.secrets import redact
 from raystar.base.storage import Storage
 from raystar.config.folders import cache_dir, check_name
@@ -159,6 +161,7 @@ def make_plan(request: SweepRequest) -> Plan:
         raise RaystarError("--space: expected a space file, for example search_spaces/loss.yaml, or --resume NAME")
     name = request.name if request.name is not None else f"{Path(request.space).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
     check_name(name)
+    check_takes(request.out, f"--out {request.out}", "choose another folder")
     folder = request.out / name
     if folder.exists():
         resume = f"resume it with --resume {name}, " if (folder / RECORD).exists() else ""
@@ -301,6 +304,8 @@ def _resumed(request: SweepRequest, name: str, budget: float | None) -> Plan:
     ):  # fmt: skip
         if value:
             raise RaystarError(f"--resume {name} continues the sweep as it was asked for; leave out {flag}")
+    if is_folder(folder := request.out / name):
+        check_takes(folder, f"--resume {name}", "copy the runs to where they can be written, and resume there")
     before = read_record(request.out, name)
     asked = {**before["request"], **({"trials": request.trials} if request.trials is not None else {})}
     config = config_from_mapping(before["config"], RECORD)

@@ -20,8 +20,11 @@ def default_uri(out: Path) -> str:
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{out.resolve()}/mlflow.db"
 
 
-def check_uri(uri: str) -> None:
+def check_uri(uri: str, *, writes: bool = True) -> None:
     """Refuses a tracking URI that cannot work, before anything starts.
+
+    Args:
+        writes: the store must take records; one that may only be read will do otherwise.
 
     Raises:
         RaystarError: a scheme that MLflow's tracking does not take here, a file that is no database, an address
@@ -32,7 +35,7 @@ def check_uri(uri: str) -> None:
         _check_server(uri)
         return
     if uri.startswith("sqlite:///"):
-        _check_sqlite(Path(uri.removeprefix("sqlite:///")))
+        _check_sqlite(Path(uri.removeprefix("sqlite:///")), writes)
         return
     if scheme in ("postgresql", "mysql", "mssql") or "+" in scheme:
         return
@@ -42,14 +45,16 @@ def check_uri(uri: str) -> None:
     )
 
 
-def _check_sqlite(path: Path) -> None:
-    """The file is a SQLite database or can become one."""
+def _check_sqlite(path: Path, writes: bool) -> None:
+    """The file is a SQLite database or, to be written, can become one."""
     if path.is_file() and path.stat().st_size:
         with path.open("rb") as file:
             if file.read(16) != b"SQLite format 3\0":
                 raise RaystarError(f"--tracking-uri: {path}: expected a SQLite database, found another kind of file")
     elif path.is_dir():
         raise RaystarError(f"--tracking-uri: {path}: expected a SQLite database, found a folder")
+    if not writes:
+        return
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -91,7 +91,7 @@ def with_models(uri: str, near: str) -> str:
 
 def _existing(uri: str) -> Any:
     """A client of a store that is there: MLflow would make a new one."""
-    check_uri(uri)
+    check_uri(uri, writes=False)
     if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).is_file():
         raise RaystarError(f"no MLflow store at {redact(uri)}; name it with --tracking-uri")
     return connect(uri)
