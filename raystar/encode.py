@@ -7,18 +7,22 @@ process leaves behind and the next one reads; at the end it becomes `manifest.js
 from __future__ import annotations
 
 import argparse
-import shlex
 import sys
 import time
 from pathlib import Path
 
 import torch
 
+from raystar.base.command import command
 from raystar.base.console import duration, run_cli
 from raystar.base.errors import RaystarError
+from raystar.base.names import shown
 from raystar.base.scratch import check_takes
+from raystar.config.assignment import assignment
+from raystar.data.listing import DEMO_ROOT
 from raystar.pictures.autoencoders import DEFAULT_VAE, VaeCodec, check_vae, open_vae
-from raystar.pictures.encoding import BATCH_PIXELS, DTYPES, Job, Settings, digest, encode, listed
+from raystar.pictures.encoding import BATCH_PIXELS, DTYPES, Settings, digest, encode
+from raystar.pictures.job import Job, listed
 
 # -- the command line ------------------------------------------------------------------------------
 
@@ -82,32 +86,39 @@ def _tell(job: Job, vae: str, seconds: float) -> None:
     """What was done, what was not and why, and what comes next."""
     counts = ", ".join(f"{domain} {sum(s in job.done for s in named)}" for domain, named in job.domains.items())
     print(
-        f"{len(job.done)} latents in {job.out}: {counts}; {job.encoded} made in {duration(seconds)}"
+        f"{len(job.done)} latents in {job.out}: {shown(counts)}; {job.encoded} made in {duration(seconds)}"
         + (f", {len(job.done) - job.encoded} were there" if len(job.done) > job.encoded else "")
     )
     if job.enlarged:
         print(f"note: {job.enlarged} pictures are smaller than the size asked for and were enlarged", file=sys.stderr)
     if job.ignored:
-        kinds = ", ".join(f"{count} {suffix}" for suffix, count in job.ignored.most_common(5))
+        kinds = shown(", ".join(f"{count} {suffix}" for suffix, count in job.ignored.most_common(5)))
         print(f"note: left out {job.ignored.total()} files that are no pictures: {kinds}", file=sys.stderr)
     if job.stale:
         print(
             f"note: {len(job.stale)} latents are of pictures that are not there any more; remove them if training "
-            f"should not see them: {', '.join(job.stale[:3])}{', ...' if len(job.stale) > 3 else ''}",
+            f"should not see them: {shown(', '.join(job.stale[:3]))}{', ...' if len(job.stale) > 3 else ''}",
             file=sys.stderr,
         )
     if job.bad:
         print(f"{len(job.bad)} could not be used:", file=sys.stderr)
         for name, reason in sorted(job.bad.items()):
-            print(f"  {name}: {reason}", file=sys.stderr)
+            print(shown(f"  {name}: {reason}"), file=sys.stderr)
     usable = [domain for domain, named in job.domains.items() if any(source in job.done for source in named)]
-    settings = [f"data.data_root={job.out}", f"data.domains=[{', '.join(usable)}]"]
-    settings += [f"visualization.vae_model_name_or_path={vae}"] if vae != DEFAULT_VAE else []
     if len(usable) > 1:
-        print(
-            "next: python -m raystar.tune --space search_spaces/loss.yaml --config configs/stargan_v2_latent.yaml "
-            + " ".join(f"--set {shlex.quote(setting)}" for setting in settings)
-        )
+        print(f"next: {_next(job.out, usable, vae)}")
+
+
+def _next(out: Path, domains: list[str], vae: str) -> str:
+    """The command of a sweep on these latents."""
+    # What configurations have a meaning of their own for is a path by its dot.
+    root = f"./{out}" if str(out).startswith("~") or str(out) == DEMO_ROOT else str(out)
+    settings = {"data.data_root": root, "data.domains": domains}
+    settings |= {"visualization.vae_model_name_or_path": vae} if vae != DEFAULT_VAE else {}
+    return command(
+        "tune", ("--space", "search_spaces/loss.yaml"), ("--config", "configs/stargan_v2_latent.yaml"),
+        *(("--set", assignment(key, value)) for key, value in settings.items()),
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

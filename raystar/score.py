@@ -18,6 +18,7 @@ from raystar.base.console import run_cli
 from raystar.base.errors import RaystarError
 from raystar.base.metrics import METRICS
 from raystar.base.scratch import check_takes
+from raystar.config.assignment import SET_HELP
 from raystar.config.folders import cache_dir
 from raystar.config.load import override, request_config
 from raystar.config.schema import Config
@@ -46,10 +47,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--checkpoint", metavar="FILE", type=Path, required=True, help="a .pt checkpoint")
     p.add_argument("--config", metavar="FILE", help="a configuration, instead of the one inside of the checkpoint")
     p.add_argument("--overlay", metavar="FILE", action="append", default=[], help="as for train; repeatable")
-    p.add_argument(
-        "--set", metavar="KEY=VALUE", action="append", default=[],
-        help="override a configuration key, for example data.data_root=latents; repeatable",
-    )  # fmt: skip
+    p.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help=f"{SET_HELP}; repeatable")
     p.add_argument("--map-domains", action="store_true", help="as for train: domains take what is there of their names")
     p.add_argument("--out", metavar="DIR", type=Path, help="a folder (not there yet) for score.json and the grids")
     p.add_argument("--runs", metavar="DIR", type=Path, default=Path("runs"), help="whose cache/ is used (runs)")

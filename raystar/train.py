@@ -16,6 +16,7 @@ from raystar.base.files import write_whole
 from raystar.base.metrics import measured_by_0_1
 from raystar.base.scratch import check_scratch, check_takes
 from raystar.base.transcript import Transcript
+from raystar.config.assignment import SET_HELP
 from raystar.config.folders import cache_dir, check_name, run_name
 from raystar.config.load import override, request_config, signature, to_yaml
 from raystar.config.schema import Config
@@ -58,9 +59,7 @@ def parser() -> argparse.ArgumentParser:
         "--name", metavar="NAME", help="the run's name (experiment.name, else the configuration's with the time)"
     )
     p.add_argument("--epochs", metavar="N", type=int, help="epochs to train, instead of training.epochs")
-    p.add_argument(
-        "--set", metavar="KEY=VALUE", action="append", default=[], help="override a configuration key; repeatable"
-    )
+    p.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help=f"{SET_HELP}; repeatable")
     p.add_argument("--out", metavar="DIR", type=Path, default=Path("runs"), help="where everything goes (runs)")
     p.add_argument(
         "--resume", metavar="FILE", nargs="?", const="",

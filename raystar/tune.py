@@ -9,6 +9,7 @@ from pathlib import Path
 
 from raystar.base.console import run_cli
 from raystar.base.secrets import redact
+from raystar.config.assignment import SET_HELP
 from raystar.config.load import override
 from raystar.data.batches import drawn
 from raystar.sweep.plan import Plan, make_plan
@@ -42,9 +43,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--epochs", metavar="N", type=int, help="epochs of a trial that is not stopped early")
     p.add_argument("--max-concurrent", metavar="N", type=int, help="trials at a time (as many as fit)")
     p.add_argument("--time-budget", metavar="TIME", help="stop after 90s, 30m, 4h or 2d")
-    p.add_argument(
-        "--set", metavar="KEY=VALUE", action="append", default=[], help="override a configuration key; repeatable"
-    )
+    p.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help=f"{SET_HELP}; repeatable")
     p.add_argument("--out", metavar="DIR", type=Path, default=Path("runs"), help="where everything goes (runs)")
     p.add_argument(
         "--tracking-uri", metavar="URI", help="MLflow store ($MLFLOW_TRACKING_URI, else a SQLite file in --out)"

@@ -34,6 +34,7 @@ from raystar.base import torch_file as pt
 from raystar.base.errors import RaystarError
 from raystar.config import load as configs
 from raystar.config import schema, strict_yaml
+from raystar.config.assignment import parse_assignment
 from raystar.config.load import from_mapping, get_value, load_config, override, signature, to_mapping, to_yaml
 from raystar.config.schema import Config, known_keys
 from raystar.data import bank as dataset
@@ -281,7 +282,7 @@ def test_assignments(texts: list[tuple[str, str, str]]) -> None:
     arguments = ["".join(parts) for parts in texts]
     config = accepted(lambda: configs.request_config(ROOT / "configs/none.yaml", [], arguments))
     assert config is None
-    pairs = accepted(lambda: dict(configs.parse_assignment(argument) for argument in arguments))
+    pairs = accepted(lambda: dict(parse_assignment(argument) for argument in arguments))
     if pairs is not None:
         config = accepted(lambda: override(Config(), pairs, "--set"))
         assert config is None or from_mapping(to_mapping(config), "again") == config
@@ -923,7 +924,7 @@ def test_what_yaml_would_run(tmp_path: Path) -> None:
     text = f"loss: {{w_cyc: !!python/object/apply:os.mkdir ['{tmp_path / 'ran'}']}}"
     (tmp_path / "c.yaml").write_text(text)
     assert accepted(lambda: load_config(tmp_path / "c.yaml")) is None
-    assert accepted(lambda: configs.parse_assignment(f"loss.w_cyc={text}")) is None
+    assert accepted(lambda: parse_assignment(f"loss.w_cyc={text}")) is None
     assert not (tmp_path / "ran").exists()
     yaml.load(text, Loader=yaml.UnsafeLoader)
     assert (tmp_path / "ran").exists()

@@ -6,8 +6,10 @@ Commands call `show`, which prints those records as lines.
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import errno
+import io
 import logging
 import os
 import signal
@@ -16,6 +18,7 @@ import traceback
 from collections.abc import Callable, Iterator
 
 from raystar.base.errors import RaystarError
+from raystar.base.names import shown as as_shown
 from raystar.base.secrets import redact
 
 PROGRESS = logging.INFO - 5
@@ -31,7 +34,7 @@ class _Lines(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Prints one; a line that finds no room, as when the output goes to a full disk, is lost and costs no work."""
-        text = record.getMessage()
+        text = as_shown(record.getMessage())
         if record.levelno >= logging.WARNING:
             text = f"{'error' if record.levelno >= logging.ERROR else 'note'}: {text}"
         with contextlib.suppress(OSError):
@@ -39,10 +42,27 @@ class _Lines(logging.Handler):
 
 
 _LINES = _Lines()
+_ANY_NAME = "raystar.any-name"
+
+
+def _as_it_is(error: UnicodeError) -> tuple[str | bytes, int]:
+    """The bytes of a file's name as they are; what the terminal's encoding has not, by its number."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    try:
+        return error.object[error.start : error.end].encode("ascii", "surrogateescape"), error.end
+    except UnicodeEncodeError:
+        return codecs.backslashreplace_errors(error)
+
+
+codecs.register_error(_ANY_NAME, _as_it_is)
 
 
 def show() -> None:
-    """Prints from now on what this process's raystar logs."""
+    """Prints from now on what this process's raystar logs; no name of a file is too odd to be printed."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors=_ANY_NAME)
     _LOGGER.addHandler(_LINES)
     _LOGGER.setLevel(PROGRESS)
     _LOGGER.propagate = False  # some library of many may have given the root logger a printer of its own
@@ -107,7 +127,7 @@ def _is_refusal(error: OSError) -> bool:
 def last_words(error: BaseException) -> str:
     """What a command prints of what ends it; nothing where it exits by itself."""
     if isinstance(error, RaystarError):
-        return f"error: {redact(str(error))}"
+        return f"error: {as_shown(redact(str(error)))}"
     if isinstance(error, KeyboardInterrupt):
         return "interrupted"
     if isinstance(error, OSError) and _is_refusal(error):

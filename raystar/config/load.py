@@ -15,15 +15,14 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from raystar.base.errors import RaystarError, key_text, misspelt, show
+from raystar.base.names import composed
+from raystar.config.assignment import parse_assignment
 from raystar.config.problems import check_limits, convert
 from raystar.config.schema import HINTS, SECTIONS, Config, key_field, known_keys
 from raystar.config.strict_yaml import (
     dump_yaml,
     find_shipped,
-    parse_yaml,
     read_mapping,
 )
 from raystar.config.users import FILE, translate
@@ -181,17 +180,6 @@ def _check_whole(config: Config, source: str) -> None:
         )
 
 
-def parse_assignment(text: str) -> tuple[str, Any]:
-    """Splits a `--set` argument `key=value`; the value is read as YAML."""
-    key, equals, value = text.partition("=")
-    if not equals or not key.strip():
-        raise RaystarError(f"--set {key_text(text)}: expected key=value, for example --set loss.w_cyc=2.0")
-    try:
-        return key.strip(), parse_yaml(value)
-    except (yaml.YAMLError, ValueError, RecursionError):
-        raise RaystarError(f"--set {key_text(text)}: the value cannot be read as YAML") from None
-
-
 # -- checking one value ----------------------------------------------------------------------------
 
 
@@ -206,6 +194,7 @@ def check_value(key: str, value: Any, source: str) -> Any:
         checked = convert(hint, value)
         check_limits(checked, spec.metadata["limits"])
         if key == "data.domains":
+            checked = tuple(map(composed, checked))
             _check_domains(checked)
         if key == "loss.ds_decay_epochs" and isinstance(checked, float) and checked > 1:
             raise ValueError("expected a whole number of epochs, or a share of the run below 1")
@@ -220,7 +209,7 @@ def _check_domains(domains: tuple[str, ...]) -> None:
     if len(set(domains)) < len(domains):
         raise ValueError("expected each domain once")
     for name in domains:
-        if not name.strip() or name in (".", "..") or re.search(r"[/\\\0]", name):
+        if not name.strip() or name in (".", "..") or re.search(r"[/\0]", name):
             raise ValueError(f"expected names of folders directly below data.data_root, not {name!r}")
 
 

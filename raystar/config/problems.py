@@ -10,6 +10,8 @@ from typing import Any, Literal
 
 from raystar.config.schema import MAX_WHOLE
 
+_UTF8 = " in UTF-8 (a file or folder whose name holds other bytes must be renamed)"
+
 
 def convert(hint: Any, value: Any) -> Any:
     """A value as a key's type has it.
@@ -37,7 +39,8 @@ def convert(hint: Any, value: Any) -> Any:
     if _is_list(hint):
         names = typing.get_args(hint)[0] is str
         if not isinstance(value, list | tuple) or (names and not all(_is_text(v) for v in value)):
-            raise ValueError(f"expected a list of {'names' if names else 'numbers'}")
+            bytes_ = isinstance(value, list | tuple) and all(isinstance(v, str) for v in value)
+            raise ValueError(f"expected a list of {'names' if names else 'numbers'}{_UTF8 if names and bytes_ else ''}")
         return tuple(value) if names else tuple(convert(typing.get_args(hint)[0], v) for v in value)
     if hint is bool:
         if not isinstance(value, bool):
@@ -45,7 +48,9 @@ def convert(hint: Any, value: Any) -> Any:
         return value
     if hint is str:
         if not _is_text(value) or not value or "\0" in value:
-            raise ValueError("expected text")
+            raise ValueError(
+                "expected text" if _is_text(value) or not isinstance(value, str) else f"expected text{_UTF8}"
+            )
         return value
     number = _number(value)
     if hint is int:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from raystar.base.names import composed
 from raystar.data.listing import Part
 
 _CROP = re.compile(r"_\d+$")
@@ -30,9 +31,9 @@ def picture_of(stems: Sequence[str]) -> list[str]:
 def turns(part: Part) -> list[int]:
     """The turn in which each latent's picture would be held out: depends on names alone, never on a seed."""
     prefix = len(part.domain_name) + 1
-    groups = picture_of([os.path.splitext(name[prefix:])[0] for name in part.names])
+    groups = picture_of([composed(os.path.splitext(name[prefix:])[0]) for name in part.names])
     # Hashing spreads the choice evenly over any naming scheme, and adding files moves few others.
-    digests = {g: hashlib.sha256(os.fsencode(f"{part.domain_name}/{g}")).digest() for g in set(groups)}
+    digests = {g: hashlib.sha256(os.fsencode(composed(f"{part.domain_name}/{g}"))).digest() for g in set(groups)}
     turn = {group: number for number, group in enumerate(sorted(digests, key=digests.__getitem__))}
     return [turn[group] for group in groups]
 

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from raystar.base import torch_file as pt
 from raystar.base.errors import RaystarError, nearest
 from raystar.base.files import looked_for
+from raystar.base.names import alike, composed, is_systems
 
 logger = logging.getLogger(__name__)
 
@@ -93,7 +94,13 @@ def _list_files(path: Path, domains: Sequence[str], key: str, held: bool, verbos
         )
     parts = []
     for number, domain in enumerate(domains):
-        folder = path / domain
+        found = alike(path, domain)
+        if len(found) > 1:
+            raise RaystarError(
+                f"{key}: {path}: {len(found)} folders are called {domain}, their accents composed and decomposed; put "
+                "their latents into one"
+            )
+        folder = path / (found[0] if found else domain)
         if not folder.is_dir():
             present = sorted(p.name for p in path.iterdir() if p.is_dir())
             raise RaystarError(
@@ -138,6 +145,8 @@ def _walk(top: bytes) -> tuple[list[bytes], Counter[str]]:
                         continue
                     if entry.name.lower().endswith(_SUFFIXES):
                         latents.append(entry.name)
+                    elif is_systems(os.fsdecode(entry.name)):
+                        continue
                     elif entry.is_dir(follow_symlinks=False) or (entry.is_symlink() and os.path.isdir(entry.path)):
                         heapq.heappush(waiting, (linked or entry.is_symlink(), below + entry.name + b"/"))
                     else:
@@ -168,7 +177,8 @@ def _list_packed(path: Path, domains: Sequence[str], key: str, held: bool) -> li
     try:
         with safetensors.safe_open(path, framework="np") as file:
             present = sorted(file.keys())
-            shapes = {d: list(file.get_slice(d).get_shape()) for d in domains if d in present}
+            held_as = {composed(name): name for name in present}
+            shapes = {d: list(file.get_slice(held_as[d]).get_shape()) for d in domains if d in held_as}
     # A damaged header can make the reader raise nearly anything, and all of it means the same.
     except Exception as error:
         raise RaystarError(f"{key}: {path}: not a readable packed file: {pt.reason(error)}") from None
@@ -181,7 +191,7 @@ def _list_packed(path: Path, domains: Sequence[str], key: str, held: bool) -> li
         if 0 in shapes[domain]:
             raise RaystarError(f"{key}: {path}: {domain}: expected latents [n,C,H,W], found {shapes[domain]}")
     counts = {domain: shape[0] for domain, shape in shapes.items()}
-    return [Part(number, domain, held, path, [], counts[domain]) for number, domain in enumerate(domains)]
+    return [Part(number, held_as[domain], held, path, [], counts[domain]) for number, domain in enumerate(domains)]
 
 
 def stat_digest(parts: Iterable[Part], domains: Sequence[str], channels: int) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from raystar.base.errors import RaystarError, key_text, show
+from raystar.base.names import composed
 from raystar.config.load import from_mapping
 from raystar.config.schema import SECTIONS, Config, known_keys
 from raystar.config.users import is_unmarked, to_theirs, translate, unmarked_networks
@@ -96,7 +97,7 @@ def functions_of(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
         known["training.latent_scale"] = parts["training"]["latent_scale"]
     domains = parts.get("data", {}).get("domains")
     if isinstance(domains, list | tuple):
-        known["data.domains"] = tuple(domains)
+        known["data.domains"] = tuple(composed(domain) if isinstance(domain, str) else domain for domain in domains)
     return known
 
 

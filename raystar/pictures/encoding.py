@@ -6,15 +6,13 @@ import fcntl
 import hashlib
 import json
 import os
-import re
 import sys
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from importlib.metadata import version
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,19 +23,18 @@ from tqdm import tqdm
 
 from raystar import __version__
 from raystar.base.errors import RaystarError
-from raystar.base.files import is_folder, wait_for_space, write_whole
+from raystar.base.files import wait_for_space, write_whole
 from raystar.base.journal import Journal
+from raystar.base.names import alike
 from raystar.pictures import reading as pictures
 from raystar.pictures.autoencoders import VaeCodec
+from raystar.pictures.job import Job, latent_names
 
 MANIFEST = "manifest.json"
 _JOURNAL = ".manifest.jsonl"
 _PART = ".part"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 BATCH_PIXELS = 8 * 256 * 256  # takes about 3 GiB in a full-sized VAE
-_LISTED = 20
-_CROP = re.compile(r"(_\d+)?\Z")  # what dataset.picture_of takes for the number of a crop
-_LONGEST = 200  # bytes of a latent's name; file systems take 255, with suffixes
 
 
 class Settings(NamedTuple):
@@ -65,66 +62,6 @@ class Settings(NamedTuple):
         return 128 + 4 * (self.size // 8) ** 2 * np.dtype(self.stored_as).itemsize  # numpy's header is padded to 128
 
 
-@dataclass
-class Job:
-    """What is to be encoded and what became of it; pictures are named `<domain>/<path below it>`."""
-
-    images: Path
-    out: Path
-    domains: dict[str, list[str]]
-    bad: dict[str, str] = field(default_factory=dict)
-    """Picture or link: why it cannot be used."""
-    ignored: Counter[str] = field(default_factory=Counter)
-    done: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Picture: its record in the manifest."""
-    encoded: int = 0
-    enlarged: int = 0
-    stale: list[str] = field(default_factory=list)
-    """Latents of pictures that are no longer there."""
-
-
-def listed(images: Path, out: Path) -> Job:
-    """Finds the pictures of every domain.
-
-    Raises:
-        RaystarError: no folder, no domains in it, or no picture in any.
-    """
-    if not is_folder(images):
-        raise RaystarError(
-            f"--images {images}: expected a folder with one folder of pictures per domain, found "
-            + ("a file" if images.exists() else "nothing")
-        )
-    if out.resolve().is_relative_to(images.resolve()):
-        raise RaystarError(f"--out {out}: lies inside of --images {images}; choose a folder beside it")
-    if out.exists() and not out.is_dir():
-        raise RaystarError(f"--out {out}: expected a folder, found a file")
-    job = Job(images, out, {})
-    for entry in sorted(os.listdir(images)):
-        path = images / entry
-        if entry.startswith("."):
-            continue
-        if not is_folder(path):
-            if path.is_symlink() and not path.exists():
-                job.bad[entry] = "a link that leads nowhere"
-            elif path.suffix.lower() in pictures.SUFFIXES:
-                job.bad[entry] = f"lies in no domain's folder; move it to {images}/<domain>/"
-            continue
-        listing = pictures.find(path, images)
-        job.bad |= {f"{entry}/{name}": reason for name, reason in listing.bad}
-        job.ignored += listing.ignored
-        if listing.pictures:
-            job.domains[entry] = [f"{entry}/{name}" for name in listing.pictures]
-        elif not listing.bad:
-            job.bad[entry] = "a domain's folder without pictures"
-    if not job.domains:
-        reasons = "".join(f"\n  {name}: {reason}" for name, reason in list(job.bad.items())[:_LISTED])
-        raise RaystarError(
-            f"--images {images}: expected one folder of pictures per domain ({images}/photo/*.jpg, ...), found no "
-            f"picture in any{reasons}"
-        )
-    return job
-
-
 def digest(codec: VaeCodec) -> str:
     """SHA-256 over a codec's weights, as they are loaded."""
     hasher = hashlib.sha256()
@@ -132,37 +69,6 @@ def digest(codec: VaeCodec) -> str:
         hasher.update(f"{name} {weight.dtype} {tuple(weight.shape)}\n".encode())
         hasher.update(weight.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return hasher.hexdigest()
-
-
-def latent_names(sources: Sequence[str], kept: Mapping[str, str], taken: Sequence[str]) -> dict[str, str]:
-    """The latent of each picture, `<domain>/<name>.npy`; no two differ in capitals alone.
-
-    `photo/a_1.jpg` becomes `photo/a_1.npy`, `photo/2019/a_1.jpg` becomes `photo/2019-a_1.npy`. Where that is taken,
-    the suffix goes in, before the number of a crop: `photo/a.png_1.npy`.
-
-    Args:
-        sources: pictures, `<domain>/<path>`.
-        kept: the latents that pictures have already, which they keep.
-        taken: other files that are there.
-    """
-    used = {name.casefold() for name in (*kept.values(), *taken)}
-    names = dict(kept)
-    for source in sources:
-        if source in kept:
-            continue
-        domain, _, path = source.partition("/")
-        stem = path[: len(path) - len(PurePosixPath(path).suffix)].replace("/", "-")
-        stem = os.fsencode(stem)[:_LONGEST].decode(errors="ignore") if len(os.fsencode(stem)) > _LONGEST else stem
-        mark = hashlib.sha256(os.fsencode(path)).hexdigest()[:8]
-        suffix = PurePosixPath(path).suffix.lower()
-        for insert in ("", suffix, f".{mark}"):
-            cut = _CROP.search(stem).start()  # type: ignore[union-attr]  # it matches nothing, too
-            name = f"{domain}/{stem[:cut]}{insert}{stem[cut:]}.npy"
-            if name.casefold() not in used:
-                break
-        used.add(name.casefold())
-        names[source] = name
-    return {source: names[source] for source in sources}
 
 
 @contextmanager
@@ -200,7 +106,18 @@ def _recorded(out: Path) -> dict[str, Any]:
     latents = manifest.get("latents", {})
     for entry in Journal(out / _JOURNAL):
         latents[entry.pop("source")] = entry
+    for record in latents.values():
+        record["latent"] = _as_there(out, str(record["latent"]))
     return {"images": manifest.get("images"), "latents": latents}
+
+
+def _as_there(out: Path, latent: str) -> str:
+    """A recorded latent's name, as it is now: a copy of its folder may have been composed otherwise on the way."""
+    folder, _, name = latent.partition("/")
+    if latent.isascii() or os.path.lexists(out / latent):
+        return latent
+    folder = next(iter(alike(out, folder)), folder)
+    return f"{folder}/{next(iter(alike(out / folder, name)), name)}" if (out / folder).is_dir() else latent
 
 
 def _stamp(path: Path) -> list[int]:
@@ -288,19 +205,22 @@ def _names(job: Job, sources: Sequence[str], old: Mapping[str, Mapping[str, Any]
     kept = {source: str(record["latent"]) for source, record in old.items()}
     ours = set(kept.values())
     taken = [
-        f"{domain}/{path.name}"
-        for domain in job.domains
-        for path in (job.out / domain).glob("*.npy")
-        if f"{domain}/{path.name}" not in ours
+        f"{folder}/{path.name}"
+        for folder in job.folders.values()
+        for path in (job.out / folder).glob("*.npy")
+        if f"{folder}/{path.name}" not in ours
     ]
-    return latent_names(sources, kept, taken)
+    return latent_names(sources, kept, taken, job.folders)
 
 
 def _encode_all(
     job: Job, codec: VaeCodec, settings: Settings, todo: Sequence[str], names: Mapping[str, str], journal: Journal
 ) -> None:
-    for domain in job.domains:
-        (job.out / domain).mkdir(exist_ok=True)
+    for folder in job.folders.values():
+        try:
+            (job.out / folder).mkdir(exist_ok=True)
+        except OSError as error:
+            raise RaystarError(f"--out {job.out}: {folder}: cannot be made: {error.strerror}") from None
     terminal = sys.stderr.isatty()
     bar = tqdm(
         total=len(todo), desc="encoding", unit=" pictures", file=sys.stderr, disable=not todo, leave=True,

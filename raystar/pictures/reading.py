@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageCms, ImageOps, PngImagePlugin, UnidentifiedImageError
+
+from raystar.base.names import is_systems
 
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "QOI", "TGA", "TIFF", "WEBP")
 """What is opened, by content. Not all that Pillow knows: some of its readers start other programs."""
@@ -37,6 +39,9 @@ PAPER = (255, 255, 255)
 
 # Pillow warns at 89 million pixels, which cameras have, and refuses at twice as many.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+# And it refuses a PNG with a text or a colour profile of over 1 MiB; cameras and editors write such. All of a file's
+# texts together still take no more than this.
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
 
 
 class Found(NamedTuple):
@@ -50,7 +55,8 @@ class Found(NamedTuple):
 
 
 def find(folder: Path, within: Path | None = None, suffixes: Collection[str] = SUFFIXES) -> Found:
-    """All pictures below a folder, by their suffixes; hidden files and folders are left out.
+    """All pictures below a folder, by their suffixes; hidden files and folders are left out, and those of
+    systems (`base.names.is_systems`).
 
     Links to folders are followed. One that leads back to a folder that holds it is bad, and not walked; a folder
     that is reached in several ways is walked once, under its own name if it has one here.
@@ -77,7 +83,7 @@ def find(folder: Path, within: Path | None = None, suffixes: Collection[str] = S
             listing.bad.append((name or ".", _why(error)))
             continue
         for entry in entries:
-            if entry.startswith("."):
+            if entry.startswith(".") or is_systems(entry):
                 continue
             inner = f"{name}/{entry}" if name else entry
             suffix = Path(entry).suffix.lower()

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 
 from raystar.base.errors import RaystarError
+from raystar.config.assignment import parse_assignment
 from raystar.config.load import (
     from_mapping,
     load_config,
     overlay_yaml,
     override,
-    parse_assignment,
     request_config,
     signature,
     to_mapping,

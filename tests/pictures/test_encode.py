@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -19,7 +20,7 @@ import pytest
 import torch
 from PIL import Image
 
-from raystar import encode
+from raystar import encode, tune
 from raystar.base.errors import RaystarError
 from raystar.config.load import override
 from raystar.config.schema import Config
@@ -30,7 +31,7 @@ from raystar.encode import main
 from raystar.pictures import encoding
 from raystar.pictures.autoencoders import SCALE, VaeCodec, open_vae
 from raystar.pictures.codec import open_codec
-from raystar.pictures.encoding import latent_names
+from raystar.pictures.job import latent_names
 from raystar.ruler.ruler import Ruler
 from raystar.training.trainer import Trainer
 from tests.kit.autoencoder import latents_of, pictures_of
@@ -295,6 +296,105 @@ def test_names() -> None:
     assert latent_names(["p/a.jpg", "p/a.png"], {"p/a.png": "p/a.npy"}, []) == {
         "p/a.png": "p/a.npy", "p/a.jpg": "p/a.jpg.npy"
     }  # fmt: skip
+
+
+ODD_DOMAINS = [
+    b"-dash", b"0", b"0x1F", b"1", b"12:30:45", b"1e3", b"2024-06-18", b"[x]", b"a, b", "café".encode(), b"key: value",
+    b"no", b"null", b"token", b"caf\xe9", b"a\\b", b"'q'", b"\x1b[31m", b"a\nb", b" x ", b"$HOME", b"%", b"~", b"#1",
+]  # fmt: skip
+
+
+def test_the_next_command_runs_as_it_stands(
+    vae: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    images = os.fsencode(fill(tmp_path / "pics", *(f"photo/{i}.png" for i in range(8))).parent)
+    first = images + b"/pics/photo/1.png"
+    for domain in ODD_DOMAINS:
+        os.mkdir(images + b"/pics/" + domain)
+        for number in range(8):
+            os.link(first, images + b"/pics/" + domain + b"/%d.png" % number)
+    out = tmp_path / "#latents: 'all' of them, ~"
+    assert run(tmp_path / "pics", out, vae, "--skip-bad") == 0
+    (shown,) = re.findall("^next: (.*)$", capsys.readouterr().out, re.MULTILINE)
+    assert shown.isprintable()
+    verb, *words = shlex.split(shown)[2:]
+    assert verb == "raystar.tune"
+    small = ("model.base_dim=8", "data.holdout=0.5", "ruler.sources=2")
+    request = tune.parser().parse_args([*words, "--dry-run", *(word for key in small for word in ("--set", key))])
+    plan = tune.make_plan(tune.request_of(request))
+    texts = {"caf%E9" if domain == b"caf\xe9" else domain.decode() for domain in ODD_DOMAINS}
+    assert set(plan.bank.domains) == texts | {"photo"}
+    assert Path(plan.bank.root) == out
+    assert len(plan.bank.names) == 8 * (len(ODD_DOMAINS) + 1)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8:strict", "ascii:strict"])
+def test_names_of_any_bytes_are_listed_on_any_terminal(vae: Path, tmp_path: Path, encoding: str) -> None:
+    images = os.fsencode(fill(tmp_path / "pics", "é/1.png").parent) + b"/pics"
+    os.mkdir(images + b"/caf\xe9")
+    os.link(images + "/é/1.png".encode(), images + b"/caf\xe9/b\xfccher.png")
+    for name in (b"bad\xff\x1b[31mname.png", b"b\nad.png"):
+        Path(os.fsdecode(images + b"/caf\xe9/" + name)).write_bytes(b"zzz")
+    words = ["--images", str(tmp_path / "pics"), "--out", str(tmp_path / "out"), "--vae", str(vae), "--size", "64"]
+    environment = {**os.environ, "PYTHONIOENCODING": encoding}
+    done = subprocess.run(
+        [sys.executable, "-m", "raystar.encode", *words], cwd=ROOT, capture_output=True, env=environment
+    )
+    assert done.returncode == 1, done.stderr
+    assert rb"caf\xe9/bad\xff\x1b[31mname.png: not a picture" in done.stderr
+    assert b"data.domains=[caf%E9, " in done.stdout
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["caf%E9", "manifest.json", "é"]
+
+
+def test_accents_composed_or_not_are_one_name(vae: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As a folder that comes from macOS has them; the bank finds such a domain as well."""
+    composed, apart = "café", "cafe\u0301"
+    images = fill(
+        tmp_path / "pics", f"{composed}/1.png", f"{apart}/2.png", f"{apart}/é.png", f"{apart}/e\u0301.png", "b/1.png"
+    )
+    assert run(images, tmp_path / "out", vae) == 0
+    assert "data.domains=[b, café]" in capsys.readouterr().out
+    made = [name for name in files(tmp_path / "out") if name.startswith("caf")]
+    assert sorted(made) == ["café/1.npy", "café/2.npy", "café/é.npy", "café/é.png.npy"]
+    (tmp_path / "out" / composed).rename(tmp_path / "out" / apart)
+    assert run(images, tmp_path / "out", vae) == 0
+    keys = {"data.data_root": str(tmp_path / "out"), "data.holdout": 0}
+    for domains in ([composed, "b"], [apart, "b"]):
+        config = override(Config(), {**keys, "data.domains": domains})
+        assert config.data.domains == (composed, "b")
+        assert len(open_bank(config, tmp_path / "cache").names) == 5
+    with pytest.raises(RaystarError, match="expected each domain once"):
+        override(Config(), {**keys, "data.domains": [composed, apart]})
+    (tmp_path / "out" / composed).mkdir()
+    with pytest.raises(RaystarError, match="2 folders are called café, their accents composed and decomposed"):
+        open_bank(config, tmp_path / "cache")
+
+
+def test_what_systems_leave_is_no_domain_and_no_picture(
+    vae: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images = fill(
+        tmp_path / "pics", "a/1.png", "a/@eaDir/1.png/thumb.jpg", "a/.ipynb_checkpoints/1.png", "__MACOSX/a/1.png",
+        "@eaDir/a.jpg", "b/__MACOSX/2.png", "b/1.png",
+    )  # fmt: skip
+    (images / "a/Thumbs.db").write_bytes(b"thumbs")
+    assert run(images, tmp_path / "out", vae) == 0
+    assert sorted(files(tmp_path / "out")) == ["a/1.npy", "b/1.npy"]
+    assert "note" not in capsys.readouterr().err
+
+
+def test_folders_that_cannot_be_domains(vae: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    images = os.fsencode(fill(tmp_path / "pics", "a/1.png", "caf%E9/1.png", " /1.png").parent) + b"/pics"
+    os.mkdir(images + b"/caf\xe9")
+    os.link(images + b"/a/1.png", images + b"/caf\xe9/1.png")
+    assert run(tmp_path / "pics", tmp_path / "out", vae) == 1
+    assert sorted(files(tmp_path / "out")) == ["a/1.npy", "caf%E9/1.npy"]
+    told = capsys.readouterr().err
+    assert "a domain needs a name of more than spaces" in told
+    assert r"caf\xe9: its latents' folder, caf%E9, is that of caf%E9; rename the folder" in told
+    with pytest.raises(RaystarError, match="its name is not UTF-8, so no configuration can hold it"):
+        run(tmp_path / "pics", tmp_path / os.fsdecode(b"out\xe9"), vae)
 
 
 # -- again -----------------------------------------------------------------------------------------
