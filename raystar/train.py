@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from raystar.base.command import command
 from raystar.base.console import run_cli
 from raystar.base.errors import RaystarError, TrialDiverged, TrialOutOfMemory
 from raystar.base.files import write_whole
@@ -317,7 +318,7 @@ def _run(trainer: Trainer, tracker: Tracker, config: Config, folder: Path) -> in
         left = "checkpoints and grids" if trainer.codec is not None else "checkpoints"
         print(f"{status}; {result}; {left} in {folder}")
     if (folder / "latest.pt").is_file():
-        print(f"export: python -m raystar.export --checkpoint {folder / 'latest.pt'} --out my_model")
+        print(f"export: {command('export', ('--checkpoint', folder / 'latest.pt'), ('--out', 'my_model'))}")
     if status == INTERRUPTED:
         return 130
     return 0 if status == FINISHED else 1

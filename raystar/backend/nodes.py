@@ -7,6 +7,7 @@ therefore also within reach of a node that joins later (`ensure_local`).
 from __future__ import annotations
 
 import secrets
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -112,14 +113,14 @@ def check_tracking(uri: str) -> None:
     Raises:
         RaystarError: with the command that starts a server.
     """
-    if uri.partition(":")[0] not in ("sqlite", "file") and "://" in uri:
+    if not uri.startswith(("sqlite", "file:")) and "://" in uri:
         return
     count = len(nodes())
     if count > 1:
-        store = uri if uri.startswith("sqlite:") else "sqlite:///mlflow.db"
+        store = uri if uri.startswith("sqlite") else "sqlite:///mlflow.db"
         raise RaystarError(
             f"--tracking-uri {uri}: is a file of one machine, and the cluster has {count} nodes; start a server, "
-            f"`mlflow server --backend-store-uri {store} --host 127.0.0.1 --port 5000`, "
+            f"`mlflow server --backend-store-uri {shlex.quote(store)} --host 127.0.0.1 --port 5000`, "
             "and name it: --tracking-uri http://127.0.0.1:5000"
         )
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from PIL import Image
 
+from raystar.base.command import below, command
 from raystar.base.console import duration
 from raystar.base.metrics import METRICS, OF_0_1, arrow, higher_is_better
 from raystar.base.secrets import redact
@@ -303,7 +304,7 @@ def reproduce(results: Results, folder: Path) -> dict[str, Any]:
     code = {name: text for name, text in record["code"].items() if "/" not in name}
     defaults = dict(leaves("", to_mapping(Config())))
     differing = [(key, defaults.get(key), value) for key, value in leaves("", config) if value != defaults.get(key)]
-    runs = "" if folder.parent == Path("runs") else f" --runs {folder.parent}"
+    sweep = [("--sweep", results.summary.sweep), *below("--runs", folder.parent)]
     has_output = (folder / results.purpose.output).exists()
     data = record["data"]
     return {
@@ -324,10 +325,8 @@ def reproduce(results: Results, folder: Path) -> dict[str, Any]:
         "overlay": overlay_yaml(best.params) if best is not None else "",
         "config": dump_yaml(config),
         "space": dump_yaml(record["space"]),
-        "export": f"python -m raystar.export --sweep {results.summary.sweep}{runs} --out my_model"
-        if has_output and results.purpose.models
-        else "",
-        "again": f"python -m raystar.report --sweep {results.summary.sweep}{runs}",
+        "export": command("export", *sweep, ("--out", "my_model")) if has_output and results.purpose.models else "",
+        "again": command("report", *sweep),
     }
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from raystar.base.command import below, command
 from raystar.base.errors import RaystarError
 from raystar.base.files import wait_for_space, write_whole
 from raystar.base.secrets import redact
@@ -60,11 +61,8 @@ def report(plan: Plan) -> dict[str, Path]:
         page_module.write(plan.folder, plan.storage)
     except Exception as error:
         first = (str(error).strip().splitlines() or [""])[0]
-        runs = "" if plan.out == Path("runs") else f" --runs {plan.out}"
-        logger.warning(
-            f"the report could not be made: {type(error).__name__}: {redact(first)}; "
-            f"python -m raystar.report --sweep {plan.name}{runs} tries again"
-        )
+        again = command("report", ("--sweep", plan.name), *below("--runs", plan.out))
+        logger.warning(f"the report could not be made: {type(error).__name__}: {redact(first)}; {again} tries again")
     return {name: plan.folder / name for name in (REPORT, CONTACT_SHEET) if (plan.folder / name).is_file()}
 
 

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterator
 from pathlib import Path
 
+from raystar.base.command import below, command
 from raystar.base.console import duration
 from raystar.config.load import get_value
 from raystar.record import finals, results
@@ -88,21 +89,20 @@ def _next_commands(
     waiting = any(record.status in UNFINISHED for record in summary.trials.values())
     finals_wait = bool(plan.seeds) and not summary.repeats and summary.best is not None
     if waiting or finals_wait or len(summary.trials) < summary.expected:
-        out = "" if plan.out == Path("runs") else f" --out {plan.out}"
-        yield f"resume:  python -m raystar.tune --resume {plan.name}{out}"
+        yield f"resume:  {command('tune', ('--resume', plan.name), *below('--out', plan.out))}"
     if (page := plan.folder / REPORT).exists():
         yield f"report:  {page}"
-    command, address, pictures = how_to_compare
-    yield f"compare: {command}".rstrip() if command else f"compare: {address}"
-    if command:
+    interface, address, pictures = how_to_compare
+    yield f"compare: {interface or address}"
+    if interface:
         yield f"         then open {address}"
     if pictures is not None:
         yield f"         pictures: {pictures}"
     if not plan.purpose.models and output.exists():
-        yield f"use it:  python -m raystar.tune --overlay {output} --space ..."
+        yield f"use it:  {command('tune', ('--overlay', output))} --space ..."
     elif output.exists():
-        runs = "" if plan.out == Path("runs") else f" --runs {plan.out}"
-        yield f"export:  python -m raystar.export --sweep {plan.name}{runs} --out my_model"
+        words = (("--sweep", plan.name), *below("--runs", plan.out), ("--out", "my_model"))
+        yield f"export:  {command('export', *words)}"
 
 
 def _finalists(plan: Plan, summary: Summary) -> list[str]:

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from raystar.base.command import below, command
 from raystar.base.errors import RaystarError
 from raystar.base.limits import LAST_RECORDS, limit
 from raystar.base.secrets import in_a_line, redact, redact_value
@@ -351,7 +352,7 @@ class Relay:
     def _how_to_resume(self) -> str:
         sweep, run = (self.store.common_tags.get(f"raystar.{kind}") for kind in ("sweep", "run"))
         if sweep is not None:
-            return f"python -m raystar.tune --resume {sweep}"
+            return command("tune", ("--resume", sweep), *below("--out", self._spool.path.parent.parent))
         return f"python -m raystar.train ... --name {run} --resume" if run is not None else "continuing with that file"
 
 

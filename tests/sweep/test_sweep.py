@@ -7,6 +7,7 @@ import csv
 import json
 import os
 import re
+import shlex
 import sqlite3
 import subprocess
 import sys
@@ -27,6 +28,7 @@ from raystar.model import checkpoint as checkpoints
 from raystar.model import networks
 from raystar.model.networks import Nets
 from raystar.pictures.codec import open_codec
+from raystar.tracking.mlflow.address import sqlite_file
 from tests.kit.support import ROOT, tiny_config, write_latents
 
 pytestmark = pytest.mark.slow
@@ -103,6 +105,31 @@ def test_what_it_prints(sweep: tuple[Path, str]) -> None:
     assert re.search(rf"best {best['trial']}: score {best['score']:.4f} after epoch {best['score_epoch']}", shown)
     assert "mlflow ui --backend-store-uri sqlite:///" in shown
     assert re.search(r"python -m raystar\.export --sweep s --runs .* --out my_model", shown)
+
+
+def test_the_printed_commands_run_as_they_stand(tmp_path: Path) -> None:
+    """In a folder whose name a shell would take apart and a URI would cut; nothing lies beside it."""
+    runs, space = tmp_path / "what? my 50%25 #runs, 'ü'", {**SPACE, "scheduler": {"type": "none"}}
+    done = run([*request(tmp_path, space, training__epochs=1), "--trials", "2", "--out", str(runs)])
+    assert (done.returncode, done.stderr) == (0, ""), done.stdout + done.stderr
+    assert {path.name for path in runs.iterdir()} == {"artifacts", "cache", "mlflow.db", "s"}
+    assert {path.name for path in tmp_path.iterdir()} == {"config.yaml", "latents", "space.yaml", runs.name}
+    assert "model: models:/" in done.stdout
+    told = dict(re.findall(r"^(compare|export): +(.*)$", done.stdout, re.MULTILINE))
+    words = shlex.split(told["export"])
+    done = subprocess.run(
+        [sys.executable, *words[1:-1], str(tmp_path / "my_model")],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "my_model/model.safetensors").read_bytes() == (runs / "s/best/model.safetensors").read_bytes()
+    assert sqlite_file(shlex.split(told["compare"])[-1]) == runs / "mlflow.db"
+    resumed = [sys.executable, "-m", "raystar.tune", "--resume", "s", "--trials", "3", "--out", str(runs)]
+    assert run(resumed).returncode == 0
+    assert Store(runs).rows("select count(*) from runs") == [(4,)]
 
 
 def test_the_record(sweep: tuple[Path, str]) -> None:

@@ -7,6 +7,7 @@ import importlib.util
 import io
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -380,6 +381,19 @@ def test_any_runs_model_comes_back_from_the_store(store: Path, finalist: Path, t
     again = ["--run", str(run), "--tracking-uri", f"sqlite:///{moved}/mlflow.db", "--out", str(tmp_path / "again")]
     assert export.main(again) == 0
     assert (tmp_path / "again/model.safetensors").read_bytes() == (finalist / "model.safetensors").read_bytes()
+
+
+def test_a_model_comes_back_from_a_folder_of_any_name(store: Path, finalist: Path, tmp_path: Path) -> None:
+    odd = tmp_path / "what? my 50%25 #runs, 'ü'"
+    odd.mkdir()
+    copy_store(store / "mlflow.db", odd)
+    moved = shutil.copytree(finalist, odd / "model")
+    tracker = sweep(odd, moved, 1, 1.5)
+    tracker.close()
+    words = ["--run", str(tracker.run_id("t00")), "--runs", str(odd)]
+    assert export.main([*words, "--out", str(odd / "out")]) == 0
+    assert (odd / "out/model.safetensors").read_bytes() == (finalist / "model.safetensors").read_bytes()
+    assert [path.name for path in tmp_path.iterdir() if "runs" in path.name] == [odd.name]
 
 
 def test_a_run_without_a_model_falls_back_to_its_checkpoint(store: Path, finalist: Path, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import json
 import os
 import random
 import re
+import shlex
 import signal
 import socket
 import sqlite3
@@ -29,7 +30,7 @@ from raystar.base.errors import RaystarError
 from raystar.base.journal import Journal
 from raystar.tracking import relay
 from raystar.tracking.mlflow import client as client_module
-from raystar.tracking.mlflow.address import check_uri
+from raystar.tracking.mlflow.address import check_uri, sqlite_file, sqlite_uri
 from raystar.tracking.mlflow.writer import MlflowStore
 from raystar.tracking.relay import Relay
 from raystar.tracking.spool import Spool
@@ -117,7 +118,7 @@ def opened(folder: Path, uri: str | None = None, **changed: Any) -> Relay:
     spool = changed.pop("spool", folder / "spool.jsonl")
     arguments: dict[str, Any] = {"common_tags": {"raystar.sweep": "s"}} | changed
     store = MlflowStore(
-        uri or f"sqlite:///{folder}/mlflow.db", folder / "artifacts", dataset,
+        uri or sqlite_uri(folder / "mlflow.db"), folder / "artifacts", dataset,
         primary_metric="eval/score", lower_is_better=True, **arguments,
     )  # fmt: skip
     made = Relay(store, spool)
@@ -211,6 +212,27 @@ def test_the_best_runs_have_a_view_of_their_pictures(tracker: Relay, tmp_path: P
     order = f"{state['orderByKey']} {'ASC' if state['orderByAsc'] else 'DESC'}"
     found = client.search_runs([tracker.store.experiment_id], state["searchFilter"], order_by=[order])
     assert [run.info.run_name for run in found] == ["t02", "t03"]
+
+
+@pytest.mark.parametrize(
+    "name", ["what?runs", "50%25", "100%", "my runs", "#1", "Müller's", "a;b&c=d", "a\\b", "sqlite:", "a?uri=true"]
+)
+def test_a_store_lies_where_it_is_asked_for(name: str, tmp_path: Path, empty_store: Path) -> None:
+    folder = tmp_path / name
+    folder.mkdir()
+    copy_store(empty_store, folder)
+    tracker = opened(folder)
+    record(tracker, folder)
+    tracker.close()
+    command, _ = tracker.how_to_compare()
+    assert command.isprintable()
+    assert shlex.split(command)[:3] == ["mlflow", "ui", "--backend-store-uri"]
+    (uri,) = shlex.split(command)[3:]
+    assert sqlite_file(uri) == folder / "mlflow.db"
+    assert client_module.connect(uri).get_run(str(tracker.run_id("t00"))).data.tags["raystar.sweep"] == "s"
+    assert rows(folder, "select count(*) from runs") == [(3,)]
+    assert list((folder / "artifacts").rglob("grid_ref*.png"))
+    assert list(tmp_path.iterdir()) == [folder]
 
 
 def test_stores_that_cannot_be(tmp_path: Path) -> None:
@@ -345,7 +367,7 @@ def test_what_waits_at_the_end_is_told_and_written_by_the_next(
     told = capsys.readouterr().err.splitlines()[-1]
     assert told == (
         f"error: MLflow is away (nobody there); 8 records wait in {folder}/spool.jsonl and are not lost: "
-        "python -m raystar.tune --resume s writes them"
+        f"python -m raystar.tune --resume s --out {folder.parent} writes them"
     )
     assert rows(folder, "select * from runs") == []
     began = time.time()

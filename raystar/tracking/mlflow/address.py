@@ -8,16 +8,48 @@ import os
 import re
 import warnings
 from pathlib import Path
-from urllib.parse import urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
 from raystar.base.errors import RaystarError
 from raystar.base.limits import MLFLOW, limit
 from raystar.base.secrets import in_a_line, redact
 
+_SPELLED = "sqlite+pysqlite:///"
+
 
 def default_uri(out: Path) -> str:
     """MLFLOW_TRACKING_URI, or the SQLite store in the output folder."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{out.resolve()}/mlflow.db"
+    return os.environ.get("MLFLOW_TRACKING_URI") or sqlite_uri(out.resolve() / "mlflow.db")
+
+
+def sqlite_uri(path: Path) -> str:
+    """The tracking URI of a SQLite file, whatever its folders are called.
+
+    SQLAlchemy takes what follows a `?` for options, and `%41` for A, or not, depending on its version. MLflow makes the
+    folder of `sqlite:///` as it is written, so what is written otherwise names the driver as well.
+
+    Raises:
+        RaystarError: this version of SQLAlchemy cannot be told such a path.
+    """
+    escaped = quote(str(path))
+    spellings = (f"sqlite:///{path}", f"{_SPELLED}{escaped}", f"{_SPELLED}file:{escaped}?uri=true")
+    for uri in spellings:
+        if sqlite_file(uri) == path:
+            return uri
+    raise RaystarError(f"{path}: the MLflow store cannot be in a folder of this name; choose another --out")
+
+
+def sqlite_file(uri: str) -> Path | None:
+    """The file of a SQLite store's URI; None of another store's."""
+    if not uri.startswith(("sqlite:///", _SPELLED)):
+        return None
+    if not {"?", "%"} & set(uri):
+        return Path(uri.partition(":///")[2])
+    from sqlalchemy.engine import make_url
+
+    url = make_url(uri)
+    file = url.database or ""
+    return Path(unquote(file.removeprefix("file:")) if "uri" in url.query else file)
 
 
 def check_uri(uri: str, *, writes: bool = True) -> None:
@@ -34,8 +66,8 @@ def check_uri(uri: str, *, writes: bool = True) -> None:
     if scheme in ("http", "https"):
         _check_server(uri)
         return
-    if uri.startswith("sqlite:///"):
-        _check_sqlite(Path(uri.removeprefix("sqlite:///")), writes)
+    if (file := sqlite_file(uri)) is not None:
+        _check_sqlite(file, writes)
         return
     if scheme in ("postgresql", "mysql", "mssql") or "+" in scheme:
         return

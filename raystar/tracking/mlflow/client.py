@@ -53,7 +53,7 @@ def experiment(client: Any, uri: str, artifacts: Path) -> str:
     name = os.environ.get("MLFLOW_EXPERIMENT_NAME", DEFAULT_EXPERIMENT)
     existing = client.get_experiment_by_name(name)
     if existing is None:
-        location = artifacts.resolve().as_uri() if uri.startswith("sqlite:") else None
+        location = artifacts.resolve().as_uri() if uri.startswith("sqlite") else None
         try:
             return str(client.create_experiment(name, artifact_location=location))
         except MlflowException as error:

@@ -12,9 +12,11 @@ from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 from raystar import __version__
 from raystar.base.errors import RaystarError
+from raystar.tracking.mlflow.address import sqlite_file
 
 CHAMPION = "champion"
 """Alias of the registered model's version that is to be used."""
@@ -69,7 +71,7 @@ def save(folder: Path, export: Path, **identity: Any) -> None:
         save_model(
             path=str(folder),
             python_model=str(code),
-            artifacts={"export": str(export)},
+            artifacts={"export": export.resolve().as_uri()},  # of a path, MLflow would take %20 for a space
             signature=signature,
             pip_requirements=needed,
             model_config={"vae": None},
@@ -207,15 +209,17 @@ def fetch(uri: str, model: Any, folder: Path) -> Path:
 
     place = f"{model.artifact_location.rstrip('/')}/artifacts"
     if place.startswith("file:"):
-        place = str(_moved(Path(place.removeprefix("file://")), uri))
-        if not (Path(place) / EXPORT).is_dir():
-            raise RaystarError(f"{place}: expected the files of model {model.model_id}, found none")
+        files = _moved(Path(unquote(place.removeprefix("file://"))), uri)
+        if not (files / EXPORT).is_dir():
+            raise RaystarError(f"{files}: expected the files of model {model.model_id}, found none")
+        place = files.resolve().as_uri()
     return Path(download_artifacts(artifact_uri=f"{place}/{EXPORT}", dst_path=str(folder), tracking_uri=uri))
 
 
 def _moved(place: Path, uri: str) -> Path:
     """Where a local store's file lies now: a store that was moved as a whole still names the old folder."""
-    if place.exists() or not uri.startswith("sqlite:///"):
+    file = sqlite_file(uri)
+    if place.exists() or file is None:
         return place
     _, _, below = str(place).rpartition("/artifacts/models/")
-    return Path(uri.removeprefix("sqlite:///")).parent / "artifacts/models" / below
+    return file.parent / "artifacts/models" / below

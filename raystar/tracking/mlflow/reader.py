@@ -11,7 +11,7 @@ from typing import Any
 from raystar.base.errors import RaystarError
 from raystar.base.secrets import in_a_line, redact
 from raystar.tracking.mlflow import models as registry
-from raystar.tracking.mlflow.address import check_uri
+from raystar.tracking.mlflow.address import check_uri, sqlite_file
 from raystar.tracking.mlflow.client import connect
 from raystar.tracking.tracker import CHECKPOINT
 
@@ -61,7 +61,7 @@ def stored_model(uri: str, run_id: str, folder: Path) -> StoredModel:
 
 def best_run(uri: str, sweep: str) -> str | None:
     """The run of a sweep's best trial; None where the store, if there is one, does not know it."""
-    if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).is_file():
+    if (file := sqlite_file(uri)) is not None and not file.is_file():
         return None
     with _reading(uri):
         client = _existing(uri)
@@ -92,7 +92,7 @@ def with_models(uri: str, near: str) -> str:
 def _existing(uri: str) -> Any:
     """A client of a store that is there: MLflow would make a new one."""
     check_uri(uri, writes=False)
-    if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).is_file():
+    if (file := sqlite_file(uri)) is not None and not file.is_file():
         raise RaystarError(f"no MLflow store at {redact(uri)}; name it with --tracking-uri")
     return connect(uri)
 

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import json
 import re
+import shlex
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -173,8 +174,8 @@ class MlflowStore:
 
     def how_to_compare(self) -> tuple[str, str]:
         """See `Tracker`."""
-        command = "" if self.uri.startswith("http") else f"mlflow ui --backend-store-uri {redact(self.uri)}"
-        return command, self._page(VIEW)
+        words = ["mlflow", "ui", "--backend-store-uri", redact(self.uri)]
+        return "" if self.uri.startswith("http") else shlex.join(words), self._page(VIEW)
 
     def _run(self, trial: str) -> str:
         if trial not in self._spool.runs:
