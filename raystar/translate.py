@@ -5,11 +5,9 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
-from pathlib import Path, PurePosixPath
-from typing import NamedTuple
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -20,6 +18,7 @@ from tqdm import tqdm
 from raystar.base.console import run_cli
 from raystar.base.errors import RaystarError, nearest
 from raystar.base.files import is_file, is_folder
+from raystar.base.names import composed, shown
 from raystar.data.latent import read_latent
 from raystar.exported.model import Translator, load
 from raystar.exported.picture_translator import SMALLEST, PictureTranslator
@@ -27,6 +26,7 @@ from raystar.pictures.autoencoders import DEFAULT_VAE, open_vae
 from raystar.pictures.codec import Codec, need_codec
 from raystar.pictures.grid import side_by_side
 from raystar.pictures.reading import SUFFIXES, find, flat, read, scaled
+from raystar.pictures.results import Task, check_places, into_folder
 
 _LATENTS = (".npy", ".pt")
 _WRITTEN = (".avif", ".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
@@ -72,17 +72,10 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-class _Task(NamedTuple):
-    """One input and where its results go, one for each seed."""
-
-    source: Path
-    results: list[Path]
-    strip: Path | None
-
-
 def main(argv: list[str] | None = None) -> int:
     """`python -m raystar.translate`: 0, 1 if a picture of a folder cannot be used, 2 for a wrong request."""
     args = parser().parse_args(argv)
+    args.domain = composed(args.domain)
     seeds = _seeds(args.reference, args.seed, args.samples)
     if args.resize is not None and args.resize < SMALLEST:
         raise RaystarError(f"--resize {args.resize}: expected {SMALLEST} pixels or more")
@@ -120,7 +113,7 @@ def main(argv: list[str] | None = None) -> int:
     if bad:
         print(f"{len(bad)} could not be used:", file=sys.stderr)
         for name, reason in sorted(bad):
-            print(f"  {name}: {reason}", file=sys.stderr)
+            print(shown(f"  {name}: {reason}"), file=sys.stderr)
     return 1 if bad else 0
 
 
@@ -140,11 +133,12 @@ def _is_picture(path: Path) -> bool:
     return path.suffix.lower() not in _LATENTS
 
 
-def _tasks(args: argparse.Namespace, seeds: list[int | None]) -> tuple[list[_Task], list[tuple[str, str]]]:
+def _tasks(args: argparse.Namespace, seeds: list[int | None]) -> tuple[list[Task], list[tuple[str, str]]]:
     """What is to be done, and which files of a folder cannot be.
 
     Raises:
-        RaystarError: nothing to translate, or results that are in the way or would be inputs the next time.
+        RaystarError: nothing to translate, results that cannot be written or would be inputs the next time, or what is
+            there in their place.
     """
     source, out, bad = args.input, args.out, list[tuple[str, str]]()
     if is_folder(source):
@@ -157,52 +151,38 @@ def _tasks(args: argparse.Namespace, seeds: list[int | None]) -> tuple[list[_Tas
         if out.resolve().is_relative_to(source.resolve()):
             raise RaystarError(f"--out {out}: lies inside of --input {source}; choose a place beside it")
         sources = [source / name for name in names]
-    elif source.exists():
+    elif os.path.exists(source):
         sources, names = [source], [source.name]
     else:
         raise RaystarError(f"--input {source}: expected a picture, a latent or a folder of them, found nothing")
     suffix = out.suffix.lower()
-    if suffix in (*_WRITTEN, ".npy") and not out.is_dir():
+    if suffix in (*_WRITTEN, ".npy") and not is_folder(out):
         if len(sources) * len(seeds) > 1:
             raise RaystarError(f"--out {out}: one file, but there will be {len(sources) * len(seeds)}; name a folder")
         if args.latents and suffix != ".npy":
             raise RaystarError(f"--out {out}: --latents writes .npy files")
-        tasks = [_Task(sources[0], [out], out.with_name(f"{out.stem}_compare.png") if args.compare else None)]
-    elif suffix in (*SUFFIXES, ".pt"):
+        tasks = [Task(sources[0], [out], out.with_name(f"{out.stem}_compare.png") if args.compare else None)]
+    elif suffix in (*SUFFIXES, ".pt") and not is_folder(out):
         raise RaystarError(f"--out {out}: {suffix} files are not written; take {' '.join((*_WRITTEN, '.npy'))}")
-    elif out.exists() and not out.is_dir():
+    elif os.path.lexists(out) and not is_folder(out):
         raise RaystarError(f"--out {out}: expected a folder or a picture's name, found another file")
     else:
-        tasks = _into_folder(sources, names, seeds, args)
-    planned = [path for task in tasks for path in (*task.results, *([task.strip] if task.strip else []))]
-    existing = [path for path in planned if path.exists() or path.is_symlink()]
+        ends = [""] if len(seeds) == 1 else [f"_seed{seed}" for seed in seeds]
+        tasks = into_folder(out, sources, names, ends, ".npy" if args.latents else ".png", args.compare)
+    planned = [path for task in tasks for path in task.paths]
+    existing = [path for path in planned if os.path.lexists(path)]
     read_ones = {path.resolve() for path in (*sources, *([args.reference] if args.reference else []))}
     if inputs := [path for path in existing if path.resolve() in read_ones]:
         raise RaystarError(f"--out {inputs[0]}: is the input itself; choose another")
     if args.resize is not None and not any(_is_picture(path) for path in sources):
         raise RaystarError("--resize: latents are not scaled; leave it out")
+    check_places(out, planned)
     if existing and not args.force:
         raise RaystarError(
             f"--out {out}: {len(existing)} of {len(planned)} results are there already, {existing[0]} for one; choose "
             "another place, or overwrite them with --force"
         )
     return tasks, bad
-
-
-def _into_folder(
-    sources: Sequence[Path], names: Sequence[str], seeds: Sequence[int | None], args: argparse.Namespace
-) -> list[_Task]:
-    """`<out>/<path below the input>.png`, with the seed if there are several."""
-    bare = [str(PurePosixPath(name).with_suffix("")) for name in names]
-    counts = Counter(stem.casefold() for stem in bare)
-    kind = ".npy" if args.latents else ".png"
-    tasks = []
-    for source, name, stem in zip(sources, names, bare, strict=True):
-        stem = name if counts[stem.casefold()] > 1 else stem  # a.jpg and a.png: a.jpg.png and a.png.png
-        ends = [""] if len(seeds) == 1 else [f"_seed{seed}" for seed in seeds]
-        results = [args.out / f"{stem}{end}{kind}" for end in ends]
-        tasks.append(_Task(source, results, args.out / f"{stem}_compare.png" if args.compare else None))
-    return tasks
 
 
 def _codec(translator: Translator, vae: str | None, encodes: bool) -> Codec:
@@ -246,7 +226,7 @@ class _Worker:
             picture = self.translator.decode(self.style)
         self.reference = (path.stem, picture)
 
-    def run(self, task: _Task, done: Callable[[], object]) -> None:
+    def run(self, task: Task, done: Callable[[], object]) -> None:
         """Writes all results of one input, and calls `done` after each. ValueError says why it cannot be used."""
         original: Image.Image | None = None
         if _is_picture(task.source):
@@ -285,7 +265,7 @@ def _save(path: Path, picture: Image.Image) -> None:
 
 def _write(path: Path, write: Callable[[Path], object]) -> None:
     """Has `write` make a file, which is there whole or not at all."""
-    part = path.with_name(f".{path.stem}.{os.getpid()}.part{path.suffix}")
+    part = path.with_name(f".{os.getpid()}.part{path.suffix}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(part)

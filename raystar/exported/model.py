@@ -16,6 +16,7 @@ from torch import Tensor
 from raystar.base import torch_file as pt
 from raystar.base.errors import RaystarError, nearest
 from raystar.base.files import is_file
+from raystar.base.names import composed
 from raystar.config.load import load_config, to_yaml
 from raystar.config.schema import Config
 from raystar.config.strict_yaml import read_mapping
@@ -58,7 +59,7 @@ class Translator:
         Raises:
             RaystarError: an unknown domain, a wrong shape, or both a reference and a seed.
         """
-        channels = self.config.model.latent_channels
+        channels, domain = self.config.model.latent_channels, composed(domain)
         _check_latents(latents, channels, "latents")
         if domain not in self.domains:
             raise RaystarError(

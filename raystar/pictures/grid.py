@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from raystar.base.names import shown
 from raystar.config.schema import Config
 from raystar.data.bank import Bank
 from raystar.model.device import autocast
@@ -178,6 +179,7 @@ def _centred(
     write: ImageDraw.ImageDraw, text: str, at: tuple[int, int], width: int, ink: tuple[int, int, int] = INK
 ) -> None:
     """Writes `text` around `at`, in the largest size that fits `width`; what is too long even then is cut."""
+    text = shown(text).replace("\n", " ")
     for size in (15, 13, 11, 9):
         font = ImageFont.load_default(size)
         if write.textlength(text, font) <= width:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -319,6 +320,86 @@ def test_same_names_do_not_collide(call: Any, place: Path) -> None:
     noise(3, 64, 64).save("in/a.jpg")
     assert call() == 0
     assert made(place) == ["out/a.jpg.png", "out/a.png.png", "out/deep/b.png"]
+
+
+@pytest.mark.parametrize(
+    ("names", "words", "wanted"),
+    [
+        (["x.png", "x_compare.png"], ["--compare"],
+         ["x.png", "x_compare.png", "x_compare.png.png", "x_compare.png_compare.png"]),
+        (["a.jpg", "a.png", "a.png.webp"], [], ["a.jpg.png", "a.png.png", "a.png.webp.png"]),
+        (["a.png", "a_seed1.png"], ["--samples", "2"],
+         ["a_seed0.png", "a_seed1.png", "a_seed1_seed0.png", "a_seed1_seed1.png"]),
+        (["A.png", "a.jpg"], [], ["A.png.png", "a.jpg.png"]),
+        (["a.png", "a.png.jpg/b.png", "a.jpg"], [], ["a.jpg.png", "a.png.jpg/b.png", "a.png.png"]),
+        (["a.jpg", "a.png/b.png"], [], ["a.jpg.png", "a.png/b.png"]),  # no file where a folder has to be
+        (["e\u0301.png", "é.jpg"], [], ["e\u0301.png.png", "é.jpg.png"]),
+    ],
+)  # fmt: skip
+def test_as_many_results_as_it_says(
+    call: Any, place: Path, capsys: pytest.CaptureFixture[str], names: list[str], words: list[str], wanted: list[str]
+) -> None:
+    shutil.rmtree("in")
+    for number, name in enumerate(names):
+        Path("in", name).parent.mkdir(parents=True, exist_ok=True)
+        noise(number, 64, 64).save(Path("in", name))
+    assert call(*words) == 0
+    assert made(place) == sorted(f"out/{name}" for name in wanted)
+    strips = len(names) if "--compare" in words else 0
+    assert f"{len(wanted) - strips} results in out" in capsys.readouterr().out
+    read = [(place / name).read_bytes() for name in made(place)]
+    assert len(set(read)) == len(read)  # every one another's
+
+
+def test_a_name_as_long_as_names_may_be(call: Any, place: Path) -> None:
+    for number, name in enumerate(
+        [f"{'x' * 251}.png", f"{'x' * 250}y.png", f"{'ü' * 124}.jpg", "n\n\x1b[31m\udce9.png"]
+    ):
+        noise(number, 64, 64).save(Path("in", name), format="PNG")
+    assert call("--compare", "--samples", "2") == 0
+    assert len(made(place)) == 6 * 3
+    assert all(len(os.fsencode(Path(path).name)) <= 255 for path in made(place))
+    assert "out/" + "n\n\x1b[31m\udce9_seed1.png" in made(place)
+
+
+def test_places_that_cannot_be_written_are_found_beforehand(call: Any, place: Path, tmp_path: Path) -> None:
+    Path("taken").touch()
+    for out in ("taken/out", "taken/deep/out", "taken"):
+        with pytest.raises(RaystarError, match=r"taken is no folder|expected a folder or a picture's name"):
+            call(out=out)
+    Path("out/a.png").mkdir(parents=True)
+    with pytest.raises(RaystarError, match=r"out/a\.png would be a result, and is a folder"):
+        call("--force")
+    Path("out/a.png").rmdir()
+    Path("out/deep").touch()
+    with pytest.raises(RaystarError, match=r"out/deep is no folder, and results would be in it"):
+        call("--force")
+    Path("out/deep").unlink()
+    long = "/".join(["y" * 250] * 17)
+    with pytest.raises(RaystarError, match="longer path than the system takes"):
+        call(out=long)
+    with pytest.raises(RaystarError, match=r"longer path than|expected a picture, a latent or a folder"):
+        call(input="z" * 300)
+    assert made(place) == []
+    assert not Path("y" * 250).exists()
+
+
+def test_a_folder_that_is_called_like_a_picture(call: Any, place: Path) -> None:
+    for name in ("my.gif", "my.png"):
+        Path(name).mkdir()
+        assert call(out=name) == 0
+        assert Path(name, "a.png").is_file()
+
+
+def test_a_domain_is_found_however_its_accents_are_composed(
+    call: Any, model: Path, place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(model, "model")
+    config = load_config(model / "config.yaml")
+    domains = [f"e\u0301{number}" for number in range(config.num_domains)]
+    Path("model/config.yaml").write_text(to_yaml(override(config, {"data.domains": domains})))
+    assert call(model="model", domain="e\u03011") == 0
+    assert call("--force", model="model", domain="é1") == 0
 
 
 def test_nothing_is_overwritten(call: Any, place: Path) -> None:
