@@ -27,10 +27,18 @@ HIDDEN = {
     "--set data.password='hunter2 and more' --name a": "--set data.password='***' --name a",
     '{"apiKey": "hunter2\\" more", "n": 1}': '{"apiKey": "***", "n": 1}',
     "Authorization: Bearer hunter2": "Authorization: Bearer ***",
+    "/x/api_token: api_key=hunter2 password: hunter2": '/x/api_token: api_key=*** password: "***"',
+    "secret: expected token: hunter2 x": 'secret: expected token: "***" x',
+    "--set api_token: hunter2: expected key=value": '--set api_token: "***" expected key=value',
+    "token: not": 'token: "***"',
+    "http://h/a/token=hunter2": "http://h/a/token=***",
 }
 SHOWN = [
     "http://127.0.0.1:5000/#/experiments/1", "http://host:80/a@b", "sqlite:////home/me@work/mlflow.db",
     "mail me@example.com", "hf://org/model@main", "max_tokens=5 tokenizer: word", "raystar.signature: abc",
+    "data.data_root: /x/api_token: expected a folder with one folder per domain", "/x/token: [Errno 2] No such file",
+    "--images secret: expected a folder, found nothing", "--checkpoint ./account_key: No such file or directory",
+    "api_key: Permission denied", "at '/x/password': it", "/x/authorization: Is a directory",
     "password:\nname: x", "a secret", "design=3", '"http://a/b","me@c"', "",
 ]  # fmt: skip
 
