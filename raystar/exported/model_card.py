@@ -5,6 +5,7 @@ Its words are in `model_card.md`, a template.
 
 from __future__ import annotations
 
+import json
 import platform
 import re
 from collections.abc import Collection, Mapping
@@ -15,6 +16,8 @@ from typing import Any
 import jinja2
 
 from raystar import __version__
+from raystar.base import markdown
+from raystar.base.command import command
 from raystar.base.metrics import METRICS, OF_0_1, measured_by_0_1
 from raystar.config.schema import Config
 
@@ -50,6 +53,7 @@ def card(config: Config, facts: Mapping[str, Any], files: Collection[str]) -> st
     meanings = {**_MEANINGS, **OF_0_1} if old else _MEANINGS
     gain = _gain(facts)
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {"escaped": _text, "code": _code, "literal": _literal}
     text = environment.from_string(_TEMPLATE.read_text(encoding="utf-8")).render(
         config=config,
         domains=config.data.domains,
@@ -61,9 +65,30 @@ def card(config: Config, facts: Mapping[str, Any], files: Collection[str]) -> st
         metric=str(facts.get("metric", "score")).rpartition("/")[2],
         gain=gain,
         better=gain is not None and (gain < 0 if facts.get("mode", "min") == "min" else gain > 0),
+        command=command(
+            "translate",
+            ("--model", "this_folder"),
+            ("--input", "photo.jpg"),
+            ("--domain", config.data.domains[-1]),
+            ("--out", "translated"),
+        ),
+        fence=markdown.fence(config.data.domains),
         agreement=facts.get("onnx", {}).get("difference"),
     )
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
+
+
+def _text(value: Any) -> str:
+    return markdown.escaped(str(value))
+
+
+def _code(value: Any) -> str:
+    return markdown.code(str(value))
+
+
+def _literal(text: str) -> str:
+    """A text as Python reads it."""
+    return json.dumps(text, ensure_ascii=not text.isprintable())
 
 
 def _gain(facts: Mapping[str, Any]) -> float | None:

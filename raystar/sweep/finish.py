@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from raystar.base import markdown
 from raystar.base.command import below, command
 from raystar.base.errors import RaystarError
 from raystar.base.files import wait_for_space, write_whole
@@ -206,11 +207,11 @@ def hand_in_models(
 
 
 def _description(plan: Plan, summary: Summary, best: TrialRecord, epoch: int) -> str:
-    """Of a registered model, for who finds it in the store."""
+    """Of a registered model, for who finds it in the store; Markdown."""
     text = f"Trial {best.trial} of sweep {plan.name} after epoch {epoch}: {summary.short_metric} {best.score:.4f}."
     if summary.finals is not None:
         winner = summary.finals.ranked[0]
         text += f" Mean of {len(winner.runs)} seeds: {finals.around(winner)}."
     if (standing := summary.standing) is not None:
         text += f" Beside the references: {standing}."
-    return text
+    return markdown.escaped(text)

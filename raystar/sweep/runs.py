@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from raystar.base import markdown
 from raystar.base.errors import RaystarError
 from raystar.config.load import override, signature, to_yaml
 from raystar.record.summary import Summary, TrialRecord
@@ -21,7 +22,7 @@ def open_parent(tracker: Tracker, plan: Plan, epochs: int) -> None:
             "raystar.signature": signature(plan.config),
             "raystar.seed": str(plan.config.training.seed),
             **(labels(plan.config) if plan.purpose.models else {}),
-            **({"mlflow.note.content": plan.space.description} if plan.space.description else {}),
+            **({"mlflow.note.content": markdown.paragraphs(plan.space.description)} if plan.space.description else {}),
         },
         text={"config.yaml": to_yaml(plan.config), RECORD: (plan.folder / RECORD).read_text(encoding="utf-8")},
     )
@@ -55,7 +56,7 @@ def lacks_score(tracker: Tracker, summary: Summary, record: TrialRecord) -> bool
 
 def set_aside(tracker: Tracker, record: TrialRecord) -> None:
     """Says in the trial's run that what it holds was measured by another ruler."""
-    tracker.attach(record.trial, {}, {"mlflow.note.content": record.note or ""}, {})
+    tracker.attach(record.trial, {}, {"mlflow.note.content": markdown.escaped(record.note or "")}, {})
 
 
 def give_score(tracker: Tracker, summary: Summary, record: TrialRecord, *, models: bool) -> None:
@@ -65,7 +66,7 @@ def give_score(tracker: Tracker, summary: Summary, record: TrialRecord, *, model
     values = {f"final/{summary.short_metric}": record.score, "final/epoch": float(record.score_epoch)}
     note = f"{record.status}: {summary.short_metric} {record.score:.4f} after epoch {record.score_epoch}"
     note += f" of {record.epochs}" + (f"; {record.reason}" if record.reason else "")
-    tags = {"mlflow.note.content": note}
+    tags = {"mlflow.note.content": markdown.escaped(note)}
     if models:
         tags["raystar.unmoved"] = str(record.unmoved).lower()
     tracker.attach(record.trial, {}, tags, values)

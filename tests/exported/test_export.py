@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import ast
+import html
 import json
+import re
+import shlex
 import subprocess
 import sys
+import unicodedata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from markdown_it import MarkdownIt
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from raystar import export
+from raystar import export, translate
 from raystar.base.errors import RaystarError
+from raystar.base.markdown import paragraphs
+from raystar.base.names import shown
 from raystar.config.load import load_config, override, to_mapping, to_yaml
 from raystar.config.schema import Config
 from raystar.exported import model as model_module
@@ -86,6 +94,52 @@ def test_an_export_is_plain_files(folder: Path) -> None:
     readme = (folder / "README.md").read_text()
     for words in ("loss: trial_0007", "photo, monet, vangogh", "8 epochs", "| score | 1.5312 |", "`loss.w_cyc`: 2.5"):
         assert words in readme
+
+
+BAD = [
+    "<img src=x onerror=alert(1)>", "a](b)", "![x](y)", "`code`", "``", "*strong*", "__init__", "&lt;", "a|b", "\\",
+    "www.example.com", "https:", "# title", "- item", "~~x~~", "$(id)", "it's", "-dash", "a\n```\n<script>", "\x1b[31m",
+    '"quoted"', "e\u0301",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_names_are_no_markup(name: str) -> None:
+    """The card's text shows them; its headings, links, images and blocks are those of any other card."""
+    assert _marks(name) == _marks("plain")
+    text = _rendered(name)
+    told = re.sub(r"<pre>.*?</pre>", "", text, flags=re.DOTALL)
+    words = unicodedata.normalize("NFC", html.unescape(re.sub(r"<[^>]*>", "", told)))
+    assert words.count(unicodedata.normalize("NFC", shown(name.replace("\n", " ")))) >= 7
+    blocks = [html.unescape(block) for block in re.findall(r"<pre><code[^>]*>(.*?)</code></pre>", text, re.DOTALL)]
+    words = shlex.split(blocks[0])
+    assert words[:3] == ["python", "-m", "raystar.translate"]
+    args = translate.parser().parse_args(words[3:])
+    assert args.domain == unicodedata.normalize("NFC", name)
+    called = next(node for node in ast.walk(ast.parse(blocks[1])) if isinstance(node, ast.Call) and len(node.args) == 2)
+    assert ast.literal_eval(called.args[1]) == args.domain
+    assert len(ast.parse(blocks[2]).body) == 7
+
+
+def _rendered(name: str) -> str:
+    config = override(Config(), {"data.domains": ["photo", name]})
+    facts = {
+        **FACTS, "sweep": name, "trial": name, "run_id": name, "data": {"name": name, "latents": 1, "digest": "d"},
+        "params": {"checkpoint.init_from": name}, "finals": None, "trials": 2,
+    }  # fmt: skip
+    markdown = MarkdownIt("commonmark", {"html": True}).enable(["table", "strikethrough"])
+    return str(markdown.render(card(config, facts, ["grid.png", "generator.onnx"])))
+
+
+def _marks(name: str) -> list[str]:
+    return re.findall(r"<(/?\w+)", re.sub(r"<pre>.*?</pre>", "<pre>", _rendered(name), flags=re.DOTALL))
+
+
+def test_notes_are_shown_as_they_are_written() -> None:
+    text = "\n".join(BAD).replace("```", "")
+    shown_text = MarkdownIt("commonmark", {"html": True}).render(paragraphs("x " + text.replace("\n", "\nx ")))
+    assert re.findall(r"<(\w+)", shown_text) == ["p"]
+    assert "&lt;img src=x onerror=alert(1)&gt;" in shown_text
 
 
 @pytest.mark.parametrize(
