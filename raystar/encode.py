@@ -111,8 +111,8 @@ def _tell(job: Job, vae: str, seconds: float) -> None:
 
 def _next(out: Path, domains: list[str], vae: str) -> str:
     """The command of a sweep on these latents."""
-    # What configurations have a meaning of their own for is a path by its dot.
-    root = f"./{out}" if str(out).startswith("~") or str(out) == DEMO_ROOT else str(out)
+    # To configurations these mean something else than a folder here.
+    root = str(out.absolute() if str(out).startswith("~") or str(out) == DEMO_ROOT else out)
     settings = {"data.data_root": root, "data.domains": domains}
     settings |= {"visualization.vae_model_name_or_path": vae} if vae != DEFAULT_VAE else {}
     return command(

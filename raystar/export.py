@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> int:
     uri = args.tracking_uri or address.default_uri(args.runs)
     check_takes(args.out.parent, f"--out {args.out}", "choose another folder")
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=args.out.parent, prefix=f".{args.out.name}.") as scratch:
+    with tempfile.TemporaryDirectory(dir=args.out.parent, prefix=".raystar-export-") as scratch:
         folder = Path(scratch) / "model"
         if args.sweep is not None:
             _export_sweep(args.runs, uri, args.sweep, folder)

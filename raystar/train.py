@@ -18,7 +18,7 @@ from raystar.base.metrics import measured_by_0_1
 from raystar.base.scratch import check_scratch, check_takes
 from raystar.base.transcript import Transcript
 from raystar.config.assignment import SET_HELP
-from raystar.config.folders import cache_dir, check_name, run_name
+from raystar.config.folders import cache_dir, check_name, check_text, run_name
 from raystar.config.load import override, request_config, signature, to_yaml
 from raystar.config.schema import Config
 from raystar.data.bank import Bank, open_bank
@@ -87,6 +87,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _train(args: argparse.Namespace, transcript: Transcript) -> int:
     check_scratch()
+    check_text(args.out, "--out")
     config = _config(args)
     name, folder, begun = _place(args, config)
     if not args.dry_run:

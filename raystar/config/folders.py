@@ -17,6 +17,16 @@ def cache_dir(config: Config, out: Path) -> Path:
     return Path(config.data.cache_dir).expanduser() if config.data.cache_dir else (out / "cache").resolve()
 
 
+def check_text(path: Path, flag: str) -> None:
+    """Raises `RaystarError` for a folder whose name is not UTF-8: no configuration, record or address can hold it."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise RaystarError(
+            f"{flag} {path}: its name is not UTF-8, so no file can say where it is; choose another"
+        ) from None
+
+
 def run_name(text: str) -> str:
     """A run's name from `experiment.name`, which may be any text."""
     return re.sub(r"[^A-Za-z0-9._-]+", "-", text)[:64]

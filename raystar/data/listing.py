@@ -102,7 +102,7 @@ def _list_files(path: Path, domains: Sequence[str], key: str, held: bool, verbos
             )
         folder = path / (found[0] if found else domain)
         if not folder.is_dir():
-            present = sorted(p.name for p in path.iterdir() if p.is_dir())
+            present = sorted(p.name for p in path.iterdir() if p.is_dir() and not is_systems(p.name))
             raise RaystarError(
                 f"{key}: {path}: no folder for domain '{domain}'{nearest(domain, present)}; "
                 f"folders there: {', '.join(present) or 'none'}; choose with --set data.domains=[...]"

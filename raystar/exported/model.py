@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load as load_bytes
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from raystar.base import torch_file as pt
 from raystar.base.errors import RaystarError, nearest
 from raystar.base.files import is_file
-from raystar.base.names import composed
+from raystar.base.names import as_text, composed
 from raystar.config.load import load_config, to_yaml
 from raystar.config.schema import Config
 from raystar.config.strict_yaml import read_mapping
@@ -109,7 +110,9 @@ def load(folder: str | Path, device: torch.device | str | None = None) -> Transl
         raise RaystarError(f"{folder}: expected an exported model ({WEIGHTS}) or a checkpoint (.pt), found none")
     config = load_config(folder / CONFIG)
     try:
-        tensors = load_file(folder / WEIGHTS)
+        # safetensors opens no path that is not UTF-8.
+        plain = as_text(str(folder)) == composed(str(folder))
+        tensors = load_file(folder / WEIGHTS) if plain else load_bytes((folder / WEIGHTS).read_bytes())
     # A damaged file can make the reader raise nearly anything, and all of it means the same.
     except Exception as error:
         raise RaystarError(f"{folder / WEIGHTS}: truncated or damaged ({pt.reason(error)})") from None

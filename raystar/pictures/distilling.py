@@ -22,6 +22,7 @@ from tqdm import tqdm
 from raystar.base import torch_file as pt
 from raystar.base.errors import RaystarError
 from raystar.base.files import is_folder
+from raystar.base.names import is_systems
 from raystar.config.load import override
 from raystar.config.schema import Config
 from raystar.data.bank import Bank, open_bank
@@ -120,7 +121,8 @@ def _bank(root: str, work: Path) -> Bank:
         except Exception as error:  # whatever a damaged file makes its reader raise
             raise RaystarError(f"--latents: {path}: not a readable packed file: {pt.reason(error)}") from None
     elif is_folder(path):
-        domains = sorted(p.name for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
+        folders = (p.name for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
+        domains = sorted(name for name in folders if not is_systems(name))
     else:
         raise RaystarError(f"--latents: {path}: expected a folder with one folder per domain, found nothing")
     bank = open_bank(override(Config(), {"data.data_root": root, "data.domains": domains}, "--latents"), work)

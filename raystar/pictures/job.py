@@ -14,6 +14,7 @@ from typing import Any
 from raystar.base.errors import RaystarError
 from raystar.base.files import is_folder
 from raystar.base.names import LONGEST, alike, as_text, composed, folded, is_systems, shortened
+from raystar.config.folders import check_text
 from raystar.pictures import reading as pictures
 
 _LISTED = 20
@@ -60,8 +61,7 @@ def listed(images: Path, out: Path) -> Job:
         raise RaystarError(f"--out {out}: lies inside of --images {images}; choose a folder beside it")
     if out.exists() and not out.is_dir():
         raise RaystarError(f"--out {out}: expected a folder, found a file")
-    if as_text(str(out)) != composed(str(out)):
-        raise RaystarError(f"--out {out}: its name is not UTF-8, so no configuration can hold it; choose another")
+    check_text(out, "--out")
     job = Job(images, out, {})
     entries = dict[str, str]()
     for entry in _entries(images):

@@ -23,7 +23,7 @@ from raystar.base.machine import usable_cpus
 from raystar.base.scratch import check_takes
 from raystar.base.secrets import redact
 from raystar.base.storage import Storage
-from raystar.config.folders import cache_dir, check_name
+from raystar.config.folders import cache_dir, check_name, check_text
 from raystar.config.load import from_mapping as config_from_mapping
 from raystar.config.load import override, request_config, signature, to_mapping
 from raystar.config.schema import Config
@@ -154,6 +154,7 @@ def make_plan(request: SweepRequest) -> Plan:
             raise RaystarError(f"{flag}: expected at least 1, found {value}")
     check_limits()
     check_machine(request.address)
+    check_text(request.out, "--out")
     budget = _time_budget(request.time_budget) if request.time_budget else None
     if request.resume is not None:
         return _resumed(request, request.resume, budget)

@@ -393,7 +393,7 @@ def test_folders_that_cannot_be_domains(vae: Path, tmp_path: Path, capsys: pytes
     told = capsys.readouterr().err
     assert "a domain needs a name of more than spaces" in told
     assert r"caf\xe9: its latents' folder, caf%E9, is that of caf%E9; rename the folder" in told
-    with pytest.raises(RaystarError, match="its name is not UTF-8, so no configuration can hold it"):
+    with pytest.raises(RaystarError, match="its name is not UTF-8, so no file can say where it is"):
         run(tmp_path / "pics", tmp_path / os.fsdecode(b"out\xe9"), vae)
 
 

@@ -31,7 +31,7 @@ def sqlite_uri(path: Path) -> str:
     Raises:
         RaystarError: this version of SQLAlchemy cannot be told such a path.
     """
-    escaped = quote(str(path))
+    escaped = quote(os.fsencode(path))
     spellings = (f"sqlite:///{path}", f"{_SPELLED}{escaped}", f"{_SPELLED}file:{escaped}?uri=true")
     for uri in spellings:
         if sqlite_file(uri) == path:
