@@ -111,6 +111,9 @@ def _train(args: argparse.Namespace, transcript: Transcript) -> int:
     if checkpoint is not None:  # before anything is written: it may not fit
         first_epoch = restore(state, checkpoint, str(source)) + 1
     if args.dry_run:
+        _codec(config, device)
+        if blind is None:
+            _ruler(config, bank, cache)
         return _dry_run(Trainer(config, bank, state=state, first_epoch=first_epoch), name, folder, str(source))
     folder.mkdir(parents=True, exist_ok=True)
     print(

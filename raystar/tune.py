@@ -64,11 +64,12 @@ def main(argv: list[str] | None = None) -> int:
     plan = make_plan(request_of(args))
     if not plan.resumed:
         note_schedules(plan)
+    from raystar.sweep.run import rehearse, run  # which takes seconds; a wrong request is answered before that
+
     if args.dry_run:
+        rehearse(plan)
         print_plan(plan)
         return 0
-    from raystar.sweep.run import run  # Ray takes seconds to import; a wrong request is answered before that
-
     return run(plan)
 
 

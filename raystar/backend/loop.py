@@ -6,6 +6,7 @@ import ctypes
 import dataclasses
 import functools
 import gc
+import logging
 import os
 import traceback
 from contextlib import suppress
@@ -16,8 +17,8 @@ import torch
 
 from raystar.backend.placing import ensure_local
 from raystar.backend.reporting import Reporter, Request
-from raystar.base.console import show
-from raystar.base.errors import RaystarError, TrialDiverged, TrialOutOfMemory
+from raystar.base.console import note, show
+from raystar.base.errors import RaystarError, TrialDiverged, TrialOutOfMemory, in_short
 from raystar.config.load import from_mapping, override, to_yaml
 from raystar.config.schema import Config, DataConfig, ModelConfig
 from raystar.data.bank import Bank, reopen_bank
@@ -31,6 +32,8 @@ from raystar.training.trainer import Trainer
 from raystar.training.workers import ALONE, Group
 
 _POISONED = 86  # exit status of a process whose CUDA context is of no use any more
+
+logger = logging.getLogger(__name__)
 
 
 def train_loop(settings: dict[str, Any]) -> None:
@@ -84,13 +87,8 @@ def what_ended(error: Exception) -> tuple[str, str]:
         status = {TrialDiverged: DIVERGED, TrialOutOfMemory: OUT_OF_MEMORY}.get(type(error), FAILED)
         return status, str(error)
     if out_of_memory(error):  # outside of a step: while the networks, the latents or the ruler are put on the device
-        return OUT_OF_MEMORY, f"{_in_short(error)}; lower training.batch_size or model.base_dim, or run fewer trials"
-    return FAILED, _in_short(error)
-
-
-def _in_short(error: Exception) -> str:
-    reason = (str(error).strip().splitlines() or [""])[0]
-    return f"{type(error).__name__}: {reason}"[:500]
+        return OUT_OF_MEMORY, f"{in_short(error)}; lower training.batch_size or model.base_dim, or run fewer trials"
+    return FAILED, in_short(error)
 
 
 @functools.cache
@@ -181,4 +179,7 @@ def _build_ruler(config: Config, latent_scale: float, cache_dir: str, key: str) 
 
 @functools.lru_cache(maxsize=2)
 def _open_codec(config: Config, device: str) -> Codec | None:
-    return open_codec(config, device)[0]  # the driver has logged the note already
+    codec, missing = open_codec(config, device)
+    if missing is not None:  # the driver has it, or has looked for it and noted that; this node lacks it
+        note(logger, missing)
+    return codec

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from raystar.base.console import shows
-from raystar.base.errors import RaystarError
+from raystar.base.errors import RaystarError, in_short
 from raystar.base.limits import NODE, limit
 from raystar.base.secrets import redact
 from raystar.base.storage import Storage
@@ -153,9 +153,9 @@ def on_every_node(function: Callable[..., Any], *args: Any, what: str, wait: str
             try:
                 results[node] = ray.get(ready)
             except ray.exceptions.RayTaskError as error:
-                failed[node] = _in_short(error.cause)
+                failed[node] = in_short(error.cause)
             except ray.exceptions.RayError as error:
-                failed[node] = _in_short(error)
+                failed[node] = in_short(error)
         if shows() and time.monotonic() - began > _SHOW_AFTER_S and (running or shown):
             shown = True
             print(f"\r{what}: {len(alive) - len(running)} of {len(alive)} nodes", end="", file=sys.stderr, flush=True)
@@ -168,11 +168,6 @@ def on_every_node(function: Callable[..., Any], *args: Any, what: str, wait: str
         reasons = "\n  ".join(f"{node}: {reason}" for node, reason in sorted(failed.items(), key=lambda f: f[0].host))
         raise RaystarError(f"{what} failed on {len(failed)} of {len(alive)} nodes:\n  {reasons}")
     return results
-
-
-def _in_short(error: BaseException) -> str:
-    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return reason if isinstance(error, RaystarError) else f"{type(error).__name__}: {reason}"
 
 
 # -- the storage -----------------------------------------------------------------------------------
@@ -202,7 +197,7 @@ def _here(what: str, function: Callable[..., Any], *args: Any) -> Any:
         return function(*args)
     # Every kind of storage has its own kinds of errors.
     except Exception as error:
-        raise RaystarError(f"{what} failed on this machine: {_in_short(error)}") from None
+        raise RaystarError(f"{what} failed on this machine: {in_short(error)}") from None
 
 
 def _probe_write(uri: str, folder: str) -> tuple[str, str]:

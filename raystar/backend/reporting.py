@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ray.train
@@ -13,6 +13,7 @@ from ray import tune
 from ray.util.placement_group import get_current_placement_group
 
 from raystar.backend.placing import Placed
+from raystar.base.console import noted
 from raystar.base.storage import Storage
 from raystar.record.events import TrialReport
 from raystar.record.statuses import RUNNING, STARTING
@@ -78,6 +79,7 @@ class Reporter:
         self.value = _worst(request)
         """The metric as it was measured last, which Tune gets again at epochs that are not measured."""
         self.note: str | None = None
+        self._noted = 0  # of this process's notes, how many have been sent
 
     def repeat(self) -> Restored:
         """Reports again what was saved and may not have arrived; returns where to continue."""
@@ -115,12 +117,19 @@ class Reporter:
 
     def ended(self, status: str, reason: str) -> None:
         """The last report of a trial that did not come to its end."""
-        self._tell(ended(self.request, status, reason))
+        self._tell(ended(self.request, status, reason, self._notes()))
+
+    def _notes(self) -> list[str]:
+        """What this process has to say that it has not said for this trial."""
+        notes = noted()[self._noted :]
+        self._noted += len(notes)
+        return notes
 
     def _send(self, report: TrialReport, *, saved: bool = False) -> None:
         note, self.note = self.note, None
         self.value = report["metrics"].get(self.request.metric, self.value)
-        self._tell(message({**report, "note": note}, self.request.metric, self.value) | {"saved": saved})
+        report = {**report, "note": note, "notes": self._notes()}
+        self._tell(message(report, self.request.metric, self.value) | {"saved": saved})
 
     def _tell(self, message: dict[str, Any]) -> None:
         tune.report(message)
@@ -156,9 +165,9 @@ def message(report: TrialReport, metric: str, value: float) -> dict[str, Any]:
     return {"report": json.dumps({**report, **who}), metric: value}
 
 
-def ended(request: Request, status: str, reason: str) -> dict[str, Any]:
+def ended(request: Request, status: str, reason: str, notes: Sequence[str] = ()) -> dict[str, Any]:
     """A message without an epoch: the trial did not come to its end, or has not begun."""
-    return message({"status": status, "reason": reason}, request.metric, _worst(request))
+    return message({"status": status, "reason": reason, "notes": list(notes)}, request.metric, _worst(request))
 
 
 def _worst(request: Request) -> float:

@@ -6,8 +6,9 @@ Module-level classes, since Tune pickles what it is given; what belongs to the r
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from typing import Any, ClassVar, Protocol
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import ray
 from ray import tune
@@ -17,7 +18,11 @@ from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 
 from raystar.backend.reporting import from_tune
+from raystar.base.console import note
 from raystar.record.events import TrialReport
+
+T = TypeVar("T")
+logger = logging.getLogger(__name__)
 
 MAX_DEATHS = 3
 """Times that a trial's process may die, without an epoch saved in between, and be started again."""
@@ -75,6 +80,49 @@ class Listener(Protocol):
         """A trial is over; `deaths` of its process ended it, or None."""
 
 
+class Heard:
+    """A listener whose first error is kept, and ends the trials.
+
+    What Tune's hooks raise comes out of Tune as text, with all of its trace, or not at all: some it tries again.
+
+    Args:
+        listener: who hears.
+    """
+
+    def __init__(self, listener: Listener) -> None:
+        self.listener = listener
+        self.error: Exception | None = None
+
+    @property
+    def stopping(self) -> bool:
+        """See `Listener`."""
+        return self.error is not None or self._kept(lambda: self.listener.stopping)
+
+    @property
+    def stop_now(self) -> bool:
+        """See `Listener`."""
+        return self.error is not None or self._kept(lambda: self.listener.stop_now)
+
+    def trial_started(self, name: str, params: dict[str, Any]) -> None:
+        """See `Listener`."""
+        self._kept(lambda: self.listener.trial_started(name, params))
+
+    def trial_reported(self, name: str, report: TrialReport) -> bool:
+        """See `Listener`."""
+        return self._kept(lambda: self.listener.trial_reported(name, report))
+
+    def trial_ended(self, name: str, deaths: int | None) -> None:
+        """See `Listener`."""
+        self._kept(lambda: self.listener.trial_ended(name, deaths))
+
+    def _kept(self, ask: Callable[[], T]) -> T:
+        try:
+            return ask()
+        except Exception as error:
+            self.error = self.error or error
+            raise
+
+
 class Warden(FIFOScheduler):  # type: ignore[misc]
     """Asks the listener about every report. Trials begin in their order, and none while the sweep is stopping."""
 
@@ -85,6 +133,8 @@ class Warden(FIFOScheduler):  # type: ignore[misc]
     def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
         """See `ray.tune.schedulers.TrialScheduler`."""
         report: TrialReport = json.loads(result.get("report", "{}"))  # there is none if the trial ended without one
+        for text in report.pop("notes", []):  # a word for all trials whose processes say it
+            note(logger, text)
         continues = not report or self.listener.trial_reported(str(trial), report)
         return str(TrialScheduler.CONTINUE if continues and not self.listener.stopping else TrialScheduler.STOP)
 

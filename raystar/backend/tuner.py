@@ -13,7 +13,7 @@ from ray import tune
 
 from raystar.backend.reporting import Request, for_tune
 from raystar.backend.trial import run_trial
-from raystar.backend.tune_hooks import Listener, Recorder, Release, Silent, Stop, TrialNames, Warden
+from raystar.backend.tune_hooks import Heard, Listener, Recorder, Release, Silent, Stop, TrialNames, Warden
 from raystar.base.errors import RaystarError
 from raystar.search.distributions import Distribution
 from raystar.search.space import SEED, Space
@@ -40,7 +40,11 @@ def fit(listener: Listener, request: Request, space: Space, assignment: Assignme
 
     Args:
         request: what all trials share; its folder `scratch` is set here.
+
+    Raises:
+        Exception: what the listener raises, or what Tune itself does.
     """
+    heard = Heard(listener)
     grouped = request.workers > 1
     # A group of workers asks for its own; the function that steers it must ask for something, or Tune refuses it.
     resources: dict[str, float] = {"cpu": 0.01 if grouped else request.cpus}
@@ -54,7 +58,7 @@ def fit(listener: Listener, request: Request, space: Space, assignment: Assignme
             param_space=_param_space(space, assignment),
             tune_config=tune.TuneConfig(
                 search_alg=_searcher(space, assignment),
-                scheduler=Warden(listener),
+                scheduler=Warden(heard),
                 num_samples=len(names),
                 # The function of a stopped trial still waits for its group of workers: it ends with its process.
                 # And what one setting compiled would be in the next one's way, and in its memory.
@@ -66,14 +70,20 @@ def fit(listener: Listener, request: Request, space: Space, assignment: Assignme
                 name="trials",
                 storage_path=scratch,
                 verbose=0,
-                stop=Stop(listener),
-                callbacks=[Silent(), Release(), Recorder(listener)],
+                stop=Stop(heard),
+                callbacks=[Silent(), Release(), Recorder(heard)],
                 # A process that dies starts again from its trial's last checkpoint, as often as `Recorder` says;
                 # what a trial raises never comes here.
                 failure_config=tune.FailureConfig(max_failures=-1),
             ),
         )
-        tuner.fit()
+        try:
+            tuner.fit()
+        except Exception:
+            if heard.error is None:
+                raise
+        if heard.error is not None:
+            raise heard.error
 
 
 def _param_space(space: Space, assignment: Assignment) -> dict[str, Any]:

@@ -58,6 +58,37 @@ def _as_it_is(error: UnicodeError) -> tuple[str | bytes, int]:
 codecs.register_error(_ANY_NAME, _as_it_is)
 
 
+class _Kept(logging.Handler):
+    """Keeps the notes on this process or machine."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.notes: dict[str, None] = {}
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Keeps one."""
+        if getattr(record, "of_process", False):
+            self.notes[record.getMessage()] = None
+
+
+_KEPT = _Kept()
+_LOGGER.addHandler(_KEPT)
+
+
+def note(logger: logging.Logger, text: str) -> None:
+    """Logs a note on this process or machine, once, and keeps it for `noted`.
+
+    A sweep's trials have processes of their own, and who runs the sweep logs again what they noted.
+    """
+    if text not in _KEPT.notes:
+        logger.warning(text, extra={"of_process": True})
+
+
+def noted() -> list[str]:
+    """What `note` has logged in this process, in order, each once."""
+    return list(_KEPT.notes)
+
+
 def show() -> None:
     """Prints from now on what this process's raystar logs; no name of a file is too odd to be printed."""
     for stream in (sys.stdout, sys.stderr):

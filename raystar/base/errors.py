@@ -28,6 +28,25 @@ class WorkerLost(RaystarError):  # noqa: N818
     """Another worker of the same model is gone, so this one cannot continue."""
 
 
+_TRACE = "Traceback (most recent call last):"
+
+
+def in_short(error: BaseException) -> str:
+    """An error in a line: a RaystarError's own first one, before another's its kind.
+
+    Ray's errors quote the trace of what they are about: of these it is the line that the last trace ends with.
+    """
+    lines = str(error).strip().splitlines()
+    traces = [number for number, line in enumerate(lines) if line.strip().endswith(_TRACE)]
+    if traces:
+        ends = [line for line in lines[traces[-1] + 1 :] if line.strip() and not line[0].isspace()]
+        if ends:
+            return ends[0][:500]
+    reason = lines[0] if lines else ""
+    kind = "" if isinstance(error, RaystarError) else f"{type(error).__name__}{': ' if reason else ''}"
+    return f"{kind}{reason}"[:500]
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """`" (did you mean 'w_cyc'?)"` for the known name closest to `name`, or an empty string."""
     known = list(known)

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from raystar.base.console import note
 from raystar.base.errors import RaystarError
 from raystar.config.schema import Config
 from raystar.data.bank import Bank
@@ -233,9 +234,7 @@ def _place(bank: Bank, preload: bool, device: torch.device) -> Tensor:
         return bank.latents
     free, _ = torch.cuda.mem_get_info(device)
     if bank.latents.nbytes > free // 2:
-        logger.warning(
-            f"{bank.latents.nbytes / 2**30:.1f} GiB of latents stay in CPU memory, "
-            f"{free / 2**30:.1f} GiB are free on the GPU"
-        )
+        size = f"{bank.latents.nbytes / 2**30:.1f} GiB"
+        note(logger, f"{size} of latents stay in CPU memory: they are more than half of what is free on the GPU")
         return bank.latents
     return bank.latents.to(device)

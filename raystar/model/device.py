@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from raystar.base.console import note
 from raystar.base.errors import RaystarError
 from raystar.config.schema import Config
 from raystar.model.native import kernels
@@ -53,12 +54,12 @@ def fp16_on_cpu(config: Config, device: torch.device) -> bool:
 
 @functools.cache
 def _note_fp16() -> None:
-    logger.warning("training.amp_dtype: fp16 is for GPUs: float32 is used on this CPU (bf16 may be faster)")
+    note(logger, "training.amp_dtype: fp16 is for GPUs: float32 is used on this CPU (bf16 may be faster)")
 
 
 @functools.cache
 def _note_slow_bf16() -> None:
-    logger.warning("this processor has no instructions for bf16: float32, which is faster here, is used instead")
+    note(logger, "this processor has no instructions for bf16: float32, which is faster here, is used instead")
 
 
 @contextmanager

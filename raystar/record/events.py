@@ -41,6 +41,9 @@ class TrialReport(TypedDict):
     labels: NotRequired[dict[str, str]]
     """How it runs, as tags."""
     note: NotRequired[str | None]
+    """On the trial."""
+    notes: NotRequired[list[str]]
+    """On its process or machine."""
     first_step_at: NotRequired[float | None]
 
 

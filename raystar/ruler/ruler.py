@@ -39,6 +39,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from raystar.base.errors import RaystarError
 from raystar.base.metrics import RULER
 from raystar.base.scratch import check_takes
 from raystar.config.schema import Config
@@ -63,6 +64,7 @@ identity have up to 0.002, by rounding; those that moved later had more at a fif
 _PERFECT = 0.1
 _DIVERSITY_WANTED = 0.2
 _IGNORED_FROM, _IGNORED_AT = 0.6, 0.85  # of what unrelated pictures lose; other renderings of one scene lose half of it
+_ALIKE = "the ruler has nothing to measure by: all latents of {} give one and the same picture"
 _LEAST_CONTENTS = 12  # pictures whose diversity is measured
 _MAX_TRAIN = 96  # training pictures a domain that standardisation and classifier see
 
@@ -119,8 +121,8 @@ class Ruler:
         """Looks at the bank's pictures (seconds), or reads from `cache_dir` what was seen of them.
 
         Raises:
-            RaystarError: a domain with too few held-out latents, latents that no SD1.5 decoder takes, or a feature
-                file that is none.
+            RaystarError: a domain with too few held-out latents, or with such as look all the same, latents that no
+                SD1.5 decoder takes, a feature file that is none, or a cache that cannot be written.
         """
         check(bank, config)
         if cache_dir is None:
@@ -278,8 +280,14 @@ def _fresh(cls: type[Ruler], bank: Bank, config: Config) -> Ruler:
         rng = np.random.default_rng(SEED)
         train = [bank.rows(np.sort(rng.permutation(rows)[:_MAX_TRAIN])) for rows in bank.train]
         raw = [torch.cat([stats for stats, _ in eye.look(x)]) for x in train]
-        features = Features.fit(raw, _own_statistics(bank))
         chosen = choose(bank, config)
+        for domain, target in zip(bank.domains, chosen.targets, strict=True):
+            if (target == target[0]).all():
+                raise RaystarError(f"{bank.root}: {_ALIKE.format(f'domain {domain}')}")
+        try:
+            features = Features.fit(raw, _own_statistics(bank))
+        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # the stubs forget it
+            raise RaystarError(f"{bank.root}: {_ALIKE.format('each domain')}") from None
         pairs = [(i, j) for i in range(len(bank.domains)) for j in range(len(bank.domains)) if i != j]
         looks = [list(zip(*eye.look(x / scale), strict=True)) for x in chosen.targets]
         seen = [_Seen(features(torch.cat(raw)), torch.cat(sketches)) for raw, sketches in looks]

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import logging
+import secrets
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from raystar.base.errors import RaystarError
 from raystar.base.machine import usable_cpus
+from raystar.base.scratch import check_takes
+from raystar.base.secrets import in_a_line, redact
 from raystar.base.storage import Storage
 from raystar.config.load import override
 from raystar.config.schema import Config
@@ -52,11 +55,12 @@ def check_pictures(config: Config) -> None:
 
 
 def check_room(config: Config, space: Space, storage: Storage, cpus: int, trials: int) -> None:
-    """Refuses what the disk has no room for, and finals of seeds that there are not.
+    """Refuses a storage that takes no files, or has no room for them, and finals of seeds that there are not.
 
     Raises:
-        RaystarError: too little is free, or the last seed would be too large a number.
+        RaystarError: nothing can be written, too little is free, or the last seed would be too large a number.
     """
+    _check_storage(storage)
     at_a_time = max(1, usable_cpus() // (cpus * space.resources.workers))
     top, seeds = space.finalists.top, space.finalists.seeds
     final = top + 1 if top and seeds else 0  # with the baseline
@@ -64,6 +68,20 @@ def check_room(config: Config, space: Space, storage: Storage, cpus: int, trials
         override(config, {SEED: config.training.seed + seeds}, f"{space.source}: finalists")
     needed = needed_bytes(checkpoint_bytes(config), at_a_time, space.keep + final, trials + final * seeds)
     check_space(storage, needed)
+
+
+def _check_storage(storage: Storage) -> None:
+    where = f"--storage {redact(storage.uri)}"
+    if storage.path is not None:
+        check_takes(storage.path, where, "choose another folder")
+        return
+    probe = f"probe-{secrets.token_hex(4)}"
+    try:
+        storage.write(probe, b"raystar")
+        storage.delete(probe)
+    # Every kind of storage has its own kinds of errors.
+    except Exception as error:
+        raise RaystarError(f"{where}: nothing can be written there ({in_a_line(error)})") from None
 
 
 def note_idle(space: Space, content: Mapping[str, Any], known: Mapping[str, Mapping[str, Any]]) -> None:

@@ -91,6 +91,19 @@ def _run(plan: Plan) -> int:
         ray_start.stop()
 
 
+def rehearse(plan: Plan) -> None:
+    """What a dry run tries beyond the plan's checks: the ruler and the codec, which a sweep makes while Ray starts.
+
+    The ruler stays in the cache, where the sweep finds it.
+
+    Raises:
+        RaystarError: what would end the sweep.
+    """
+    _references(plan)
+    if plan.purpose.models and (note := _settle_codec(plan.config)[1]) is not None:
+        logger.warning(note)
+
+
 def _references(plan: Plan) -> dict[str, dict[str, float]]:
     """What the ruler says of a model that does nothing, and so on; makes its file on the way."""
     return Ruler.build(plan.bank, plan.config, plan.cache_dir).references if plan.purpose.models else {}

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 from raystar.backend import placing
-from raystar.base.errors import RaystarError
+from raystar.base.errors import RaystarError, in_short
 from raystar.base.journal import Journal
 from raystar.record import finals
 from raystar.record.events import (
@@ -114,7 +114,7 @@ class Session:
                 raise self.refused from None
             trace = plan.folder / "error.txt"
             trace.write_text(traceback.format_exc(), encoding="utf-8")
-            error = f"{type(failure).__name__}: {(str(failure).strip().splitlines() or [''])[0]} (all of it in {trace})"
+            error = f"{in_short(failure)} (all of it in {trace})"
         finally:
             watch.close()
             self.board.stop()

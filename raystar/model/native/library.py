@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 
+from raystar.base.console import note
 from raystar.base.files import cache_dir
 
 logger = logging.getLogger(__name__)
@@ -155,5 +156,5 @@ def announced() -> bool:
     """Whether the kernels are there; says once why not, unless somebody wanted it so."""
     reason = unavailable()
     if reason is not None and os.environ.get(SWITCH) != "0":
-        logger.warning(f"bf16 on this CPU runs without raystar's native kernels: {reason}")
+        note(logger, f"bf16 on this CPU runs without raystar's native kernels: {reason}")
     return reason is None
