@@ -92,7 +92,8 @@ def _train(args: argparse.Namespace, transcript: Transcript) -> int:
     name, folder, begun = _place(args, config)
     if not args.dry_run:
         transcript.write_to(config.training.console_log_path, "training.console_log_path")
-    check_takes(folder, f"run {name}", "choose another --out, or copy the run to where it can be continued")
+    there = folder.exists()
+    check_takes(folder, f"run {name}", "copy it to where it can be continued" if there else "choose another folder")
     uri = args.tracking_uri or default_uri(args.out)
     check_uri(uri)
     check_codec(config)
@@ -112,8 +113,7 @@ def _train(args: argparse.Namespace, transcript: Transcript) -> int:
         first_epoch = restore(state, checkpoint, str(source)) + 1
     if args.dry_run:
         _codec(config, device)
-        if blind is None:
-            _ruler(config, bank, cache)
+        _ruler(config, bank, cache)
         return _dry_run(Trainer(config, bank, state=state, first_epoch=first_epoch), name, folder, str(source))
     folder.mkdir(parents=True, exist_ok=True)
     print(
@@ -126,7 +126,7 @@ def _train(args: argparse.Namespace, transcript: Transcript) -> int:
     late = tracker.waiting
     tracker.begin()
     try:
-        codec, ruler = _codec(config, device), _ruler(config, bank, cache) if blind is None else None
+        codec, ruler = _codec(config, device), _ruler(config, bank, cache)
         tracker.wait_until_connected()
         trainer = Trainer(config, bank, ruler, codec, state, first_epoch=first_epoch)
     except BaseException:
@@ -238,7 +238,9 @@ def _codec(config: Config, device: Any) -> Codec | None:
     return codec
 
 
-def _ruler(config: Config, bank: Bank, cache: Path) -> Ruler:
+def _ruler(config: Config, bank: Bank, cache: Path) -> Ruler | None:
+    if unmeasured(config) is not None:  # which has been said
+        return None
     ruler = Ruler.build(bank, config, cache)
     if config.progress != "off":
         nothing, transfer = (ruler.references[name]["eval/score"] for name in (NOTHING, TRANSFER))

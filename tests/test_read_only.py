@@ -89,8 +89,8 @@ def test_runs_on_a_file_system_that_may_only_be_read(runs: Path, tmp_path: Path)
         (["tune", "--resume", "s"], "copy the runs to where they can be written, and resume there"),
         (["tune", *space, "--name", "new"], "choose another folder"),
         (["tune", *space, "--name", "new", "--dry-run"], "choose another folder"),
-        (["train", *config, "--name", "new"], "choose another --out"),
-        (["train", *config, "--name", "one", "--resume", "--epochs", "2"], "copy the run to where it can be continued"),
+        (["train", *config, "--name", "new"], "choose another folder"),
+        (["train", *config, "--name", "one", "--resume", "--epochs", "2"], "copy it to where it can be continued"),
         (["encode", "--images", "pics", "--vae", "vae", "--out", "runs/latents"], "choose another folder"),
     ]
     save_block_averages(tmp_path / "vae")
