@@ -113,10 +113,9 @@ def commands(printed: str, kind: str) -> list[list[str]]:
 
 def pictures(folder: Path, name: str, count: int = 1) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    pixels = np.random.default_rng(len(name)).integers(0, 256, (8, 8, 3), dtype=np.uint8)
-    Image.fromarray(pixels).resize((64, 64)).save(folder / "0.png")
-    for number in range(1, count):
-        shutil.copy(folder / "0.png", folder / f"{number}.png")
+    for number in range(count):
+        pixels = np.random.default_rng([len(name), number]).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+        Image.fromarray(pixels).resize((64, 64)).save(folder / f"{number}.png")
 
 
 def plain(*names: str) -> bool:

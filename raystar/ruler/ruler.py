@@ -39,7 +39,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from raystar.base.errors import RaystarError
+from raystar.base.errors import RaystarError, show
 from raystar.base.metrics import RULER
 from raystar.base.scratch import check_takes
 from raystar.config.schema import Config
@@ -283,7 +283,7 @@ def _fresh(cls: type[Ruler], bank: Bank, config: Config) -> Ruler:
         chosen = choose(bank, config)
         for domain, target in zip(bank.domains, chosen.targets, strict=True):
             if (target == target[0]).all():
-                raise RaystarError(f"{bank.root}: {_ALIKE.format(f'domain {domain}')}")
+                raise RaystarError(f"{bank.root}: {_ALIKE.format(f'domain {show(domain)}')}")
         try:
             features = Features.fit(raw, _own_statistics(bank))
         except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # the stubs forget it

@@ -418,7 +418,7 @@ def test_an_export_without_them_says_nothing(config: Config, tmp_path: Path) -> 
 def test_the_interpolation_shows_them(saved: Path, config: Config, bank: Bank, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint = checkpoints.load(saved)
     plan = cast(Plan, SimpleNamespace(config=config, bank=bank))
-    monkeypatch.setattr(outcome, "open_codec", lambda config, device: (PreviewCodec(), None))
+    monkeypatch.setattr(outcome, "need_codec", lambda config, device: (PreviewCodec(), None))
     codec = PreviewCodec()
     averaged, raw = (
         grid.interpolation(model_of(found, config), config, grid.choose(bank, config, codec), codec).tobytes()
