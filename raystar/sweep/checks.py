@@ -60,7 +60,6 @@ def check_room(config: Config, space: Space, storage: Storage, cpus: int, trials
     Raises:
         RaystarError: nothing can be written, too little is free, or the last seed would be too large a number.
     """
-    _check_storage(storage)
     at_a_time = max(1, usable_cpus() // (cpus * space.resources.workers))
     top, seeds = space.finalists.top, space.finalists.seeds
     final = top + 1 if top and seeds else 0  # with the baseline
@@ -68,6 +67,7 @@ def check_room(config: Config, space: Space, storage: Storage, cpus: int, trials
         override(config, {SEED: config.training.seed + seeds}, f"{space.source}: finalists")
     needed = needed_bytes(checkpoint_bytes(config), at_a_time, space.keep + final, trials + final * seeds)
     check_space(storage, needed)
+    _check_storage(storage)
 
 
 def _check_storage(storage: Storage) -> None:
