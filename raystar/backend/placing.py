@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import functools
 import hashlib
 import os
@@ -17,6 +16,7 @@ from raystar.backend.nodes import on_every_node
 from raystar.base.errors import RaystarError
 from raystar.base.files import cache_dir as own_cache
 from raystar.base.limits import PLACING
+from raystar.base.locks import hold
 from raystar.base.secrets import redact
 from raystar.base.storage import Storage
 from raystar.config.load import from_mapping
@@ -91,8 +91,7 @@ def ensure_local(placed: Placed, *, thorough: bool = False) -> Path:
         return folder
     folder.mkdir(parents=True, exist_ok=True)
     # One process of the node copies, the others wait for it.
-    with (folder / "placing.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with hold(folder / "placing.lock"):
         for name, size, digest in placed.files:
             path = folder / name
             present = path.is_file() and path.stat().st_size == size

@@ -1,14 +1,12 @@
-"""Files and folders: asked for, written whole, locked, and waited for while the disk is full."""
+"""Files and folders: asked for, written whole, and waited for while the disk is full."""
 
 from __future__ import annotations
 
 import errno
-import fcntl
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
@@ -110,28 +108,3 @@ def wait_for_space(path: Path | str, operation: Callable[[], T]) -> T:
     finally:
         if tells:
             _waited_for.discard(folder)
-
-
-LOCK = "lock"
-"""A file that the process which runs a sweep holds."""
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Holds a sweep's folder for this process, however it ends.
-
-    Raises:
-        RaystarError: another process runs the sweep.
-    """
-    with (folder / LOCK).open("a+", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            file.seek(0)
-            raise RaystarError(
-                f"{folder}: this sweep is running already, in process {file.read().strip() or 'of another machine'}"
-            ) from None
-        file.truncate(0)
-        file.write(f"{os.getpid()}\n")
-        file.flush()
-        yield

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -10,7 +9,7 @@ import sys
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,6 +24,7 @@ from raystar import __version__
 from raystar.base.errors import RaystarError
 from raystar.base.files import wait_for_space, write_whole
 from raystar.base.journal import Journal
+from raystar.base.locks import Held, hold
 from raystar.base.names import alike
 from raystar.pictures import reading as pictures
 from raystar.pictures.autoencoders import VaeCodec
@@ -76,17 +76,16 @@ def _alone(out: Path) -> Iterator[None]:
     """One process at a time writes into `out`; a killed one leaves nothing locked."""
     try:
         out.mkdir(parents=True, exist_ok=True)
-        folder = os.open(out, os.O_RDONLY)
     except OSError as error:
         raise RaystarError(f"--out {out}: cannot be made: {error.strerror}") from None
-    try:
+    with ExitStack() as stack:
         try:
-            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise RaystarError(f"--out {out}: another process is encoding into it") from None
+            stack.enter_context(hold(out, wait=False))
+        except Held as held:
+            raise RaystarError(f"--out {out}: another process is encoding into it ({held})") from None
+        except OSError as error:
+            raise RaystarError(f"--out {out}: cannot be opened: {error.strerror}") from None
         yield
-    finally:
-        os.close(folder)
 
 
 def _recorded(out: Path) -> dict[str, Any]:

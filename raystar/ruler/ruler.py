@@ -26,7 +26,6 @@ Shapes: n sources a pair, P ordered pairs, N domains, d features, C x H x W late
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 from collections.abc import Iterator
@@ -40,6 +39,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from raystar.base.errors import RaystarError, show
+from raystar.base.locks import hold
 from raystar.base.metrics import RULER
 from raystar.base.scratch import check_takes
 from raystar.config.schema import Config
@@ -133,8 +133,7 @@ class Ruler:
         check_takes(path.parent, "the ruler", "name another folder in data.cache_dir")
         path.parent.mkdir(parents=True, exist_ok=True)
         # One process of the node makes it, the others wait for the file.
-        with path.with_suffix(".lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with hold(path.with_suffix(".lock")):
             ruler = _read(path, bank, config)
             if ruler is None:
                 ruler = _fresh(cls, bank, config)

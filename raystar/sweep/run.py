@@ -17,8 +17,8 @@ from raystar.backend import nodes as cluster
 from raystar.backend import placing, ray_start
 from raystar.backend.ray_start import RAY_ENVIRONMENT
 from raystar.base.errors import RaystarError, show
-from raystar.base.files import locked
 from raystar.base.journal import Journal
+from raystar.base.locks import running
 from raystar.base.machine import usable_cpus
 from raystar.config.load import get_value, override, to_mapping
 from raystar.config.schema import Config
@@ -48,7 +48,7 @@ def run(plan: Plan) -> int:
         RaystarError: Ray, the ruler or the tracking store cannot be started, or the sweep is running already.
     """
     plan.folder.mkdir(parents=True, exist_ok=plan.resumed)
-    with locked(plan.folder):
+    with running(plan.folder):
         try:
             return _run(plan)
         except BaseException as ended:

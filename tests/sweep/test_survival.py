@@ -23,7 +23,7 @@ import yaml
 
 from raystar import tune
 from raystar.base.errors import RaystarError
-from raystar.base.files import locked
+from raystar.base.locks import running
 from raystar.base.machine import usable_cpus
 from raystar.exported import model
 from raystar.model import checkpoint as checkpoints
@@ -531,7 +531,7 @@ class TestResumeRefuses:
     def test_a_sweep_that_is_running(self, runs: Path) -> None:
         plan = make_plan(tune.request_of(tune.parser().parse_args(["--resume", "s", "--out", str(runs)])))
         with (
-            locked(runs / "s"),
+            running(runs / "s"),
             pytest.raises(RaystarError, match=rf"s: this sweep is running already, in process {os.getpid()}"),
         ):
             sweep.run(plan)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
-import fcntl
 import functools
 import hashlib
 import logging
@@ -14,13 +12,13 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
 from raystar.base.console import note
 from raystar.base.files import cache_dir
+from raystar.base.locks import hold
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +57,7 @@ def build(folder: Path, compiler: str) -> Path:
     if library.exists():
         return library
     folder.mkdir(parents=True, exist_ok=True)
-    with _locked(folder / "kernels.lock"), tempfile.TemporaryDirectory(dir=folder) as scratch:
+    with hold(folder / "kernels.lock"), tempfile.TemporaryDirectory(dir=folder) as scratch:
         if not library.exists():
             compiled, linked = (str(Path(scratch) / name) for name in ("kernels.o", "kernels.so"))
             _run(compiler, *_COMPILE, "-c", str(_SOURCE), "-o", compiled)
@@ -71,13 +69,6 @@ def build(folder: Path, compiler: str) -> Path:
 def _run(*command: str) -> str:
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=_COMPILER_SECONDS)
     return done.stdout
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 @functools.cache
