@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -116,15 +117,32 @@ class Tracker(Protocol):
 
 
 def provenance() -> dict[str, str]:
-    """Tags that say what ran: raystar's version, the command line's program and the git commit, if there is one."""
+    """Tags that say what ran: raystar's version, the command line's program and the commit of raystar's clone."""
     tags = {"raystar.version": __version__, "mlflow.source.name": "raystar", "mlflow.source.type": "LOCAL"}
-    package = Path(raystar.__file__).resolve().parent
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
-        result = subprocess.run(
-            ["git", "-C", str(package), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True
-        )
-        tags["mlflow.source.git.commit"] = result.stdout.strip()
+    if (commit := commit_of(Path(raystar.__file__).resolve().parent)) is not None:
+        tags["mlflow.source.git.commit"] = commit
     return tags
+
+
+def commit_of(package: Path) -> str | None:
+    """The commit of the clone whose package this is; None where it is installed, or lies in another repository."""
+    clone = package.parent
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        if 'name = "raystar"' not in (clone / "pyproject.toml").read_text(encoding="utf-8", errors="replace"):
+            return None
+        if Path(_git(clone, "rev-parse", "--show-toplevel")).resolve() != clone:
+            return None
+        _git(clone, "ls-files", "--error-unmatch", f"{package.name}/__init__.py")  # fails where it is not part of it
+        return _git(clone, "rev-parse", "HEAD")
+    return None
+
+
+def _git(folder: Path, *command: str) -> str:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+    done = subprocess.run(
+        ["git", "-C", str(folder), *command], capture_output=True, text=True, timeout=10, check=True, env=environment
+    )
+    return done.stdout.strip()
 
 
 def user() -> str:
