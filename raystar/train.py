@@ -95,7 +95,7 @@ def _train(args: argparse.Namespace, transcript: Transcript) -> int:
     there = folder.exists()
     check_takes(folder, f"run {name}", "copy it to where it can be continued" if there else "choose another folder")
     uri = args.tracking_uri or default_uri(args.out)
-    check_uri(uri)
+    check_uri(uri, folder / SPOOL)
     check_codec(config)
     device = resolve_device(config)
     cache = cache_dir(config, args.out)

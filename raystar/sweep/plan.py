@@ -53,7 +53,7 @@ from raystar.sweep.resources import fitted_share, trial_resources
 from raystar.sweep.starts import keep_starts
 from raystar.tracking.mlflow.address import default_uri
 from raystar.tracking.stores import check_uri
-from raystar.tracking.tracker import provenance
+from raystar.tracking.tracker import SPOOL, provenance
 from raystar.training.speed import check_steps
 
 logger = logging.getLogger(__name__)
@@ -228,7 +228,7 @@ def _check(
     if before is None:
         note_idle(space, content, known)
     uri = _tracking_uri(request, before)
-    check_uri(uri)
+    check_uri(uri, request.out / name / SPOOL)
     storage = Storage(request.storage or (before or {}).get("storage") or str(request.out)).child(name)
     if space.purpose.models:
         check_pictures(config)

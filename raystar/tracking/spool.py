@@ -83,6 +83,19 @@ class TrialProgress:
     """The epoch whose model was to be registered last."""
 
 
+def known_runs(path: Path) -> dict[str, str]:
+    """Where the store keeps the trials whose records went through the spool at `path`, by trial."""
+    runs: dict[str, str] = {}
+    for line in Journal(_done(path)):
+        runs |= line.get("runs", {})
+    return runs
+
+
+def _done(path: Path) -> Path:
+    """The file that says how far the store has taken the records in `path`."""
+    return path.with_suffix(".done.jsonl")
+
+
 class Spool:
     """A queue in a file that outlives its process; one thread adds, another takes.
 
@@ -96,7 +109,7 @@ class Spool:
         self.runs: dict[str, str] = {}
         """Where the store keeps a trial."""
         self._records = Journal(path)
-        self._done = Journal(path.with_suffix(".done.jsonl"))
+        self._done = Journal(_done(path))
         self._taken = self._last = self._start = self._end = 0
         gone = 0
         for line in self._done:

@@ -5,18 +5,22 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from raystar.tracking.mlflow import address
+from raystar.tracking.mlflow import standing as mlflow_store
 from raystar.tracking.mlflow.writer import MlflowStore
 from raystar.tracking.relay import Relay, Store
 
 
-def check_uri(uri: str) -> None:
-    """Refuses a tracking URI that cannot work, before anything starts.
+def check_uri(uri: str, spool: Path) -> None:
+    """Refuses a store that cannot be used, before anything starts.
+
+    Args:
+        spool: the file in which records wait, if it is there yet.
 
     Raises:
-        RaystarError: what is wrong with it, and what to do.
+        RaystarError: what is wrong with the address, with the experiment or with the runs that are to be continued, and
+            what to do.
     """
-    address.check_uri(uri)
+    mlflow_store.check(uri, spool)
 
 
 def open_tracker(

@@ -7,6 +7,7 @@ import contextlib
 import os
 import re
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from urllib.parse import quote, unquote, urlsplit
 
@@ -99,7 +100,7 @@ def _check_server(uri: str) -> None:
     """An MLflow server answers at `uri`, and lets us in."""
     where = f"--tracking-uri {redact(uri)}"
     try:
-        status, body = _ask(uri)
+        status, body = ask(uri, "version")
     except (OSError, ValueError) as error:
         raise RaystarError(
             f"{where}: nothing answers there ({in_a_line(error)}); start a server, for example "
@@ -118,8 +119,15 @@ def _check_server(uri: str) -> None:
         raise RaystarError(f"{where}: what answers there is no MLflow server (HTTP status {status} for /version)")
 
 
-def _ask(uri: str) -> tuple[int, str]:
-    """HTTP status and text of the server's `/version`, asked for as MLflow's own client would ask."""
+def ask(uri: str, path: str, params: Mapping[str, str] | None = None, most: int = 500) -> tuple[int, str]:
+    """HTTP status and text of what a server has at `path`, asked for as MLflow's own client would ask.
+
+    Args:
+        most: bytes that are read.
+
+    Raises:
+        OSError, ValueError: nothing answers.
+    """
     import requests
 
     env = os.environ.get
@@ -138,10 +146,16 @@ def _ask(uri: str) -> tuple[int, str]:
     with (
         warnings.catch_warnings(action="ignore"),
         requests.get(  # it warns of what the user asked for
-            f"{uri.rstrip('/')}/version", headers=headers, auth=auth, verify=verify, timeout=limit(MLFLOW), stream=True
+            f"{uri.rstrip('/')}/{path}",
+            params,
+            headers=headers,
+            auth=auth,
+            verify=verify,
+            timeout=limit(MLFLOW),
+            stream=True,
         ) as answer,
     ):
-        return answer.status_code, answer.raw.read(500, decode_content=True).decode(errors="replace")
+        return answer.status_code, answer.raw.read(most, decode_content=True).decode(errors="replace")
 
 
 def _credentials_file() -> tuple[str | None, str | None]:

@@ -8,6 +8,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from raystar.base.errors import RaystarError, show
 from raystar.tracking.tracker import DEFAULT_EXPERIMENT
 
 _ENVIRONMENT = {
@@ -17,6 +18,8 @@ _ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "15",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
 }
+
+_LONGEST_NAME = 500  # MLflow's
 
 
 def set_environment() -> None:
@@ -39,6 +42,20 @@ def connect(uri: str) -> Any:
     return mlflow.MlflowClient(tracking_uri=uri)
 
 
+def experiment_name() -> str:
+    """The name of raystar's experiment.
+
+    Raises:
+        RaystarError: `MLFLOW_EXPERIMENT_NAME` is set to what cannot be one.
+    """
+    name = os.environ.get("MLFLOW_EXPERIMENT_NAME", DEFAULT_EXPERIMENT)
+    if not name.strip() or len(name) > _LONGEST_NAME:
+        raise RaystarError(
+            f"MLFLOW_EXPERIMENT_NAME: expected 1 to {_LONGEST_NAME} characters, found {show(name)}; correct or unset it"
+        )
+    return name
+
+
 def experiment(client: Any, uri: str, artifacts: Path) -> str:
     """The id of raystar's experiment (`MLFLOW_EXPERIMENT_NAME`), which is made if it is not there.
 
@@ -46,11 +63,12 @@ def experiment(client: Any, uri: str, artifacts: Path) -> str:
         artifacts: folder of a new local experiment's artifacts.
 
     Raises:
+        RaystarError: `MLFLOW_EXPERIMENT_NAME` holds no name.
         ValueError: it is deleted there.
     """
     from mlflow.exceptions import MlflowException
 
-    name = os.environ.get("MLFLOW_EXPERIMENT_NAME", DEFAULT_EXPERIMENT)
+    name = experiment_name()
     existing = client.get_experiment_by_name(name)
     if existing is None:
         location = artifacts.resolve().as_uri() if uri.startswith("sqlite") else None

@@ -16,6 +16,7 @@ from raystar.base.errors import RaystarError
 from raystar.base.secrets import in_a_line, redact
 from raystar.tracking.mlflow import models as registry
 from raystar.tracking.mlflow.client import connect, experiment, set_environment
+from raystar.tracking.mlflow.standing import no_run
 from raystar.tracking.mlflow.views import PICTURED_RUNS, RANK, SHOWN, VIEW, grids_state, saved_view, table_state
 from raystar.tracking.relay import Declined, Delivery, Refused, Unreadable, local_file, without_credentials
 from raystar.tracking.spool import Record, Spool, TrialProgress
@@ -129,10 +130,7 @@ class MlflowStore:
                     raise
                 run = None
             if run is None or run.info.lifecycle_stage != "active":
-                raise RaystarError(
-                    f"the MLflow store at {redact(self.uri)} has no run {run_id}, which {self._spool.path} continues; "
-                    "name the store that it began in with --tracking-uri, or restore the run there"
-                )
+                raise no_run(self.uri, run_id, self._spool.path)
             return run.info.experiment_id
         return None
 
