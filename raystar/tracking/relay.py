@@ -43,6 +43,10 @@ class Declined(Exception):  # noqa: N818
     """What the store does not do, and no sweep depends on."""
 
 
+class Busy(Exception):  # noqa: N818
+    """The store is there, and another process has locked it for now."""
+
+
 class Unreadable(Exception):  # noqa: N818
     """A picture that does not decode."""
 
@@ -82,6 +86,7 @@ class Store(Protocol):
         """Opens the store, once; `spool` says which runs there are, and what was recorded of each.
 
         Raises:
+            Busy: it cannot be opened now; it is tried again, and records wait.
             RaystarError: it does not know the runs of the spool. Whatever else is raised becomes one.
         """
 
@@ -141,7 +146,7 @@ class Relay:
             self._thread.start()
 
     def wait_until_connected(self) -> None:
-        """Returns once the store and the experiment are there.
+        """Returns once the store and the experiment are there, or another process holds up the store.
 
         Raises:
             RaystarError: the store cannot be reached or opened, or does not know the runs of an existing spool.
@@ -282,18 +287,9 @@ class Relay:
     # -- the thread ---------------------------------------------------------------------------------
 
     def _work(self) -> None:
-        try:
-            self.store.connect(self._spool)
-        except RaystarError as error:
-            self._failure = error
-        # Database drivers and HTTP clients raise their own kinds; the user sees one line instead.
-        except Exception as error:
-            self._failure = RaystarError(
-                f"the {self.store.name} store at {self.store.place} cannot be used ({in_a_line(error)}); "
-                "start its server or choose another with --tracking-uri"
-            )
+        connected = self._connect()
         self._connected.set()
-        if self._failure is not None:
+        if not connected:
             return
         try:
             for record in self._spool.take():
@@ -305,6 +301,46 @@ class Relay:
                 self._spool.taken(record, delivery.run)
         except OSError as error:  # of the spool's own files
             self._give_up(f"the record cannot be kept ({in_a_line(error)})")
+
+    def _connect(self) -> bool:
+        """Opens the store, whatever time another process keeps it locked; returns whether that came about."""
+        attempt = 0
+        while True:
+            try:
+                self.store.connect(self._spool)
+            except Busy as busy:
+                reason = str(busy)
+            except RaystarError as error:
+                return self._fail(error)
+            # Database drivers and HTTP clients raise their own kinds; the user sees one line instead.
+            except Exception as error:
+                return self._fail(
+                    RaystarError(
+                        f"the {self.store.name} store at {self.store.place} cannot be used ({in_a_line(error)}); "
+                        "start its server or choose another with --tracking-uri"
+                    )
+                )
+            else:
+                if attempt:
+                    logger.warning(f"{self.store.name} takes records now")
+                return True
+            if not attempt:
+                logger.warning(f"{self.store.name} takes no records yet ({reason}); they wait in {self._spool.path}")
+                self._connected.set()
+            if self._closing_since is not None and time.monotonic() - self._closing_since >= self._patience_s:
+                if self.waiting:
+                    self._give_up(f"{self.store.name} is away ({reason})")
+                return False
+            time.sleep(_RETRY_S[min(attempt, len(_RETRY_S) - 1)])
+            attempt += 1
+
+    def _fail(self, error: RaystarError) -> bool:
+        """Has `wait_until_connected` raise; where that has returned, records wait for another process."""
+        if self._connected.is_set():
+            self._give_up(str(error))
+        else:
+            self._failure = error
+        return False
 
     def _persist(self, step: Callable[[], None], delivery: Delivery) -> None:
         """Runs `step` until it works; a server that is away is waited for, since nothing may be lost."""

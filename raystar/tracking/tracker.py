@@ -38,7 +38,7 @@ class Tracker(Protocol):
         """Starts to write; what was recorded before that has waited."""
 
     def wait_until_connected(self) -> None:
-        """Returns once the store is there.
+        """Returns once the store is there, or is known to be held up by another process for now.
 
         Raises:
             RaystarError: it cannot be reached or opened, or does not know the runs that are to be continued.

@@ -28,6 +28,7 @@ from PIL import Image
 
 from raystar.base.errors import RaystarError
 from raystar.base.journal import Journal
+from raystar.base.locks import hold
 from raystar.tracking import relay
 from raystar.tracking.mlflow import client as client_module
 from raystar.tracking.mlflow.address import check_uri, sqlite_file, sqlite_uri
@@ -247,6 +248,116 @@ def test_stores_that_cannot_be(tmp_path: Path) -> None:
         with pytest.raises(RaystarError, match=words) as caught:
             check_uri(uri)
         assert "secret" not in str(caught.value)
+
+
+# -- others at the same store ----------------------------------------------------------------------
+
+FIRST = """
+import sys, time
+from pathlib import Path
+from tests.tracking.test_tracking import opened
+
+folder, name, at = Path(sys.argv[1]), sys.argv[2], float(sys.argv[3])
+import mlflow
+time.sleep(max(0, at - time.time()))
+tracker = opened(folder, spool=folder / f"{name}.jsonl")
+tracker.start("", params={}, tags={}, text={}, name=name)
+tracker.close()
+"""
+
+
+def test_one_makes_a_store_and_others_wait_for_it(tmp_path: Path) -> None:
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    opening = threading.Thread(target=client_module.connect, args=(uri,))
+    with hold(tmp_path / ".mlflow.db.lock"):
+        opening.start()
+        opening.join(timeout=1)
+        assert opening.is_alive()
+        assert not (tmp_path / "mlflow.db").exists()
+    opening.join(timeout=60)
+    assert (tmp_path / "mlflow.db").exists()
+
+
+@pytest.mark.slow
+def test_several_make_a_store_at_once(tmp_path: Path) -> None:
+    at = str(time.time() + 8)  # when all have imported MLflow
+    names = ("a", "b", "c")
+    making = [
+        subprocess.Popen(
+            [sys.executable, "-c", FIRST, str(tmp_path), name, at], cwd=ROOT, stderr=subprocess.PIPE, text=True
+        )
+        for name in names
+    ]
+    assert [process.communicate(timeout=120)[1] for process in making] == ["", "", ""]
+    assert sorted(rows(tmp_path, "select name, status from runs")) == [(name, "KILLED") for name in names]
+    assert rows(tmp_path, "select count(*) from experiments where name = 'raystar'") == [(1,)]
+
+
+@contextlib.contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Keeps a store locked, as a backup or another program may."""
+    with contextlib.closing(sqlite3.connect(folder / "mlflow.db", isolation_level=None)) as database:
+        database.execute("BEGIN EXCLUSIVE")
+        yield
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Has MLflow find out soon that a store is locked."""
+    connect = sqlite3.connect
+    monkeypatch.setattr(sqlite3.dbapi2, "connect", lambda *args, **kwargs: connect(*args, **kwargs, timeout=0.2))
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_store_that_is_locked_at_the_start_is_waited_for(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with held(folder):
+        tracker = opened(folder)  # it returns: a sweep goes on meanwhile
+        record(tracker, folder)
+        told = capsys.readouterr().err.splitlines()
+        assert told == [
+            f"note: MLflow takes no records yet (another process has locked it); they wait in {folder}/spool.jsonl"
+        ]
+        assert tracker.waiting == 6
+        assert tracker.how_to_compare()[1].endswith("/#/experiments")
+    tracker.close()
+    assert not tracker.waiting
+    assert capsys.readouterr().err == "note: MLflow takes records now\n"
+    assert len(content(folder)["runs"]) == 3
+    with held(folder):
+        opened(folder).close()
+    assert "are not lost" not in capsys.readouterr().err  # nothing waits
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_store_that_stays_locked_loses_nothing(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with held(folder):
+        tracker = opened(folder)
+        record(tracker, folder)
+        tracker.close()
+    told = capsys.readouterr().err.splitlines()
+    assert told[-1] == (
+        f"error: MLflow is away (another process has locked it); 8 records wait in {folder}/spool.jsonl and are not "
+        "lost: python -m raystar.tune --resume s writes them"
+    )
+    assert len(told) == 2
+    opened(folder).close()
+    assert len(content(folder)["runs"]) == 3
+
+
+@pytest.mark.slow
+def test_a_store_that_is_locked_in_mid_run_leaves_no_trace(
+    folder: Path, tracker: Relay, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(relay, "_TOLD", 0)
+    record(tracker, folder)
+    with held(folder):
+        tracker.log("t00", 3, {"train/g_loss": 3.0}, {})
+        time.sleep(25)  # MLflow itself waits for 20 s
+    tracker.close()
+    told = capfd.readouterr().err.splitlines()
+    assert [line for line in told if "takes no records now" in line]
+    assert all(line.startswith(("note: MLflow takes", "writing the last")) for line in told), told
+    assert (3,) in rows(folder, "select step from metrics where key = 'train/g_loss'")
 
 
 # -- nothing lost, nothing twice ------------------------------------------------------------------

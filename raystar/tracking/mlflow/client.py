@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import warnings
@@ -9,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from raystar.base.errors import RaystarError, show
+from raystar.base.locks import hold
+from raystar.tracking.mlflow.address import store_file
 from raystar.tracking.tracker import DEFAULT_EXPERIMENT
 
 _ENVIRONMENT = {
@@ -32,14 +35,23 @@ def set_environment() -> None:
 
 
 def connect(uri: str) -> Any:
-    """MLflow's client for a store, without its chatter; alembic would tell of every migration of a new store."""
+    """MLflow's client for a store, without its chatter; alembic would tell of every migration of a new store.
+
+    Of several processes that open a new SQLite store, one makes it.
+    """
     set_environment()
     import mlflow
 
-    for name in ("alembic", "mlflow", "urllib3"):
+    for name in ("alembic", "urllib3"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    logging.getLogger("mlflow").setLevel(logging.CRITICAL)  # what it logs as an error, with a trace, it raises as well
     warnings.filterwarnings("ignore", module="mlflow")
-    return mlflow.MlflowClient(tracking_uri=uri)
+    file = store_file(uri)
+    making: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+    if file is not None and os.access(file.parent, os.W_OK):
+        making = hold(file.with_name(f".{file.name}.lock"))
+    with making:
+        return mlflow.MlflowClient(tracking_uri=uri)
 
 
 def experiment_name() -> str:

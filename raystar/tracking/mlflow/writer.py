@@ -18,7 +18,7 @@ from raystar.tracking.mlflow import models as registry
 from raystar.tracking.mlflow.client import connect, experiment, set_environment
 from raystar.tracking.mlflow.standing import no_run
 from raystar.tracking.mlflow.views import PICTURED_RUNS, RANK, SHOWN, VIEW, grids_state, saved_view, table_state
-from raystar.tracking.relay import Declined, Delivery, Refused, Unreadable, local_file, without_credentials
+from raystar.tracking.relay import Busy, Declined, Delivery, Refused, Unreadable, local_file, without_credentials
 from raystar.tracking.spool import Record, Spool, TrialProgress
 from raystar.tracking.tracker import PARENT, user
 
@@ -108,6 +108,14 @@ class MlflowStore:
     def connect(self, spool: Spool) -> None:
         """See `Store`."""
         self._spool = spool
+        try:
+            self._connect()
+        except Exception as error:  # of SQLAlchemy's or MLflow's, by way of which it came
+            if self.uri.startswith("sqlite") and "database is locked" in str(error):
+                raise Busy("another process has locked it") from None
+            raise
+
+    def _connect(self) -> None:
         client = connect(self.uri)
         self.experiment_id = self._known_experiment(client) or experiment(client, self.uri, self.artifacts)
         metric, lower = self.primary
@@ -167,6 +175,8 @@ class MlflowStore:
 
     def _page(self, view: str) -> str:
         server = redact(self.uri).rstrip("/") if self.uri.startswith("http") else "http://127.0.0.1:5000"
+        if self.experiment_id is None:  # the store was locked all the time
+            return f"{server}/#/experiments"
         page = f"#/experiments/{self.experiment_id}/runs?workflowType=machine_learning&viewStateShareKey={view}"
         return f"{server}/{page}"
 
