@@ -17,6 +17,7 @@ from raystar.base.scratch import check_takes
 from raystar.base.storage import Storage
 from raystar.page.page import write
 from raystar.record import results
+from raystar.record.places import Origins, find
 from raystar.record.results import REPORT
 
 
@@ -44,7 +45,8 @@ def main(argv: list[str] | None = None) -> int:
 def storage_of(folder: Path, runs: Path) -> Storage:
     """Where a sweep's trials keep their files, as its record says."""
     record: Mapping[str, Any] = results.read(folder).record
-    return Storage(record.get("storage") or str(runs)).child(folder.name)
+    known = record.get("storage")
+    return Storage(Origins(record, runs).path(find(known, runs)) if known else str(runs)).child(folder.name)
 
 
 if __name__ == "__main__":

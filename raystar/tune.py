@@ -48,7 +48,10 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--tracking-uri", metavar="URI", help="MLflow store ($MLFLOW_TRACKING_URI, else a SQLite file in --out)"
     )
-    p.add_argument("--resume", metavar="NAME", help="resume a sweep that ended, however it ended")
+    p.add_argument(
+        "--resume", metavar="NAME",
+        help="resume a sweep that ended, however it ended; --set, --storage and --tracking-uri say where it lies now",
+    )  # fmt: skip
     p.add_argument(
         "--force", action="store_true", help="with --resume: continue though code, configuration, space or data changed"
     )

@@ -38,6 +38,15 @@ def looked_for(path: Path) -> str:
     return f"; looked for {os.path.abspath(path)}, since relative paths start at the folder of the command"
 
 
+def found_in(place: str, folder: Path) -> str:
+    """Where a file lies that was named by its whole path when `folder`, which holds it, may have lain elsewhere."""
+    parts = Path(place).parts
+    for at in range(len(parts) - 1, 0, -1):
+        if parts[at] == folder.name and (here := folder.joinpath(*parts[at + 1 :])).exists():
+            return str(here)
+    return place
+
+
 def cache_dir() -> Path:
     """Folder of compiled kernels: `RAYSTAR_CACHE_DIR`, else `raystar` in `XDG_CACHE_HOME` or `~/.cache`."""
     if folder := os.environ.get("RAYSTAR_CACHE_DIR"):

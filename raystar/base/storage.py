@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -18,6 +18,7 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from raystar.base.errors import RaystarError
+from raystar.base.files import found_in
 from raystar.base.secrets import redact
 
 
@@ -116,6 +117,21 @@ class Storage:
     def at(self, name: str) -> str:
         """A file's path or URI, for whoever opens it elsewhere."""
         return f"{self.uri}/{name}"
+
+    def names(self, places: Mapping[str, str]) -> dict[str, str]:
+        """Files of this folder by their names, given what `at` said of each; others as they are."""
+        return {key: place.removeprefix(f"{self.uri}/") for key, place in places.items()}
+
+    def places(self, names: Mapping[str, str]) -> dict[str, str]:
+        """The paths or URIs of what `names` gave. Earlier versions recorded paths, and the folder may have moved."""
+        return {key: self._place(name) for key, name in names.items()}
+
+    def _place(self, name: str) -> str:
+        if "://" in name:
+            return name
+        if PurePosixPath(name).is_absolute():
+            return found_in(name, self.path) if self.path is not None else name
+        return self.at(name)
 
     def free_bytes(self) -> int | None:
         """Room that is left; None where it cannot be known."""

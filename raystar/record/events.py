@@ -59,6 +59,7 @@ class Event(TypedDict):
     """EPOCH, with the keys of a `TrialReport` that are not empty."""
     metrics: NotRequired[dict[str, float]]
     images: NotRequired[dict[str, str]]
+    """By their names in the sweep's storage; 0.1 wrote paths."""
     first_images: NotRequired[dict[str, str]]
     labels: NotRequired[dict[str, str]]
     idle_s: NotRequired[float | None]

@@ -25,11 +25,12 @@ from raystar.base.secrets import redact
 from raystar.base.storage import Storage
 from raystar.config.folders import cache_dir, check_name, check_text
 from raystar.config.load import from_mapping as config_from_mapping
-from raystar.config.load import override, request_config, signature, to_mapping
+from raystar.config.load import get_value, override, request_config, signature, to_mapping
 from raystar.config.schema import Config
 from raystar.config.strict_yaml import find_shipped, read_mapping
 from raystar.data.bank import Bank, open_bank
 from raystar.model.device import resolve_device
+from raystar.record.places import KEYS, Origins, began_in, find_config, keep, keep_config, moved
 from raystar.record.sweep_file import (
     RECORD,
     as_meant,
@@ -51,7 +52,7 @@ from raystar.sweep.naming import check_kept, name_trials
 from raystar.sweep.request import DEFAULT_CONFIG, SweepRequest
 from raystar.sweep.resources import fitted_share, trial_resources
 from raystar.sweep.starts import keep_starts
-from raystar.tracking.mlflow.address import default_uri
+from raystar.sweep.whereabouts import shared_storage, tracking_uri
 from raystar.tracking.stores import check_uri
 from raystar.tracking.tracker import SPOOL, provenance
 from raystar.training.speed import check_steps
@@ -215,21 +216,23 @@ def _check(
     budget: float | None,
     name: str,
     asked: Mapping[str, Any],
-    config: Config,
+    written: Config,
     content: Mapping[str, Any],
     space: Space,
     *,
     before: Mapping[str, Any] | None = None,
 ) -> Plan:
     """Everything that must hold before Ray starts. `before`: the record of the sweep that is resumed."""
+    config = written if before is None else Origins(before, request.out).config(config)
     gpu_share, cpus = trial_resources(config, space, request.address)
     device = resolve_device(config) if request.address is None else torch.device("cpu")
     known, baseline, names = name_trials(space, config, device, content, before)
     if before is None:
         note_idle(space, content, known)
-    uri = _tracking_uri(request, before)
+    uri = tracking_uri(request, name, before)
     check_uri(uri, request.out / name / SPOOL)
-    storage = Storage(request.storage or (before or {}).get("storage") or str(request.out)).child(name)
+    shared = shared_storage(request, name, before)
+    storage = (Storage(str(request.out)) if shared is None else shared).child(name)
     if space.purpose.models:
         check_pictures(config)
     bank = open_bank(config, cache_dir(config, request.out))
@@ -245,19 +248,20 @@ def _check(
     record: dict[str, Any] = {
         "name": name,
         "request": dict(asked),
-        "config": to_mapping(config),
+        "config": keep_config(written, config, request.out),
         "space": dict(content),
         "trials": len(names),
         "points": None if space.learns else list(known.values()),
         "names": names,
         "baseline": baseline,
         "keys": space.keys,
-        "signature": signature(config),
-        "data": {"root": bank.root, "digest": bank.digest, "latents": len(bank.names)},
+        "signature": signature(written),
+        "data": {"root": written.data.data_root, "digest": bank.digest, "latents": len(bank.names)},
         "starts": starts,
         **(_rulers(measured_by(bank, config), before) if space.purpose.models else {}),
-        "storage": request.storage or (before or {}).get("storage"),
-        "tracking_uri": redact(uri),
+        "storage": None if shared is None else keep(shared.uri, request.out),
+        "tracking_uri": redact(keep(uri, request.out)),
+        "began_in": began_in(request.out, before),
         "begun_by": __version__ if before is None else begun_by(before),
         "code": code(),
         "command": (before or {}).get("command") or redact(shlex.join(["python", *sys.orig_argv[1:]])),
@@ -275,22 +279,6 @@ def _rulers(ruler: str, before: Mapping[str, Any] | None) -> dict[str, str | Non
     return {"ruler": ruler, "first_ruler": first}
 
 
-def _tracking_uri(request: SweepRequest, before: Mapping[str, Any] | None) -> str:
-    """Where records go; a resumed sweep stays with its store."""
-    uri = request.tracking_uri or default_uri(request.out)
-    if before is None:
-        return uri
-    then = str(before["tracking_uri"])
-    if redact(uri) == then:
-        return uri
-    if request.tracking_uri is not None or redact(then + "x") != then + "x":
-        raise RaystarError(
-            f"--tracking-uri: this sweep's runs are in {then}"
-            + (f", not in {redact(uri)}" if request.tracking_uri else "; give it again, with its password")
-        )
-    return then
-
-
 def _resumed(request: SweepRequest, name: str, budget: float | None) -> Plan:
     """The plan of a resumed sweep: its record's, unless what it was made from has changed and `--force` is given.
 
@@ -298,36 +286,34 @@ def _resumed(request: SweepRequest, name: str, budget: float | None) -> Plan:
         RaystarError: what has changed; or anything that `make_plan` refuses.
     """
     check_name(name, "--resume")
-    for flag, value in (
-        ("--name", request.name), ("--space", request.space), ("--overlay", request.overlay), ("--set", request.set),
-        ("--epochs", request.epochs), ("--storage", request.storage),
-        ("--config", str(request.config) != DEFAULT_CONFIG),
-    ):  # fmt: skip
-        if value:
-            raise RaystarError(f"--resume {name} continues the sweep as it was asked for; leave out {flag}")
+    _check_flags(request, name)
     if is_folder(folder := request.out / name):
         check_takes(folder, f"--resume {name}", "copy the runs to where they can be written, and resume there")
     before = read_record(request.out, name)
     asked = {**before["request"], **({"trials": request.trials} if request.trials is not None else {})}
-    config = config_from_mapping(before["config"], RECORD)
+    elsewhere = moved(request.set)
+    config = config_from_mapping(find_config(before["config"], request.out), RECORD)
+    config = request_config(None, [], elsewhere, base=config)
+    asked["set"] = [*asked["set"], *elsewhere]
     content = as_meant(before["space"], before)
     changed = code_differences(before["code"], code())
-    gone = [file for file in (asked["space"], asked["config"], *asked["overlay"]) if not find_shipped(file).is_file()]
+    files = Origins(before, request.out).files(asked)
+    gone = [file for file in (files["space"], files["config"], *files["overlay"]) if not find_shipped(file).is_file()]
     if gone:
         logger.warning(f"{' and '.join(gone)} not there any more; the sweep's record counts")
     elif (version := begun_by(before)) != __version__:  # its files may be others now, and keys have other defaults
         logger.info(f"sweep {name} was begun by raystar {version}: configuration and space are those of its record")
     else:
-        config_now, content_now = _read(asked)
-        config_now, _ = _settle(asked, config_now, content_now)
-        changed += differences(to_mapping(config), to_mapping(config_now), "configuration")
+        config_now, content_now = _read(files)
+        config_now, _ = _settle(files, config_now, content_now)
+        changed += differences(_without_places(config), _without_places(config_now), "configuration")
         changed += differences(content, content_now, "space")
         if request.force:
             config, content = config_now, content_now
     config, space = _settle(asked, config, content)
     named = check_kept(space, before, name)
     plan = _check(request, budget, name, asked, config, content, space, before=before)
-    changed += differences(before["data"], plan.record["data"], "data")
+    changed += differences({**before["data"], "root": None}, {**plan.record["data"], "root": None}, "data")
     changed += differences(before.get("starts", {}), plan.record["starts"], "checkpoint.init_from")
     wanted = request.trials + len(space.experiments) if request.trials is not None else plan.trials
     if min(plan.trials, wanted) < before["trials"]:
@@ -351,6 +337,23 @@ def _resumed(request: SweepRequest, name: str, budget: float | None) -> Plan:
         many = f"{len(changed)} thing{'s have' if len(changed) > 1 else ' has'} changed"
         logger.warning(f"{many} since sweep {name} began; continuing, because of --force:{listed}")
     return plan
+
+
+def _check_flags(request: SweepRequest, name: str) -> None:
+    """Refuses what a resumed sweep cannot be given; where something lies now it can."""
+    for flag, value in (
+        ("--name", request.name), ("--space", request.space), ("--overlay", request.overlay),
+        ("--set", [text for text in request.set if text.partition("=")[0].strip() not in KEYS]),
+        ("--epochs", request.epochs), ("--config", str(request.config) != DEFAULT_CONFIG),
+    ):  # fmt: skip
+        if value:
+            but = f" (but for places: {', '.join(KEYS)})" if flag == "--set" else ""
+            raise RaystarError(f"--resume {name} continues the sweep as it was asked for; leave out {flag}{but}")
+
+
+def _without_places(config: Config) -> dict[str, Any]:
+    """A configuration's values without the places whose content says what they are."""
+    return to_mapping(override(config, {key: get_value(Config(), key) for key in KEYS}))
 
 
 def _instead(before: Mapping[str, Any]) -> str:

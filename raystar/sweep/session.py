@@ -262,6 +262,7 @@ class Session:
         if epoch <= record.epochs:  # its process died after this report and repeats it, bit for bit
             return name not in self._ends
         kept = {key: report[key] for key in ("metrics", "images", "first_images", "labels") if report.get(key)}
+        kept |= {key: self.plan.storage.names(report[key]) for key in ("images", "first_images") if report.get(key)}
         verdict = self._happened(EPOCH, trial=name, epoch=epoch, idle_s=record.idle_s, **kept)
         self._track_epoch(name, cast(Event, {"epoch": epoch, **kept}))
         if self.plan.purpose.models:
@@ -278,9 +279,9 @@ class Session:
             self.tracker.attach(name, {}, labels, {})
             if note := labels.get("raystar.compile_note"):
                 self._happened(NOTE, trial=name, note=note)
-        if event.get("first_images"):
-            self.tracker.log(name, 0, {}, event["first_images"])
-        self.tracker.log(name, epoch, event["metrics"], event.get("images", {}))
+        if first := event.get("first_images"):
+            self.tracker.log(name, 0, {}, self.plan.storage.places(first))
+        self.tracker.log(name, epoch, event["metrics"], self.plan.storage.places(event.get("images", {})))
 
     def trial_ended(self, name: str, deaths: int | None) -> None:
         """A trial is over: at its end, stopped, or broken."""
@@ -355,6 +356,4 @@ class Session:
         self.journal.close()
         addresses = (*self.tracker.how_to_compare(), self.tracker.grids_address())
         last_lines.tell(plan, summary, addresses, self.tracker.registered, error)
-        if self.ending.interrupts:
-            return 130
-        return 0 if summary.status == FINISHED else 1
+        return 130 if self.ending.interrupts else int(summary.status != FINISHED)

@@ -6,13 +6,9 @@ until the server is back; what it could not deliver, the next process on the sam
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import json
 import logging
-import os
-import shutil
-import tempfile
 import threading
 import time
 import uuid
@@ -190,7 +186,7 @@ class Relay:
         if progress.untrained if epoch == 0 else epoch <= progress.epoch:
             return
         values = {key: float(value) for key, value in metrics.items()}
-        self._spool.add("log", trial, epoch=epoch, metrics=values, images=_places(images))
+        self._spool.add("log", trial, epoch=epoch, metrics=values, images=_text(images))
 
     def attach(
         self, trial: str, files: Mapping[str, str | Path], tags: Mapping[str, str], metrics: Mapping[str, float]
@@ -200,7 +196,7 @@ class Relay:
         values = {key: float(value) for key, value in metrics.items() if final.get(key) != value}
         if files or tags or values:
             self._spool.add(
-                "attach", trial, files=_places(files), tags=without_credentials(tags), metrics=values
+                "attach", trial, files=_text(files), tags=without_credentials(tags), metrics=values
             )  # fmt: skip
 
     def end(self, trial: str, status: str, reason: str | None) -> None:
@@ -219,7 +215,7 @@ class Relay:
             trial,
             epoch=epoch,
             mark=uuid.uuid4().hex,
-            export=os.path.abspath(export),
+            export=str(export),
             params={key: redact_value(key, str(value)) for key, value in params.items()},
             tags=without_credentials({**self.store.common_tags, **tags}),
         )
@@ -397,27 +393,5 @@ def without_credentials(tags: Mapping[str, str]) -> dict[str, str]:
     return {key: redact_value(key, str(value)) for key, value in tags.items()}
 
 
-def _places(files: Mapping[str, str | Path]) -> dict[str, str]:
-    """Paths that mean the same wherever a later process runs, and URIs as they are."""
-    places = {name: str(place) for name, place in files.items()}
-    return {name: place if "://" in place else os.path.abspath(place) for name, place in places.items()}
-
-
-@contextlib.contextmanager
-def local_file(place: str, name: str = "picture") -> Iterator[Path]:
-    """The file at `place` on this machine; what an fsspec URI means is fetched, under `name`."""
-    if "://" not in place:
-        if not Path(place).is_file():
-            raise Refused(f"{place}: no such file")
-        yield Path(place)
-        return
-    import fsspec
-
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / name
-        try:
-            with fsspec.open(place, "rb") as source, path.open("wb") as target:
-                shutil.copyfileobj(source, target)
-        except (FileNotFoundError, ImportError, ValueError) as error:  # not there, or nothing here can read it
-            raise Refused(f"{redact(place)}: {in_a_line(error)}") from None
-        yield path
+def _text(files: Mapping[str, str | Path]) -> dict[str, str]:
+    return {name: str(place) for name, place in files.items()}

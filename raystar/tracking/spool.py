@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypedDict, Unpack, cast
+from typing import Any, Literal, TypedDict, TypeVar, Unpack, cast
 
-from raystar.base.files import sync_folder
+from raystar.base.files import found_in, sync_folder
 from raystar.base.journal import Journal
 
 Do = Literal["start", "reopen", "log", "attach", "end", "model", "register", "view"]
@@ -35,7 +35,7 @@ class Values(TypedDict, total=False):
     metrics: Mapping[str, float]
     """log, attach."""
     images: Mapping[str, str]
-    """log: where pictures lie, by key."""
+    """log: where pictures lie, by key; a relative path starts at the spool's folder."""
     files: Mapping[str, str]
     """attach: where files lie, by name in the run."""
     status: str
@@ -96,6 +96,21 @@ def _done(path: Path) -> Path:
     return path.with_suffix(".done.jsonl")
 
 
+V = TypeVar("V", bound=Values)
+
+
+def _with_places(values: V, change: Callable[[str], str]) -> V:
+    """What a record says, with the places that it names changed."""
+    changed = values.copy()
+    if "images" in values:
+        changed["images"] = {key: change(place) for key, place in values["images"].items()}
+    if "files" in values:
+        changed["files"] = {name: change(place) for name, place in values["files"].items()}
+    if "export" in values:
+        changed["export"] = change(values["export"])
+    return changed
+
+
 class Spool:
     """A queue in a file that outlives its process; one thread adds, another takes.
 
@@ -105,6 +120,7 @@ class Spool:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._folder = Path(os.path.abspath(path.parent))
         self.trials: dict[str, TrialProgress] = {}
         self.runs: dict[str, str] = {}
         """Where the store keeps a trial."""
@@ -143,12 +159,23 @@ class Spool:
     def add(self, do: Do, trial: str, **values: Unpack[Values]) -> None:
         """Puts a record at the end. It is safe from this process's death at once, from a power cut after `sync`."""
         with self._adding:
-            record: Record = {"n": self._last + 1, "at": int(time.time() * 1000), "do": do, "trial": trial, **values}
+            kept = _with_places(values, self._kept)
+            record: Record = {"n": self._last + 1, "at": int(time.time() * 1000), "do": do, "trial": trial, **kept}
             end = self._records.append(record)
             self._remember(record)
             with self._news:
                 self._last, self._end = record["n"], end
                 self._news.notify_all()
+
+    def _kept(self, place: str) -> str:
+        """A place that means the same wherever a later process runs: relative below this folder, which may be moved."""
+        return place if "://" in place else os.path.abspath(place).removeprefix(f"{self._folder}/")
+
+    def _found(self, place: str) -> str:
+        """The same as it is now. Earlier versions wrote whole paths, and the folder may have moved since."""
+        if "://" in place:
+            return place
+        return found_in(place, self._folder) if os.path.isabs(place) else str(self._folder / place)
 
     def _remember(self, record: Record) -> None:
         progress = self.trials.setdefault(record["trial"], TrialProgress())
@@ -191,7 +218,7 @@ class Spool:
             self.sync()
             for record, behind in self._records.read(position):
                 if record["n"] > self._taken:
-                    yield cast(Record, record)
+                    yield _with_places(cast(Record, record), self._found)
                 if behind >= end:
                     break
             position = end

@@ -16,6 +16,7 @@ import pytest
 from raystar import train, tune
 from raystar.base.errors import RaystarError
 from raystar.base.journal import Journal
+from raystar.tracking.mlflow import standing as standing_module
 from raystar.tracking.mlflow.client import connect
 from raystar.tracking.mlflow.standing import standing
 from raystar.tracking.stores import check_uri
@@ -76,15 +77,19 @@ class Server(http.server.BaseHTTPRequestHandler):
 
 
 @pytest.fixture(params=["file", "database", "server"])
-def uri(request: pytest.FixtureRequest, made: tuple[Path, dict[str, str]], store: Path) -> Iterator[str]:
+def uri(
+    request: pytest.FixtureRequest, made: tuple[Path, dict[str, str]], store: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[str]:
     if request.param == "server":
         handler = type("Handler", (Server,), {"runs": made[1]})
         with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
             threading.Thread(target=server.serve_forever, daemon=True).start()
             yield f"http://127.0.0.1:{server.server_port}"
             server.shutdown()
-    else:
-        yield f"sqlite{'+pysqlite' if request.param == 'database' else ''}:///{store}"
+        return
+    if request.param == "database":  # of any kind that MLflow knows
+        monkeypatch.setattr(standing_module, "sqlite_file", lambda uri: None)
+    yield f"sqlite:///{store}"
 
 
 def test_every_kind_of_store_tells(uri: str, made: tuple[Path, dict[str, str]], tmp_path: Path) -> None:

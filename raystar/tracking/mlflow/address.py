@@ -16,11 +16,13 @@ from raystar.base.limits import MLFLOW, limit
 from raystar.base.secrets import in_a_line, redact
 
 _SPELLED = "sqlite+pysqlite:///"
+STORE = "mlflow.db"
+"""Name of the SQLite store in a runs folder."""
 
 
 def default_uri(out: Path) -> str:
     """MLFLOW_TRACKING_URI, or the SQLite store in the output folder."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or sqlite_uri(out.resolve() / "mlflow.db")
+    return os.environ.get("MLFLOW_TRACKING_URI") or sqlite_uri(out.resolve() / STORE)
 
 
 def sqlite_uri(path: Path) -> str:
@@ -51,6 +53,14 @@ def sqlite_file(uri: str) -> Path | None:
     url = make_url(uri)
     file = url.database or ""
     return Path(unquote(file.removeprefix("file:")) if "uri" in url.query else file)
+
+
+def absolute_uri(uri: str) -> str:
+    """A tracking URI that means the same in every working folder; one with options of SQLAlchemy's stays as it is."""
+    file = sqlite_file(uri)
+    if file is None or file.is_absolute() or uri != sqlite_uri(file):
+        return uri
+    return sqlite_uri(Path(os.path.abspath(file)))
 
 
 def check_uri(uri: str, *, writes: bool = True) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import warnings
@@ -11,7 +10,8 @@ from typing import Any
 
 from raystar.base.errors import RaystarError, show
 from raystar.base.locks import hold
-from raystar.tracking.mlflow.address import store_file
+from raystar.tracking.mlflow.address import sqlite_file
+from raystar.tracking.mlflow.moved import ARTIFACTS, settle
 from raystar.tracking.tracker import DEFAULT_EXPERIMENT
 
 _ENVIRONMENT = {
@@ -34,24 +34,32 @@ def set_environment() -> None:
         os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "0"
 
 
-def connect(uri: str) -> Any:
+def connect(uri: str, artifacts: Path | None = None) -> Any:
     """MLflow's client for a store, without its chatter; alembic would tell of every migration of a new store.
 
-    Of several processes that open a new SQLite store, one makes it.
+    Of several processes that open a new SQLite store, one makes it. One that was moved or copied with its runs folder
+    is told so (`moved.settle`).
+
+    Args:
+        artifacts: folder of a local store's files, by default beside the store.
     """
     set_environment()
     import mlflow
+    from mlflow.tracking._tracking_service import utils
 
+    # It remembers by a run's id where its files lie, which in a copy of the store is elsewhere.
+    getattr(utils, "_artifact_repos_cache", {}).clear()
     for name in ("alembic", "urllib3"):
         logging.getLogger(name).setLevel(logging.ERROR)
     logging.getLogger("mlflow").setLevel(logging.CRITICAL)  # what it logs as an error, with a trace, it raises as well
     warnings.filterwarnings("ignore", module="mlflow")
-    file = store_file(uri)
-    making: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
-    if file is not None and os.access(file.parent, os.W_OK):
-        making = hold(file.with_name(f".{file.name}.lock"))
-    with making:
+    file = sqlite_file(uri)
+    if file is None or not os.access(file.parent, os.W_OK):
         return mlflow.MlflowClient(tracking_uri=uri)
+    with hold(file.with_name(f".{file.name}.lock")):
+        client = mlflow.MlflowClient(tracking_uri=uri)
+        settle(file, artifacts or file.parent / ARTIFACTS)
+        return client
 
 
 def experiment_name() -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from raystar.base.errors import RaystarError
+from raystar.base.files import found_in
 from raystar.base.secrets import in_a_line, redact
 from raystar.tracking.mlflow import models as registry
 from raystar.tracking.mlflow.address import check_uri, sqlite_file
@@ -56,6 +57,9 @@ def stored_model(uri: str, run_id: str, folder: Path) -> StoredModel:
             )
         tags, params = run.data.tags, run.data.params if "raystar.trial" in run.data.tags else {}
         facts = {"trial": run.info.run_name, "params": dict(params), "run_id": run.info.run_id}
+        owner, file = tags.get("raystar.sweep", tags.get("raystar.run")), sqlite_file(uri)
+        if owner is not None and file is not None and "://" not in place:
+            place = found_in(place, file.parent / owner)  # moved with the store
         return StoredModel(None, place, facts | ({"sweep": tags["raystar.sweep"]} if "raystar.sweep" in tags else {}))
 
 

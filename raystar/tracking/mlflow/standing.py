@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sqlite3
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import quote
@@ -47,6 +49,16 @@ def check(uri: str, spool: Path) -> None:
         )
 
 
+def has_runs(uri: str, runs: Mapping[str, str]) -> bool:
+    """Whether a store has the runs of a spool; no runs are in any.
+
+    Raises:
+        RaystarError: a database that is no SQLite file cannot be used.
+    """
+    run_id = next(iter(runs.values()), None)
+    return run_id is None or standing(uri, "run", run_id) == "active"
+
+
 def no_run(uri: str, run_id: str, spool: Path) -> RaystarError:
     """What is said of a run that is not there, or deleted with its experiment."""
     return RaystarError(
@@ -79,7 +91,9 @@ def _of_file(file: Path, kind: str, name: str) -> Standing | None:
     if not file.is_file():
         return "absent"
     try:
-        with contextlib.closing(sqlite3.connect(f"file:{quote(str(file))}?mode=ro", uri=True, timeout=1)) as database:
+        with contextlib.closing(
+            sqlite3.connect(f"file:{quote(os.fsencode(file))}?mode=ro", uri=True, timeout=1)
+        ) as database:
             found = database.execute(_QUERIES[kind], (name,)).fetchone()
     except sqlite3.Error:  # just being made, locked, or of another version: whoever connects waits, or says so
         return None

@@ -14,11 +14,13 @@ from typing import Any
 
 from raystar.base.errors import RaystarError
 from raystar.base.secrets import in_a_line, redact
+from raystar.tracking.files import local_file
 from raystar.tracking.mlflow import models as registry
 from raystar.tracking.mlflow.client import connect, experiment, set_environment
+from raystar.tracking.mlflow.moved import check_place
 from raystar.tracking.mlflow.standing import no_run
 from raystar.tracking.mlflow.views import PICTURED_RUNS, RANK, SHOWN, VIEW, grids_state, saved_view, table_state
-from raystar.tracking.relay import Busy, Declined, Delivery, Refused, Unreadable, local_file, without_credentials
+from raystar.tracking.relay import Busy, Declined, Delivery, Refused, Unreadable, without_credentials
 from raystar.tracking.spool import Record, Spool, TrialProgress
 from raystar.tracking.tracker import PARENT, user
 
@@ -116,8 +118,9 @@ class MlflowStore:
             raise
 
     def _connect(self) -> None:
-        client = connect(self.uri)
+        client = connect(self.uri, self.artifacts)
         self.experiment_id = self._known_experiment(client) or experiment(client, self.uri, self.artifacts)
+        check_place(self.uri, client.get_experiment(self.experiment_id))
         metric, lower = self.primary
         client.set_experiment_tag(self.experiment_id, "mlflow.experiment.primaryMetric.name", metric)
         greater = "false" if lower else "true"
