@@ -223,7 +223,7 @@ def _check(
     before: Mapping[str, Any] | None = None,
 ) -> Plan:
     """Everything that must hold before Ray starts. `before`: the record of the sweep that is resumed."""
-    config = written if before is None else Origins(before, request.out).config(config)
+    config = written if before is None else Origins(before, request.out).config(written)
     gpu_share, cpus = trial_resources(config, space, request.address)
     device = resolve_device(config) if request.address is None else torch.device("cpu")
     known, baseline, names = name_trials(space, config, device, content, before)
