@@ -80,6 +80,7 @@ def run_trials(
         mode="min",
         cache_dir=str(folder),
         bank_key=open_bank(config, folder).key,
+        starts={},
         placed=None,
         storage=tempfile.mkdtemp(dir=folder),
         scratch=str(folder),
