@@ -177,7 +177,7 @@ def test_pictures_that_look_all_the_same_are_found_by_a_dry_run(
     if command == "tune":
         main, arguments = tune.main, files.arguments(*more)
     error = refusal(main, arguments, capsys)
-    words = f"the ruler has nothing to measure by: all latents of domain {domains[0]} give one and the same picture"
+    words = f"the ruler has nothing to measure by: all latents of domain '{domains[0]}' give one and the same picture"
     assert words in error
 
 
