@@ -503,7 +503,7 @@ class TestResumeRefuses:
             (["--resume", "../s"], "--resume '../s': expected up to 64 letters"),
             (["--resume", "s", "--space", "x.yaml"], "leave out --space"),
             (["--resume", "s", "--trials", "2"], "sweep s has 3 trials; expected at least as many"),
-            (["--resume", "s", "--tracking-uri", "http://127.0.0.1:1"], "this sweep's runs are in sqlite:///"),
+            (["--resume", "s", "--tracking-uri", "http://127.0.0.1:1"], "127.0.0.1:1: nothing answers there"),
             (["--name", "s", "--space", "space.yaml"], "is there already; resume it with --resume s"),
         ],
     )

@@ -112,7 +112,7 @@ def test_the_printed_commands_run_as_they_stand(tmp_path: Path) -> None:
     runs, space = tmp_path / "what? my 50%25 #runs, 'ü'", {**SPACE, "scheduler": {"type": "none"}}
     done = run([*request(tmp_path, space, training__epochs=1), "--trials", "2", "--out", str(runs)])
     assert (done.returncode, done.stderr) == (0, ""), done.stdout + done.stderr
-    assert {path.name for path in runs.iterdir()} == {"artifacts", "cache", "mlflow.db", "s"}
+    assert {path.name for path in runs.iterdir()} == {".mlflow.db.lock", "artifacts", "cache", "mlflow.db", "s"}
     assert {path.name for path in tmp_path.iterdir()} == {"config.yaml", "latents", "space.yaml", runs.name}
     assert "model: models:/" in done.stdout
     told = dict(re.findall(r"^(compare|export): +(.*)$", done.stdout, re.MULTILINE))
