@@ -119,9 +119,8 @@ def _print(
         others = "  ".join(f"{given[name]:8.4f}" if name in given else " " * 8 for given in (nothing, transfer))
         better = METRICS[name].better
         print(f"{name.partition('/')[2]:14} {value:8.4f} {others}  {better + ' is better' if better else ''}".rstrip())
-    print(
-        f"losses on {latents} held-out latents: " + ", ".join(f"{name} {value:.4f}" for name, value in losses.items())
-    )
+    kind, each = "held-out" if held_out else "training", (f"{name} {value:.4f}" for name, value in losses.items())
+    print(f"losses on {latents} {kind} latents: {', '.join(each)}")
 
 
 def _write(out: Path, facts: dict[str, Any], state: TrainState, config: Config, bank: Bank) -> None:

@@ -104,7 +104,7 @@ def test_nothing_is_overwritten_that_a_file_is_not_the_newest_of(folder: Path) -
 
 def test_other_domains_are_named_and_can_be_mapped(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     other = sets("data.domains=[monet,photo]", "model.num_domains=2", "training.epochs=2")
-    with pytest.raises(RaystarError, match=r"data\.domains \[photo,Hayao,monet\] there, \[monet,photo\] now"):
+    with pytest.raises(RaystarError, match=r"data\.domains \[photo, Hayao, monet\] there, \[monet, photo\] now"):
         train.main(["--config", "theirs.yaml", *other, "--dry-run"])
     assert train.main(["--config", "theirs.yaml", *other, "--dry-run", "--map-domains"]) == 0
     assert "2 domains" in capsys.readouterr().out
@@ -123,6 +123,10 @@ def test_the_score_of_a_checkpoint(folder: Path, capsys: pytest.CaptureFixture[s
         assert Image.open(folder / f"measured/{name}.png").width > 300
     with pytest.raises(RaystarError, match="already there"):
         score.main(command)
+    assert score.main([*command[:-2], "--set", "data.holdout=0"]) == 0
+    shown = capsys.readouterr()
+    assert "losses on 60 training latents: d_loss " in shown.out
+    assert "note: data.holdout is 0" in shown.err
 
 
 def test_the_score_is_what_training_measures(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -105,6 +105,8 @@ def translate(
         return mapping
     theirs = "training.num_epochs" in flat
     flat = {key: _fill(value, flat, source, key) for key, value in flat.items()}
+    if flat.get("model.exp_branch", "") in ("", None):
+        flat.pop("model.exp_branch", None)
     networks = _networks(flat, theirs, source)
     if not quiet:
         _note({key for key in flat if key in _IDLE - _AS_BUILT or key.startswith("eval.")}, source)

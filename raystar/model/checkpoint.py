@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from raystar.base import torch_file as pt
-from raystar.base.errors import RaystarError, show
+from raystar.base.errors import RaystarError
 from raystar.base.files import is_file, is_folder, looked_for
+from raystar.config.assignment import assignment
 from raystar.config.load import get_value
 from raystar.config.schema import Config
 from raystar.model import users
@@ -50,26 +51,25 @@ def check_function(checkpoint: Mapping[str, Any], config: Config, source: str) -
         "training.latent_scale": config.checkpoint.other_latent_scale,
     }
     there = users.functions_of(checkpoint)
-    differing = {
-        key: value for key, value in there.items() if value != get_value(config, key) and not meant.get(key, False)
-    }
+    here = {key: get_value(config, key) for key in there}
+    if here.get("model.encoder_groups") == config.model.num_groups:
+        here["model.encoder_groups"] = None  # which says the same
+    differing = {key: value for key, value in there.items() if value != here[key] and not meant.get(key, False)}
     if config.model.norm != "adagn" and "model.norm" in differing:
         differing = {key: value for key, value in differing.items() if "groups" not in key}
     if not differing:
         return
-    words = [f"{key} {_shown(value)} there, {_shown(get_value(config, key))} now" for key, value in differing.items()]
-    remedy = "set " + " and ".join(f"{key}={_shown(value)}" for key, value in differing.items())
+    settings = {key: assignment(key, value) for key, value in differing.items()}
+    words = [
+        f"{setting.replace('=', ' ', 1)} there, {assignment(key, here[key]).partition('=')[2]} now"
+        for key, setting in settings.items()
+    ]
+    remedy = f"set {' and '.join(settings.values())}"
     if "data.domains" in differing:
         remedy += ", or give each domain what the file has of its name with --map-domains (checkpoint.map_domains=true)"
     if "training.latent_scale" in differing:
         remedy += ", or say that the other scale is meant with checkpoint.other_latent_scale=true"
     raise RaystarError(f"{source}: does not fit the configuration: {'; '.join(words)}; {remedy}")
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, tuple):
-        return f"[{','.join(map(str, value))}]"
-    return show(value).lower() if isinstance(value, bool) else str(value)
 
 
 def save(path: str | Path, checkpoint: Mapping[str, Any], *, with_digest: bool = True) -> None:

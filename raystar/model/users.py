@@ -61,7 +61,7 @@ def adopt(checkpoint: dict[str, Any], source: str) -> None:
         return
     model = config.get("model")
     model = model if isinstance(model, Mapping) else {}
-    unmarked = "num_groups" in model and not {"exp_branch", "norm"} & model.keys()
+    unmarked = "num_groups" in model and "norm" not in model and model.get("exp_branch") in (None, "")
     if unmarked and not any(name.endswith(".weight_orig") for name in checkpoint["D"]):
         raise RaystarError(
             f"{source}: config: model.num_groups without model.exp_branch is of AdaGN with spectral norm, and network "
@@ -70,7 +70,8 @@ def adopt(checkpoint: dict[str, Any], source: str) -> None:
     if unmarked:
         width = checkpoint["G"].get("encoder.0.bias")
         networks = unmarked_networks(len(width) if isinstance(width, Tensor) else model.get("base_dim"))
-        config = {**config, "model": {**model, **{key.partition(".")[2]: value for key, value in networks.items()}}}
+        named = {key.partition(".")[2]: value for key, value in networks.items()}
+        config = {**config, "model": {**model, **named, "exp_branch": None}}
         checkpoint["G"] = {name.replace(".adain", ".adagn"): value for name, value in checkpoint["G"].items()}
     checkpoint["config"] = translate(config, f"{source}: config", whole=True, quiet=True)
 
@@ -78,7 +79,8 @@ def adopt(checkpoint: dict[str, Any], source: str) -> None:
 def functions_of(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     """What decides on the function that a checkpoint's weights are and that no shape tells, by key, where it is known.
 
-    One whose configuration says nothing of `model.residual` was trained without, and of a norm with AdaIN.
+    Norms are told by the names of the weights. One whose configuration says nothing of `model.residual` was trained
+    without.
     """
     config = checkpoint.get("config")
     parts = {
@@ -86,18 +88,23 @@ def functions_of(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
         for name in ("model", "training", "data")
         if isinstance(part := config.get(name) if isinstance(config, Mapping) else None, Mapping)
     }
-    model, known = parts.get("model", {}), dict[str, Any]()
-    default = Config().model
-    for key in ("residual", "norm", "discriminator_norm"):
-        known[f"model.{key}"] = model.get(key, getattr(default, key))
-    if known["model.norm"] == "adagn":
-        known["model.num_groups"] = model.get("num_groups", default.num_groups)
-        known["model.encoder_groups"] = model.get("encoder_groups")
+    model = parts.get("model", {})
+    names = {net: [*weights] if isinstance(weights := checkpoint.get(net), Mapping) else [] for net in ("G", "D")}
+    norm = next((kind for kind in ("adagn", "adain") if any(f".{kind}1." in name for name in names["G"])), None)
+    known: dict[str, Any] = {
+        "model.residual": model.get("residual", False),
+        "model.norm": norm or model.get("norm", "adain"),  # without residual blocks no name tells
+        "model.discriminator_norm": "spectral" if any(".weight_orig" in name for name in names["D"]) else "none",
+    }
+    if known["model.norm"] == "adagn" and "num_groups" in model:
+        groups = model["num_groups"]
+        known["model.num_groups"] = groups
+        known["model.encoder_groups"] = None if (other := model.get("encoder_groups")) == groups else other
     if "latent_scale" in parts.get("training", {}):
         known["training.latent_scale"] = parts["training"]["latent_scale"]
     domains = parts.get("data", {}).get("domains")
-    if isinstance(domains, list | tuple):
-        known["data.domains"] = tuple(composed(domain) if isinstance(domain, str) else domain for domain in domains)
+    if isinstance(domains, list | tuple) and all(isinstance(domain, str) for domain in domains):
+        known["data.domains"] = tuple(map(composed, domains))
     return known
 
 

@@ -27,14 +27,14 @@ logger = logging.getLogger(__name__)
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 
-def snapshot(state: TrainState, epoch: int, metrics: Mapping[str, float], steps: int = 0) -> dict[str, Any]:
+def snapshot(state: TrainState, epoch: int, metrics: Mapping[str, float], steps: int | None = None) -> dict[str, Any]:
     """The checkpoint of `state` after `epoch`. Its tensors are the live ones: save it before the next step.
 
-    `steps` are those of an epoch.
+    `steps` are those of an epoch, where they are known: `global_step` counts them.
     """
     return {
         "epoch": epoch,
-        "global_step": epoch * steps,
+        **({} if steps is None else {"global_step": epoch * steps}),
         **state.nets.state_dict(),
         "opt_g": state.opt_g.state_dict(),
         "opt_d": state.opt_d.state_dict(),
@@ -62,14 +62,12 @@ def restore(state: TrainState, checkpoint: Mapping[str, Any], source: str) -> in
     networks, averages = networks_of(checkpoint, NAMES), checkpoint.get("ema")
     there, here = _other_domains(checkpoint, state.config)
     if there:
-        fresh = state.nets.state_dict()
         if missing := [domain for domain in here if domain not in there]:
             raise RaystarError(
                 f"{source}: has no domain {' or '.join(missing)}, only {', '.join(there)}; a run continues with "
                 "domains that it had (checkpoint.init_from starts others from its networks)"
             )
-        networks = mapped_weights(networks, there, here, fresh)
-        averages = averages and mapped_weights(averages, there, here, fresh)
+        networks, averages = _mapped(networks, averages, there, state, source)
     state.load_networks(networks, source, averages)
     notes: list[str] = []
     for name in OPTIMIZERS:
@@ -135,13 +133,26 @@ def state_of(
     networks, averages = networks_of(checkpoint, NAMES), checkpoint.get("ema")
     there, here = _other_domains(checkpoint, config)
     if there:
-        fresh = state.nets.state_dict()
-        networks = mapped_weights(networks, there, here, fresh)
-        averages = averages and mapped_weights(networks_of(averages, AVERAGED), there, here, fresh)
+        networks, averages = _mapped(networks, averages, there, state, source)
         if missing := [domain for domain in here if domain not in there]:
             logger.warning(f"{source}: has no domain {' or '.join(missing)}; what is theirs alone starts fresh")
     state.load_networks(networks, source, averages)
     return state
+
+
+def _mapped(
+    networks: Mapping[str, Any], averages: Any, there: Sequence[str], state: TrainState, source: str
+) -> tuple[dict[str, Any], Any]:
+    """Weights, and averages where there are any, of the domains `there`, for those of `state`."""
+    here, fresh = state.config.data.domains, state.nets.state_dict()
+    heads = {int(name.split(".")[1]) for name in networks["E"] if name.startswith("unshared.")}
+    if len(heads) != len(there):
+        raise RaystarError(f"{source}: its configuration names {len(there)} domains, its networks have {len(heads)}")
+    try:
+        mapped = mapped_weights(networks, there, here, fresh)
+        return mapped, averages and mapped_weights(networks_of(averages, AVERAGED), there, here, fresh)
+    except (KeyError, ValueError, IndexError, AttributeError, RuntimeError) as error:
+        raise RaystarError(f"{source}: does not fit the configuration: {str(error).splitlines()[0]}") from None
 
 
 def _other_domains(checkpoint: Mapping[str, Any], config: Config) -> tuple[Sequence[str], Sequence[str]]:

@@ -140,6 +140,8 @@ def test_what_it_makes_is_raystars_own(tmp_path: Path) -> None:
         ("model: {num_groups: 8, base_dim: 64}\ntraining: {num_epochs: 7}", "model.discriminator_norm", "spectral"),
         ("model: {num_groups: 8, base_dim: 64}\ntraining: {num_epochs: 7}", "model.encoder_groups", 64),
         ("model: {num_groups: 8}", "model.norm", "adain"),  # raystar's own key
+        ("model: {exp_branch: null}\ntraining: {num_epochs: 7}", "model.norm", "adain"),
+        ("model: {exp_branch: '', num_groups: 8}\ntraining: {num_epochs: 7}", "model.norm", "adagn"),
         ("checkpoint: {resume_path: ''}\ntraining: {num_epochs: 7}", "checkpoint.resume_path", None),
         ("training: {allow_tf32: false}", "training.tf32", False),
         ("data: {epoch_size: 640}", "training.epoch_size", 640),

@@ -278,8 +278,6 @@ def test_a_checkpoint_that_does_not_fit_is_one_line(
 
 def test_a_checkpoint_that_says_nothing_is_of_networks_without_residual(saved: Path, config: Config) -> None:
     """Users' own trainers know no such key."""
-    if config.model.norm == "adagn":
-        pytest.skip("there it is the norm that is missed first")
     checkpoint = {key: value for key, value in checkpoints.load(saved).items() if key != "config"}
     with pytest.raises(RaystarError, match=r"model\.residual false there, true now"):
         resume.restore(TrainState.create(config, "cpu"), checkpoint, "theirs.pt")

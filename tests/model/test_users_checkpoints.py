@@ -202,16 +202,16 @@ def test_two_names_of_one_parameter_are_refused(tmp_path: Path) -> None:
     [
         ("AdaGN_with_SN", {"model__norm": "adain"}, ["model.norm adagn there, adain now; set model.norm=adagn"]),
         ("AdaGN_with_SN", {"model__num_groups": 2}, ["model.num_groups 4 there, 2 now; set model.num_groups=4"]),
-        ("unmarked", {"model__encoder_groups": None}, ["model.encoder_groups 8 there, None now"]),
+        ("unmarked", {"model__encoder_groups": None}, ["model.encoder_groups 8 there, null now"]),
         ("baseline_AdaIN", {"model__discriminator_norm": "none"}, ["model.discriminator_norm spectral there, none"]),
         ("before branches", {"model__residual": True}, ["model.residual false there, true now"]),
         (
             "before branches",
             {"data__domains": ["monet", "photo", "Hayao"], "training__latent_scale": 0.5},
             [
-                "data.domains [photo,Hayao,monet] there, [monet,photo,Hayao] now",
+                "data.domains [photo, Hayao, monet] there, [monet, photo, Hayao] now",
                 "training.latent_scale 0.18215 there, 0.5 now",
-                "set training.latent_scale=0.18215 and data.domains=[photo,Hayao,monet]",
+                "set training.latent_scale=0.18215 and data.domains=[photo, Hayao, monet]",
                 "--map-domains",
                 "checkpoint.other_latent_scale=true",
             ],
@@ -269,6 +269,24 @@ def test_a_run_continues_with_fewer_domains_and_not_with_new_ones(tmp_path: Path
         torch.testing.assert_close(one, other)
     message = refused(tmp_path / "latest.pt", data__domains=["monet", "photo", "vangogh"], checkpoint__map_domains=True)
     assert "has no domain vangogh, only photo, Hayao, monet" in message
+
+
+def test_a_file_that_names_other_domains_than_it_has_is_one_line(tmp_path: Path) -> None:
+    content = theirs.Trainer("before branches").save(tmp_path / "latest.pt")
+    content["config"]["data"]["domains"] = [*theirs.DOMAINS, "vangogh"]
+    del content["config"]["model"]["num_domains"]
+    torch.save(content, tmp_path / "latest.pt")
+    message = refused(tmp_path / "latest.pt", data__domains=["monet", "photo"], checkpoint__map_domains=True)
+    assert message.endswith("latest.pt: its configuration names 4 domains, its networks have 3")
+    content["config"]["data"]["domains"] = theirs.DOMAINS
+    torch.save(content, tmp_path / "latest.pt")
+    wider = {"data__domains": ["monet", "photo"], "checkpoint__map_domains": True, "model__base_dim": 16}
+    assert "does not fit the configuration: " in refused(tmp_path / "latest.pt", **wider)
+
+
+def test_groups_that_are_written_out_are_those_that_are_left_out(tmp_path: Path) -> None:
+    trained("AdaGN_with_SN", tmp_path / "latest.pt")
+    assert restored(tmp_path / "latest.pt", model__encoder_groups=4).config.model.encoder_groups == 4
 
 
 def test_new_domains_start_fresh_from_a_files_networks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
