@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from raystar.base import console
 from raystar.base.console import shown
 from raystar.model.device import bf16_as_asked
 from tests.kit.autoencoder import save_block_averages
@@ -30,8 +31,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 @pytest.fixture(autouse=True)
-def _printed() -> Iterator[None]:
-    """Tests see what commands print; the library itself only logs."""
+def _printed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Tests see what commands print, the library itself only logs; and each what is said once in a process."""
+    monkeypatch.setattr(console._KEPT, "notes", {})
     with shown():
         yield
 

@@ -34,9 +34,9 @@ def resolve_device(config: Config) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(name)
     if fp16_on_cpu(config, device):
-        _note_fp16()
+        note(logger, "training.amp_dtype: fp16 is for GPUs: float32 is used on this CPU (bf16 may be faster)")
     elif config.training.use_amp and not fast_bf16(device):
-        _note_slow_bf16()
+        note(logger, "this processor has no instructions for bf16: float32, which is faster here, is used instead")
     return device
 
 
@@ -50,16 +50,6 @@ def fast_bf16(device: torch.device) -> bool:
 def fp16_on_cpu(config: Config, device: torch.device) -> bool:
     """Whether fp16 is asked for where float32 takes its place."""
     return config.training.use_amp and config.training.amp_dtype == "fp16" and device.type == "cpu"
-
-
-@functools.cache
-def _note_fp16() -> None:
-    note(logger, "training.amp_dtype: fp16 is for GPUs: float32 is used on this CPU (bf16 may be faster)")
-
-
-@functools.cache
-def _note_slow_bf16() -> None:
-    note(logger, "this processor has no instructions for bf16: float32, which is faster here, is used instead")
 
 
 @contextmanager

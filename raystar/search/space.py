@@ -156,7 +156,7 @@ class Space:
         if not self.space:
             return known
         searcher, points = SEARCHERS[self.search], known
-        taken = set(map(signed, known))
+        taken = set(map(hashable, known))
         seen: set[tuple[Any, ...]] = set()
         there_are = math.prod(d.size for d in self.space.values())
         for values in searcher.draw(self.space, self.seed, self.trials) if searcher.draw is not None else ():
@@ -168,8 +168,8 @@ class Space:
                 continue
             seen.add(values)
             point = self._point(dict(zip(self.space, values, strict=True)), config, device)
-            if signed(point) not in taken:
-                taken.add(signed(point))
+            if hashable(point) not in taken:
+                taken.add(hashable(point))
                 points.append(point)
         return points
 
@@ -202,7 +202,7 @@ class Space:
                 )
 
 
-def signed(point: Mapping[str, Any]) -> tuple[Any, ...]:
+def hashable(point: Mapping[str, Any]) -> tuple[Any, ...]:
     """A point's values as something that sets hold."""
     return tuple(tuple(value) if isinstance(value, list) else value for value in point.values())
 

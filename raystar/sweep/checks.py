@@ -18,7 +18,7 @@ from raystar.data.bank import Bank
 from raystar.data.batches import check_epoch
 from raystar.pictures.codec import check_codec
 from raystar.ruler.samples import caution, unmeasured
-from raystar.search.space import SEED, Space, signed
+from raystar.search.space import SEED, Space, hashable
 from raystar.sweep.disk import check_space, checkpoint_bytes, needed_bytes
 
 logger = logging.getLogger(__name__)
@@ -92,7 +92,7 @@ def note_idle(space: Space, content: Mapping[str, Any], known: Mapping[str, Mapp
         logger.warning(f"{space.source}: {', '.join(idle)} {verb} no effect: the file draws no trials")
     alike: dict[tuple[Any, ...], list[str]] = {}
     for experiment in space.experiments:
-        alike.setdefault(signed(known[experiment.name]), []).append(experiment.name)
+        alike.setdefault(hashable(known[experiment.name]), []).append(experiment.name)
     for names in alike.values():
         if len(names) > 1:
             logger.warning(f"{space.source}: experiments {', '.join(names)} are the same; each of them runs")

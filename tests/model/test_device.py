@@ -21,8 +21,7 @@ BF16 = override(Config(), {"training.device": "cpu", "training.use_amp": True, "
 
 @pytest.fixture(autouse=True)
 def _forgotten() -> Iterator[None]:
-    for cached in (devices.fast_bf16, devices._note_slow_bf16):
-        cached.cache_clear()
+    devices.fast_bf16.cache_clear()
     yield
     devices.fast_bf16.cache_clear()
 
@@ -79,7 +78,6 @@ def test_a_search_for_speed_does_not_try_what_makes_no_difference() -> None:
 
 
 def test_fp16_without_a_gpu_is_float32(capsys: pytest.CaptureFixture[str]) -> None:
-    devices._note_fp16.cache_clear()
     fp16 = override(BF16, {"training.amp_dtype": "fp16"})
     for _ in range(2):
         assert resolve_device(fp16) == CPU

@@ -15,7 +15,6 @@ import yaml
 
 from raystar import train, tune
 from raystar.backend.tune_hooks import Heard, Warden
-from raystar.base import console
 from raystar.base.errors import RaystarError, in_short
 from raystar.config.load import to_mapping
 from tests.kit.support import ROOT, tiny_config
@@ -25,11 +24,6 @@ from tests.sweep.test_tune_requests import SPACE, Files, refusal
 @pytest.fixture
 def files(tmp_path: Path) -> Files:
     return Files(tmp_path)
-
-
-@pytest.fixture
-def _nothing_noted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(console._KEPT, "notes", {})
 
 
 # -- a whole sweep ---------------------------------------------------------------------------------
@@ -107,7 +101,6 @@ class Listening:
     def trial_ended(self, name: str, deaths: int | None) -> None: ...
 
 
-@pytest.mark.usefixtures("_nothing_noted")
 def test_notes_of_many_processes_are_told_once(capsys: pytest.CaptureFixture[str]) -> None:
     listener = Listening()
     warden = Warden(listener)
