@@ -134,6 +134,20 @@ def translate(
     return result
 
 
+def our_name(key: str, source: str) -> str:
+    """A key as raystar spells it.
+
+    Raises:
+        RaystarError: that trainer's key says several things at once.
+    """
+    if key == "model.exp_branch":
+        raise RaystarError(
+            f"{source}: {key}: is model.norm and model.discriminator_norm here; search these, or list its values as "
+            "experiments"
+        )
+    return _RENAMED.get(key, key)
+
+
 def _is_template(value: Any) -> bool:
     return isinstance(value, str) and ("{exp_name}" in value or "{outputs_dir}" in value)
 

@@ -14,6 +14,7 @@ import torch
 from raystar.base.errors import RaystarError, key_text, misspelt, show
 from raystar.config.load import get_value, override, plain
 from raystar.config.schema import MAX_WHOLE, Config
+from raystar.config.users import our_name
 from raystar.config.strict_yaml import read_mapping
 from raystar.search.distributions import Distribution, read_distribution
 from raystar.search.experiments import Experiment, read_experiments
@@ -227,7 +228,8 @@ def from_mapping(content: Mapping[str, Any], config: Config, source: str) -> Spa
             f"{source}: space: expected the keys to search, for example loss.w_cyc: {{uniform: [0.5, 2]}}, or "
             "experiments"
         )
-    space = {key_text(key): read_distribution(key_text(key), value, source) for key, value in (ranges or {}).items()}
+    names = {our_name(key_text(key), f"{source}: space"): value for key, value in (ranges or {}).items()}
+    space = {key: read_distribution(key, value, source) for key, value in names.items()}
     experiments = read_experiments(content["experiments"], config, source) if "experiments" in content else ()
     search = one_of(content.get("search", "random"), tuple(SEARCHERS), f"{source}: search")
     if SEARCHERS[search].exhaustive and (ranged := [key for key, d in space.items() if not d.listed]):

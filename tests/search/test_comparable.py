@@ -49,6 +49,14 @@ def test_a_space_may_not_search_what_makes_scores_incomparable(key: str, values:
     assert f"s.yaml: experiments: x: {key}: cannot differ between trials, found " in str(named.value)
 
 
+def test_keys_may_be_spelt_as_users_spell_them() -> None:
+    content = {"space": {"data.epoch_size": {"choice": [64, 128]}, "training.allow_tf32": {"choice": [True, False]}}}
+    assert list(from_mapping(content, Config(), "s.yaml").space) == ["training.epoch_size", "training.tf32"]
+    branches = {"space": {"model.exp_branch": {"choice": ["AdaGN_no_SN", "AdaGN_with_SN"]}}}
+    with pytest.raises(RaystarError, match=r"s\.yaml: space: model\.exp_branch: is model\.norm and .* as experiments"):
+        from_mapping(branches, Config(), "s.yaml")
+
+
 def test_every_key_of_a_loss_may_be_searched_and_none_of_the_ruler() -> None:
     found = {key: why_alike(key, "s.yaml") for key in known_keys()}
     assert all(
