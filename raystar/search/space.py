@@ -14,8 +14,8 @@ import torch
 from raystar.base.errors import RaystarError, key_text, misspelt, show
 from raystar.config.load import get_value, override, plain
 from raystar.config.schema import MAX_WHOLE, Config
-from raystar.config.users import our_name
 from raystar.config.strict_yaml import read_mapping
+from raystar.config.users import our_name
 from raystar.search.distributions import Distribution, read_distribution
 from raystar.search.experiments import Experiment, read_experiments
 from raystar.search.fields import boolean, number, one_of, section, whole
@@ -229,6 +229,8 @@ def from_mapping(content: Mapping[str, Any], config: Config, source: str) -> Spa
             "experiments"
         )
     names = {our_name(key_text(key), f"{source}: space"): value for key, value in (ranges or {}).items()}
+    if len(names) < len(ranges or {}):
+        raise RaystarError(f"{source}: space: a key is there twice, once in another spelling; leave one of them out")
     space = {key: read_distribution(key, value, source) for key, value in names.items()}
     experiments = read_experiments(content["experiments"], config, source) if "experiments" in content else ()
     search = one_of(content.get("search", "random"), tuple(SEARCHERS), f"{source}: search")

@@ -52,6 +52,9 @@ def test_a_space_may_not_search_what_makes_scores_incomparable(key: str, values:
 def test_keys_may_be_spelt_as_users_spell_them() -> None:
     content = {"space": {"data.epoch_size": {"choice": [64, 128]}, "training.allow_tf32": {"choice": [True, False]}}}
     assert list(from_mapping(content, Config(), "s.yaml").space) == ["training.epoch_size", "training.tf32"]
+    content["space"]["training.tf32"] = {"choice": [True]}
+    with pytest.raises(RaystarError, match=r"s\.yaml: space: a key is there twice, once in another spelling"):
+        from_mapping(content, Config(), "s.yaml")
     branches = {"space": {"model.exp_branch": {"choice": ["AdaGN_no_SN", "AdaGN_with_SN"]}}}
     with pytest.raises(RaystarError, match=r"s\.yaml: space: model\.exp_branch: is model\.norm and .* as experiments"):
         from_mapping(branches, Config(), "s.yaml")
