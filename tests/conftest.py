@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -31,7 +32,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 @pytest.fixture(autouse=True)
-def _printed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _leaves_no_store() -> Iterator[None]:
+    """A store that one test has named would take the records of those after it; `mlflow.set_tracking_uri` names one."""
+    before = os.environ.get("MLFLOW_TRACKING_URI")
+    yield
+    assert os.environ.get("MLFLOW_TRACKING_URI") == before
+
+
+@pytest.fixture(autouse=True)
+def _printed(_leaves_no_store: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Tests see what commands print, the library itself only logs; and each what is said once in a process."""
     monkeypatch.setattr(console._KEPT, "notes", {})
     with shown():

@@ -142,12 +142,11 @@ def test_champion_is_served_as_it_was(there: Path) -> None:
     import pandas as pd
 
     expected = np.load("expected.npz")
-    before = mlflow.get_tracking_uri()
-    mlflow.set_tracking_uri(f"sqlite:///{there}/runs/mlflow.db")
+    mlflow.set_tracking_uri(f"sqlite:///{there}/runs/mlflow.db")  # which sets MLFLOW_TRACKING_URI
     try:
         model = mlflow.pyfunc.load_model("models:/raystar-latents@champion")
     finally:
-        mlflow.set_tracking_uri(before)
+        mlflow.set_tracking_uri(None)
     row = {"latent": expected["latents"][0].astype(float).tolist(), "domain": "b"}
     found = model.predict(pd.DataFrame([row]), params={"seed": 3, "latents": True})
     np.testing.assert_allclose(np.asarray(found["latent"][0]), expected["served"], rtol=0, atol=1e-5)

@@ -57,9 +57,7 @@ def request(folder: Path, space: dict[str, Any], **changed: Any) -> list[str]:
 
 
 def run(command: list[str]) -> subprocess.CompletedProcess[str]:
-    # On a machine that is busy with other tests MLflow needs longer for its first record than a user would wait.
-    patient = os.environ | {"RAYSTAR_LAST_RECORDS_TIMEOUT_S": "200"}
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, env=patient)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
 
 
 class Store:
